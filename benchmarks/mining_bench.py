@@ -93,7 +93,7 @@ class Bench:
         return ""
 
     def measure(self, size: Size, regime: str, first: bool = True) -> list[dict]:
-        """One row for each contender and mode: times and ratios, or why it was left out; `first` of its size's regimes?"""
+        """One row for each contender and mode: times and ratios, or why it was left out; `first` regime of a size?"""
         x, y = make_batch(size, regime, self.seed, self.device)
         rows, calls, probed = [], {}, {}
         for contender in self.contenders:
@@ -134,7 +134,7 @@ class Bench:
         own = sum(wanted[name] for name in fast if name in wanted)
         rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(self.patience / own)))
         wanted = {
-            name: rounds if name in fast else min(rounds, max(2, int(self.patience / 2 / seconds)))
+            name: rounds if name in fast else min(rounds, max(2, int(self.patience / 4 / seconds)))
             for name, seconds in wanted.items()
         }
         samples = round_robin(prepared, wanted, timer, self.counter(title, rounds))

@@ -3,8 +3,8 @@
     pytest benchmarks --benchmark-only --benchmark-autosave
     pytest benchmarks --benchmark-only --benchmark-compare
 
-Nothing here fails for being slow, and only the sizes of results are checked. Comparisons with other libraries and memory
-are mining_bench.py's business. FACENET_EXT_ISA=portable (or avx2, avx512) before the command measures that path.
+Nothing here fails for being slow, and only the sizes of results are checked. Comparisons with other libraries and
+memory are mining_bench.py's business. FACENET_EXT_ISA=portable (or avx2, avx512) before the command measures that path.
 """
 
 import pytest
