@@ -3,8 +3,6 @@
 
 #include <omp.h>
 
-#include <chrono>
-
 #include "buckets.h"
 
 namespace facenet_ext::cpu {
@@ -31,7 +29,6 @@ struct Call {
   double scale = 1, unscale = 1;  // rows are multiplied by `scale`, squared distances by `unscale` = scale^-2 on the way out
   Limit<T> limit{};
   bool stopped = false;
-  std::chrono::steady_clock::time_point polled = std::chrono::steady_clock::now();
   // totals, known after the last pass's selection
   RowSum sum{};
   double factor = 0;  // 1 / count

@@ -15,7 +15,7 @@
 // anchors' slots exceed their bound (layout.h) is worked off in several passes.
 // Reproducible: buckets take minima of (distance, index), and minima do not depend on order; every floating-point sum is made by
 // one thread in an order that depends on the data alone. So any number of threads gives the same bits.
-// Interruptible: the calling thread polls every 100 ms between tiles.
+// Interruptible: the calling thread polls between tiles.
 #pragma once
 
 #include "gradient.h"

@@ -92,7 +92,7 @@ template <class T>
 constexpr int kTile = sizeof(T) == 4 ? 192 : 96;  // anchors and candidates of a tile; its distances stay in L2
 
 constexpr int kQueue = 256;        // column indices a filter hands on at most (a tile's width)
-constexpr int kList = 512;         // neighbours gathered at a time; also bounds the error of a float32 sum
+constexpr int kList = 64;          // neighbours gathered at a time: bounds the error of a float32 sum of thousands
 
 namespace {
 
@@ -121,7 +121,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.x, Cp * Dp);
   take(w.panels, Cp * Dp);
   take(w.norm, Cp);
-  take(w.inverse_length, args.normalize ? C : 0);
+  take(w.inverse_length, C);
   take(w.order, C);
   take(w.position, C);
   take(w.class_of, C);
@@ -133,7 +133,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   } else {
     take(w.ax, Ap * Dp);
     take(w.anorm, Ap);
-    take(w.ainverse_length, args.normalize ? A : 0);
+    take(w.ainverse_length, A);
   }
   take(w.arow, A);
   take(w.aclass, A);

@@ -155,7 +155,7 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
   }
 }
 
-// All tiles of a pass. The calling thread asks now and then whether to go on.
+// All tiles of a pass. The calling thread asks after each whether to go on (the callback paces itself).
 template <class S>
 void sweep(Call<S>& c, int64_t begin, int64_t end) {
   constexpr int kT = Call<S>::kT;
@@ -179,15 +179,9 @@ void sweep(Call<S>& c, int64_t begin, int64_t end) {
       if (c.symmetric && J >= first) J += own;
       sweep_tile(c, first + I, J, false, begin, end, first);
     }
-    if (c.args.interrupted && omp_get_thread_num() == 0) {
-      const auto now = std::chrono::steady_clock::now();
-      if (now - c.polled > std::chrono::milliseconds(100)) {
-        c.polled = now;
-        if (c.args.interrupted(c.args.interrupted_context)) {
+    if (c.args.interrupted && omp_get_thread_num() == 0 && c.args.interrupted(c.args.interrupted_context)) {
 #pragma omp atomic write
-          stop = 1;
-        }
-      }
+      stop = 1;
     }
   }
   c.stopped = stop != 0;
