@@ -1,0 +1,52 @@
+r"""facenet_ext: the semi-hard triplet loss of FaceNet, fused, in memory that grows with N·D.
+
+The way of the data, for one call of the loss and its backward:
+
+    SemiHardTripletLoss  (loss.py)          options, checked once
+            |
+            v
+    triplet_loss  (functional.py) <------- _checks.py: shapes, dtypes, devices, options; metadata only
+            |
+            v                  eager                          torch.compile, torch.export
+    autograd.py   torch.autograd.Function                     torch.ops.facenet_ext.triplet_loss
+            |            \                                       /
+            v             v                                     v
+    mine_triplets --->  _backend.py   allocates loss, gradient, stats, workspace; current stream or thread count
+                             |
+                             v        integers only: no tensor crosses this line
+                        _C (csrc/bindings.cpp)   fills TripletArgs of csrc/triplet.h, releases the GIL
+                          /        \
+              csrc/cpu/               csrc/cuda/
+              AVX-512, AVX2,          kernels on the
+              portable: chosen        current stream
+              at run time
+                          \        /
+                             v
+              loss [] , d loss / d embeddings [N, D] , stats          (never an N x N array)
+                             |
+                             v
+              backward: the saved gradient times the upstream scalar, rounded to the input's dtype
+
+    reference.py stands beside all this: the same functions in plain PyTorch, the oracle of the tests.
+"""
+
+import torch  # noqa: F401  first, so that its libgomp.so.1 is the one that _C finds: one thread pool for both
+
+from . import reference
+from ._backend import build_info, cpu_isa_active
+from .functional import Triplets, TripletStats, mine_triplets, triplet_loss
+from .loss import SemiHardTripletLoss
+
+__version__ = build_info()["version"]
+
+__all__ = [
+    "SemiHardTripletLoss",
+    "TripletStats",
+    "Triplets",
+    "__version__",
+    "build_info",
+    "cpu_isa_active",
+    "mine_triplets",
+    "reference",
+    "triplet_loss",
+]

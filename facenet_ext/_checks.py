@@ -1,0 +1,99 @@
+"""Every precondition of the public functions. Each failure has a message of its own: the argument, what came, what is accepted.
+
+TypeError: the kind of thing is wrong (no tensor, a dtype). ValueError: the kind is right, the value is not (shape, length, device,
+option, margin). Only metadata is looked at, so nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+EMBEDDING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LABEL_DTYPES = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+NEGATIVES = ("semi_hard",)
+FALLBACKS = ("farthest", "skip")
+DISTANCES = ("sqeuclidean", "euclidean")
+REDUCTIONS = ("mean", "mean_active", "sum")
+MAX_ROWS = 2**31 - 1  # the kernels pack a row's index into 32 bits
+
+
+def check_batch(embeddings: Tensor, labels: Tensor) -> None:
+    """embeddings [N, D] floating, labels [N] integer, both dense and on one device, which is the CPU or a CUDA GPU."""
+    if not isinstance(embeddings, Tensor):
+        raise TypeError(f"embeddings is a {_kind(embeddings)}; accepted: a torch.Tensor [N, D]")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is a {_kind(labels)}; accepted: a torch.Tensor [N] of integers")
+    if embeddings.dtype not in EMBEDDING_DTYPES:
+        raise TypeError(f"embeddings has dtype {embeddings.dtype}; accepted: {_names(EMBEDDING_DTYPES)}")
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"labels has dtype {labels.dtype}; accepted: {_names(LABEL_DTYPES)}")
+    if embeddings.layout != torch.strided:
+        raise TypeError(f"embeddings has layout {embeddings.layout}; accepted: torch.strided (dense)")
+    if labels.layout != torch.strided:
+        raise TypeError(f"labels has layout {labels.layout}; accepted: torch.strided (dense)")
+    if embeddings.dim() != 2:
+        raise ValueError(f"embeddings has shape {list(embeddings.shape)}; accepted: [N, D]")
+    if labels.dim() != 1:
+        raise ValueError(f"labels has shape {list(labels.shape)}; accepted: [N]")
+    if embeddings.shape[1] < 1:
+        raise ValueError(f"embeddings has shape {list(embeddings.shape)}; accepted: [N, D] with D >= 1")
+    if embeddings.shape[0] > MAX_ROWS:
+        raise ValueError(f"embeddings has {embeddings.shape[0]} rows; accepted: at most {MAX_ROWS}")
+    if labels.shape[0] != embeddings.shape[0]:
+        raise ValueError(
+            f"labels has length {labels.shape[0]}; accepted: {embeddings.shape[0]}, the number of rows of embeddings"
+        )
+    if labels.device != embeddings.device:
+        raise ValueError(f"labels is on {labels.device}; accepted: {embeddings.device}, the device of embeddings")
+    if embeddings.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"embeddings is on {embeddings.device}; accepted: a tensor on cpu or cuda")
+
+
+def check_options(margin: float, negatives: str, fallback: str, distance: str, reduction: str) -> None:
+    """The options of the loss that are no switches."""
+    check_margin(margin)
+    check_choice("negatives", negatives, NEGATIVES)
+    check_choice("fallback", fallback, FALLBACKS)
+    check_choice("distance", distance, DISTANCES)
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+def check_margin(margin: float) -> None:
+    if isinstance(margin, bool) or not isinstance(margin, (int, float, numbers.Real)):
+        raise TypeError(f"margin is a {_kind(margin)}; accepted: a number >= 0, in the unit of distance")
+    if not (margin >= 0 and math.isfinite(margin)):
+        raise ValueError(f"margin is {margin}; accepted: a finite number >= 0, in the unit of distance")
+
+
+def check_choice(argument: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value in accepted and isinstance(value, str):
+        return
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} is a {_kind(value)}; accepted: {_names(accepted)}")
+    raise ValueError(f"{argument} is {value!r}; accepted: {_names(accepted)}")
+
+
+def check_switch(argument: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} is a {_kind(value)}; accepted: True or False")
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _names(accepted: tuple) -> str:
+    return ", ".join(repr(item) if isinstance(item, str) else str(item) for item in accepted)
