@@ -139,6 +139,8 @@ class Bench:
         }
         samples = round_robin(prepared, wanted, timer, self.counter(title, rounds))
         for name in prepared:
+            size, probed_seconds = self.last[name]
+            self.last[name] = (size, min(probed_seconds, *(seconds for _, seconds in samples[name])))
             rows.append(probed[name] | {"mode": mode} | summarise(samples[name], samples[YARDSTICK.name]))
         return rows
 
@@ -204,7 +206,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--sizes",
-        type=lambda text: [Size.parse(s) for s in text.split()],
         help='such as "1800,40,128 4096,16,128": N,K,D each',
     )
     add("--regimes", default=",".join(REGIMES), help=f"of {','.join(REGIMES)} (all)")
@@ -223,6 +224,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--markdown", type=Path, metavar="FILE.json", help="measure nothing: the README's table from a JSON file")
     args = parser.parse_args(arguments)
 
+    if args.sizes is not None:
+        try:
+            args.sizes = [Size.parse(text) for text in args.sizes.split()]
+        except ValueError as error:
+            parser.error(f"--sizes: {error}")
     args.regimes = args.regimes.split(",")
     for regime in args.regimes:
         if regime not in REGIMES:
@@ -257,7 +263,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mining_bench: {error}", file=sys.stderr)
         return 2
     if args.plot:
-        from plot import plot  # before an hour is spent on measuring: matplotlib may be missing
+        try:
+            from plot import plot  # before minutes are spent on measuring
+        except ImportError as error:
+            sys.exit(f"mining_bench: --plot needs matplotlib ({error}): pip install matplotlib")
     torch.set_num_threads(args.threads)
     data = {
         "benchmark": "mining_bench",
