@@ -50,7 +50,7 @@ class Bench:
     """Measures sizes and regimes, and decides what has to be left out so that the run ends in time.
 
     The package and the yardstick are called in every round. The rest share `budget` seconds: what has become too slow
-    for its part is called twice and in the first regime only, what would take longer still is left out, and the table
+    for its part is called once or twice and in the first regime only, what would take longer still is left out, and the table
     says so.
     """
 
@@ -84,11 +84,11 @@ class Bench:
             return ""
         before, seconds = self.last[contender.name]
         guess = seconds * contender.work(size) / contender.work(before)
-        if guess > 4 * self.patience:
-            return f"would take about {report.show_seconds(guess)} a call (--budget {10 * guess + 1:.0f} allows it)"
-        if guess > self.patience and not first:
-            return f"about {report.show_seconds(guess)} a call: first regime only (--budget {40 * guess + 1:.0f}: all)"
-        if time.monotonic() + 3 * guess > self.deadline:
+        if guess > 3 * self.patience:
+            return f"would take about {report.show_seconds(guess)} a call (--budget {14 * guess + 1:.0f} allows it)"
+        if guess > self.patience / 2 and not first:
+            return f"about {report.show_seconds(guess)} a call: first regime only (--budget {80 * guess + 1:.0f}: all)"
+        if time.monotonic() + 2 * guess > self.deadline:
             return f"the {self.budget:.0f} s of --budget are used up"
         return ""
 
@@ -100,7 +100,7 @@ class Bench:
             self.say(f"{size} {regime}: {contender.name}, memory and value")
             reason = self.reason_to_leave_out(contender, size, first)
             if not reason:
-                found = self.server(contender.name, size, regime, self.seed, self.threads, limit=max(60, self.budget))
+                found = self.server(contender.name, size, regime, self.seed, self.threads, limit=10 * self.patience)
                 reason = found.get("error", "")
                 if found.get("wrong"):
                     reason = f"computes something else: {found['wrong']}"
@@ -134,7 +134,9 @@ class Bench:
         own = sum(wanted[name] for name in fast if name in wanted)
         rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(self.patience / own)))
         wanted = {
-            name: rounds if name in fast else min(rounds, max(2, int(self.patience / 4 / seconds)))
+            name: rounds
+            if name in fast
+            else min(rounds, max(2 - (seconds > self.patience), int(self.patience / 4 / seconds)))
             for name, seconds in wanted.items()
         }
         samples = round_robin(prepared, wanted, timer, self.counter(title, rounds))
