@@ -50,14 +50,14 @@ class Bench:
     """Measures sizes and regimes, and decides what has to be left out so that the run ends in time.
 
     The package and the yardstick are called in every round. The rest share `budget` seconds: what has become too slow
-    for its part is called once or twice and in the first regime only, what would take longer still is left out, and the table
-    says so.
+    for its part is called once or twice and in the first regime only, what would take longer still is left out, and the
+    table says so.
     """
 
     def __init__(self, server: ProbeServer, device: str, threads: int, seed: int, contenders: list, budget: float):
         self.server, self.device, self.threads, self.seed = server, device, threads, seed
         self.contenders, self.budget, self.deadline = contenders, budget, time.monotonic() + budget
-        self.patience = budget / 40  # seconds for one contender in one size and regime
+        self.patience = budget / 35  # seconds for one contender in one size and regime
         self.last: dict[
             str, tuple[Size, float]
         ] = {}  # of each contender: the largest size done, seconds of a call there
@@ -84,10 +84,10 @@ class Bench:
             return ""
         before, seconds = self.last[contender.name]
         guess = seconds * contender.work(size) / contender.work(before)
-        if guess > 3 * self.patience:
-            return f"would take about {report.show_seconds(guess)} a call (--budget {14 * guess + 1:.0f} allows it)"
+        if guess > 2 * self.patience:
+            return f"would take about {report.show_seconds(guess)} a call (--budget {18 * guess + 1:.0f} allows it)"
         if guess > self.patience / 2 and not first:
-            return f"about {report.show_seconds(guess)} a call: first regime only (--budget {80 * guess + 1:.0f}: all)"
+            return f"about {report.show_seconds(guess)} a call: first regime only (--budget {70 * guess + 1:.0f}: all)"
         if time.monotonic() + 2 * guess > self.deadline:
             return f"the {self.budget:.0f} s of --budget are used up"
         return ""
@@ -100,7 +100,7 @@ class Bench:
             self.say(f"{size} {regime}: {contender.name}, memory and value")
             reason = self.reason_to_leave_out(contender, size, first)
             if not reason:
-                found = self.server(contender.name, size, regime, self.seed, self.threads, limit=10 * self.patience)
+                found = self.server(contender.name, size, regime, self.seed, self.threads, limit=6 * self.patience)
                 reason = found.get("error", "")
                 if found.get("wrong"):
                     reason = f"computes something else: {found['wrong']}"
