@@ -1,0 +1,80 @@
+// What the phases of one call share: the arguments, the divided workspace, and facts found on the way.
+#pragma once
+
+#include <omp.h>
+
+#include "buckets.h"
+
+namespace facenet_ext::cpu {
+namespace {
+
+template <class S>
+struct Call {
+  using T = typename S::T;
+  using Key = typename KeyOf<T>::Key;
+  static constexpr int kT = kTile<T>;
+  static_assert(kT % S::MR == 0 && kT % S::NR == 0 && kColumnPad % S::NR == 0 && kColumnPad % S::MR == 0 &&
+                    kColumnPad % S::W == 0 && kSlotPad % S::W == 0 && kT % kColumnPad == 0 && kT <= kQueue,
+                "tile arithmetic");
+
+  const TripletArgs& args;
+  const Workspace<T> w;
+  const int64_t A, C, D, Dp, panel_size;
+  const bool symmetric;  // anchors and candidates are the same rows in the same order: every product serves both ways
+  const bool mining;
+  const int threads;     // below about a million products a second thread costs more than it brings
+
+  Classes classes{};
+  bool finite = true;
+  double scale = 1, unscale = 1;  // rows are multiplied by `scale`, squared distances by `unscale` = scale^-2 on the way out
+  Limit<T> limit{};
+  bool stopped = false;
+  // totals, known after the last pass's selection
+  RowSum sum{};
+  double factor = 0;  // 1 / count
+
+  explicit Call(const TripletArgs& a)
+      : args(a),
+        w(divide<T>(a, a.workspace)),
+        A(a.num_anchors),
+        C(a.num_candidates),
+        D(a.dim),
+        Dp(round_up(a.dim, kSlotPad)),
+        panel_size(Dp * S::NR),
+        symmetric(a.anchor_offset == 0 && A == C),
+        mining(a.positive != nullptr),
+        threads(static_cast<double>(A) * static_cast<double>(C) * static_cast<double>(D) < 1e6 ? 1 : a.num_threads) {}
+
+  bool wants_gradient() const { return args.grad_candidates || args.grad_anchors; }
+
+  Buckets<S> buckets(int64_t row) const {
+    Row<T>& r = w.rows[row];
+    return {r, w.t + r.slot, w.key + r.slot, w.words + r.slot};
+  }
+
+  struct Scratch {
+    T* tile;            // [kT, kT]
+    T* strip;           // [W, kT]
+    T* list_weight;     // [kList]
+    T* row;             // [Dp]
+    T* spare;           // [Dp]
+    uint32_t* queue;    // [2 kQueue]
+    uint32_t* changed;  // [kQueue]
+    int32_t* list;      // [kList]
+  };
+  Scratch scratch(int thread) const {
+    Scratch s;
+    s.tile = reinterpret_cast<T*>(w.thread_scratch + thread * w.scratch_bytes);
+    s.strip = s.tile + kT * kT;
+    s.list_weight = s.strip + 16 * kT;
+    s.row = s.list_weight + kList;
+    s.spare = s.row + Dp;
+    s.queue = reinterpret_cast<uint32_t*>(s.spare + Dp);
+    s.changed = s.queue + 2 * kQueue;
+    s.list = reinterpret_cast<int32_t*>(s.changed + kQueue);
+    return s;
+  }
+};
+
+}  // namespace
+}  // namespace facenet_ext::cpu

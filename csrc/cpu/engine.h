@@ -1,0 +1,56 @@
+// The CPU backend for one instruction set.
+//
+//   labels ── classes ─┐
+//   rows ── scale, normalise ── sorted rows x, panels, norms                     prepare.h
+//                      │
+//        ┌─ for each pass: anchors whose positives fit the slots (nearly always all anchors at once)
+//        │    thresholds   block-diagonal distances, sorted                      mine.h       2 N K D FLOP
+//        │    sweep        tiles of distances -> filter -> buckets               buckets.h    N^2 D FLOP, half of the full product
+//        │    select       suffix minimum, direct distances, hinge, weights      finish.h     up to 6 N K D FLOP
+//        │    reverse      candidate -> anchors that took it                     gradient.h
+//        └─   gradient     one gather per row                                    gradient.h   up to 9 N K D FLOP
+//   loss, statistics: sums of per-anchor float64 values in anchor order          finish.h
+//
+// Memory: two copies of the rows, and per anchor its K thresholds and buckets: O(N D), never N x N. A class so large that its
+// anchors' slots exceed their bound (layout.h) is worked off in several passes.
+// Reproducible: buckets take minima of (distance, index), and minima do not depend on order; every floating-point sum is made by
+// one thread in an order that depends on the data alone. So any number of threads gives the same bits.
+// Interruptible: the calling thread polls between tiles.
+#pragma once
+
+#include "gradient.h"
+
+namespace facenet_ext::cpu {
+namespace {
+
+template <class S>
+Status run(const TripletArgs& args) {
+  Call<S> c(args);
+  inspect(c);
+  if (!c.finite && !c.mining) {
+    fill_nan(c);
+    return {};
+  }
+  const auto& w = c.w;
+  c.classes = sort_labels(args, w.table, w.hash_size, w.scratch_index, w.order, w.position, w.class_of, w.class_begin, w.arow,
+                          w.aclass, w.aself, w.row_of, w.class_row);
+  if (c.classes.live > 0) pack(c);
+  int64_t begin = 0;
+  do {
+    const int64_t end = plan_pass(c, begin);
+    thresholds(c, begin, end);
+    sweep(c, begin, end);
+    if (c.stopped) return {Code::interrupted, "triplet", "interrupted"};
+    select(c, begin, end);
+    if (!c.mining && end == c.classes.live) total(c);
+    if (c.wants_gradient()) {
+      reverse(c, begin, end);
+      gradient(c, begin, end);
+    }
+    begin = end;
+  } while (begin < c.classes.live);
+  return {};
+}
+
+}  // namespace
+}  // namespace facenet_ext::cpu

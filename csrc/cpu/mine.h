@@ -1,0 +1,191 @@
+// Thresholds and the sweep: what fills the buckets.
+//
+//             candidates J
+//           ┌────┬────┬────┬────┐   Symmetric case: tile (I, J) serves the anchors of I (its rows) and, transposed strip by
+//   anchors │ ◥  │ ██ │ ██ │    │   strip, the anchors of J (its columns), so every product is made once. The tiles of a pass
+//      I    ├────┼────┼────┼────┤   are dealt diagonal by diagonal, (i, i + s), so that neighbours in time share no anchors and
+//           │    │ ◥  │ ██ │ ██ │   rarely wait for each other's lock.
+//           ├────┼────┼────┼────┤   A tile: 192 x 192 float32 distances = 144 KiB, in L2. Bytes from L3 or memory per tile:
+//           │ ██ │    │ ◥  │ ██ │   2 * 192 * D * 4, against 192^2 * D products: below 1 byte a cycle.
+//           └────┴────┴────┴────┘
+#pragma once
+
+#include <sched.h>
+
+#include "prepare.h"
+
+namespace facenet_ext::cpu {
+namespace {
+
+// The longest run of live anchors from `begin` on whose slots fit; sets their places. At least one anchor always fits.
+template <class S>
+int64_t plan_pass(Call<S>& c, int64_t begin) {
+  const auto& w = c.w;
+  int64_t used = 0, row = begin;
+  for (; row < c.classes.live; ++row) {
+    const int32_t k = w.aclass[row];
+    const int64_t K = w.class_begin[k + 1] - w.class_begin[k] - (w.aself[row] >= 0);
+    const int64_t slots = round_up(K + 1, kSlotPad);
+    if (used + slots > w.slots) break;
+    w.rows[row].positives = static_cast<uint32_t>(K);
+    w.rows[row].slot = used;
+    used += slots;
+  }
+  return row;
+}
+
+// Sorted distances of every anchor's positives, by the block products of the sweep: a positive and a negative at the same true
+// distance differ by rounding of the same kind, and identical rows do not differ at all. 2 N K D FLOP and up to N NR D wasted.
+template <class S>
+void thresholds(Call<S>& c, int64_t begin, int64_t end) {
+  using T = typename S::T;
+  const auto& w = c.w;
+  constexpr T kMost = std::numeric_limits<T>::max();
+  const bool want_farthest = c.mining || c.args.fallback == Fallback::farthest;
+  const int64_t first = begin / S::MR * S::MR;
+#pragma omp parallel for num_threads(c.threads) schedule(dynamic, 4)
+  for (int64_t r0 = first; r0 < end; r0 += S::MR) {
+    const auto scratch = c.scratch(omp_get_thread_num());
+    const int64_t from = r0 < begin ? begin : r0, to = r0 + S::MR < end ? r0 + S::MR : end;
+    // Anchors are sorted by class, so their classes' candidates are one range.
+    const int64_t low = w.class_begin[w.aclass[from]] / S::NR * S::NR, high = w.class_begin[w.aclass[to - 1] + 1];
+    for (int64_t c0 = low; c0 < high; c0 += c.kT) {
+      const int cols = static_cast<int>(c0 + c.kT < high ? c.kT : round_up(high - c0, S::NR));
+      squared_distances<S>(w.ax + r0 * c.Dp, c.Dp, w.anorm + r0, w.panels + c0 / S::NR * c.panel_size, c.panel_size,
+                           w.norm + c0, c.D, S::MR, cols, false, scratch.tile, c.kT);
+      for (int64_t row = from; row < to; ++row) {
+        const int64_t class_begin = w.class_begin[w.aclass[row]], class_end = w.class_begin[w.aclass[row] + 1];
+        const int64_t a = class_begin > c0 ? class_begin : c0, b = class_end < c0 + cols ? class_end : c0 + cols;
+        T* t = w.t + w.rows[row].slot;
+        for (int64_t j = a; j < b; ++j) {
+          if (j == w.aself[row]) continue;
+          const T d = scratch.tile[(row - r0) * c.kT + (j - c0)];
+          // Nothing is farther than a positive at distance NaN.
+          t[j - class_begin - (w.aself[row] >= 0 && j > w.aself[row])] = d <= kMost ? d : kMost;
+        }
+      }
+    }
+    for (int64_t row = from; row < to; ++row) {
+      Buckets<S> buckets = c.buckets(row);
+      const int K = static_cast<int>(buckets.row.positives);
+      T* t = buckets.t;
+      uint32_t* rank = w.rank + buckets.row.slot;
+      for (int64_t i = K; i < round_up(K + 1, kSlotPad); ++i) t[i] = std::numeric_limits<T>::infinity();
+      if (K <= 64) {  // by counting: K^2 / W comparisons and no branch
+        T* sorted = scratch.strip;
+        uint64_t taken = 0;
+        for (int i = 0; i < K; ++i) {
+          int at = S::count_below(t, static_cast<int>(round_up(K, S::W)), t[i]);
+          while (taken >> at & 1) ++at;
+          taken |= uint64_t{1} << at;
+          sorted[at] = t[i];
+          rank[at] = static_cast<uint32_t>(i);
+        }
+        for (int i = 0; i < K; ++i) t[i] = sorted[i];
+      } else {
+        sort_thresholds(t, rank, K);
+      }
+      buckets.start(want_farthest);
+    }
+  }
+}
+
+struct Lock {
+  int32_t* word;
+  explicit Lock(int32_t* w) : word(w) {
+    while (__atomic_exchange_n(word, 1, __ATOMIC_ACQUIRE)) sched_yield();
+  }
+  ~Lock() { __atomic_store_n(word, 0, __ATOMIC_RELEASE); }
+  Lock(const Lock&) = delete;
+};
+
+// One tile: anchors' rows [r0, ..) of tile I against candidates [c0, ..) of tile J; anchors outside [begin, end) are not of this
+// pass. `both`: the candidates of J are anchors of this pass too.
+template <class S>
+void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int64_t end, int64_t first_tile) {
+  using T = typename S::T;
+  const auto& w = c.w;
+  constexpr int kT = Call<S>::kT;
+  const auto scratch = c.scratch(omp_get_thread_num());
+  const int64_t r0 = I * kT, c0 = J * kT;
+  const int64_t from = r0 > begin ? r0 : begin, to = r0 + kT < end ? r0 + kT : end;  // this pass's anchors among the rows
+  const int cols = static_cast<int>(c0 + kT < c.C ? kT : round_up(c.C - c0, S::NR));
+  int row0 = 0, rows;
+  if (both) {  // every row is a candidate to the columns' anchors; the padding's norm is NaN
+    rows = static_cast<int>(r0 + kT < c.A ? kT : round_up(c.A - r0, kColumnPad));
+  } else {
+    row0 = static_cast<int>((from - r0) / S::MR * S::MR);
+    rows = static_cast<int>(round_up(to - r0, S::MR));
+  }
+  T* tile = scratch.tile;
+  squared_distances<S>(w.ax + (r0 + row0) * c.Dp, c.Dp, w.anorm + r0 + row0, w.panels + c0 / S::NR * c.panel_size,
+                       c.panel_size, w.norm + c0, c.D, rows - row0, cols, I == J && both, tile + row0 * kT, kT);
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  const int real_rows = static_cast<int>(r0 + rows < c.A ? rows : c.A - r0);
+  for (int r = row0; r < real_rows; ++r) {  // candidates of the anchor's own class are no negatives
+    const int32_t k = w.aclass[r0 + r];
+    if (k < 0) continue;
+    const int64_t a = w.class_begin[k] > c0 ? w.class_begin[k] : c0;
+    const int64_t b = w.class_begin[k + 1] < c0 + cols ? w.class_begin[k + 1] : c0 + cols;
+    for (int64_t j = a; j < b; ++j) tile[r * kT + (j - c0)] = nan;
+    if (both && I == J) fill(tile + r * kT, r + 1 < cols ? r + 1 : cols, nan);
+  }
+  if (both && I == J)
+    for (int r = real_rows; r < rows; ++r) fill(tile + r * kT, cols, nan);
+
+  if (from < to) {
+    Lock lock(w.locks + I - first_tile);
+    for (int64_t row = from; row < to; ++row) {
+      const int skip = both && I == J ? static_cast<int>((row - r0) / S::W * S::W) : 0;
+      c.buckets(row).take(tile + (row - r0) * kT + skip, cols - skip, w.order + c0 + skip, c.limit, scratch.queue,
+                          scratch.changed);
+    }
+  }
+  if (both) {
+    Lock lock(w.locks + J - first_tile);
+    for (int col = 0; col < cols; col += S::W) {
+      const int64_t a = c0 + col > begin ? c0 + col : begin, b = c0 + col + S::W < end ? c0 + col + S::W : end;
+      if (a >= b) continue;
+      const int height = I == J ? static_cast<int>(round_up(col + S::W, kColumnPad) < rows ? round_up(col + S::W, kColumnPad) : rows) : rows;
+      S::transpose(tile + col, kT, height, scratch.strip);
+      for (int64_t row = a; row < b; ++row)
+        c.buckets(row).take(scratch.strip + (row - c0 - col) * height, height, w.order + r0, c.limit, scratch.queue,
+                            scratch.changed);
+    }
+  }
+}
+
+// All tiles of a pass. The calling thread asks after each whether to go on (the callback paces itself).
+template <class S>
+void sweep(Call<S>& c, int64_t begin, int64_t end) {
+  constexpr int kT = Call<S>::kT;
+  const int64_t first = begin / kT, own = (end + kT - 1) / kT - first, all = (c.C + kT - 1) / kT;
+  const int64_t shared = c.symmetric ? own * (own + 1) / 2 : 0;
+  const int64_t single = own * (c.symmetric ? all - own : all);
+  for (int64_t i = 0; i < own; ++i) c.w.locks[i] = 0;
+  int stop = 0;
+#pragma omp parallel for num_threads(c.threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < shared + single; ++i) {
+    int halted;
+#pragma omp atomic read
+    halted = stop;
+    if (halted) continue;
+    if (i < shared) {
+      const int64_t I = i % own, J = (I + i / own) % own;
+      sweep_tile(c, first + (I < J ? I : J), first + (I < J ? J : I), true, begin, end, first);
+    } else {
+      const int64_t n = i - shared, I = n % own;
+      int64_t J = c.symmetric ? n / own : (n / own + I) % all;
+      if (c.symmetric && J >= first) J += own;
+      sweep_tile(c, first + I, J, false, begin, end, first);
+    }
+    if (c.args.interrupted && omp_get_thread_num() == 0 && c.args.interrupted(c.args.interrupted_context)) {
+#pragma omp atomic write
+      stop = 1;
+    }
+  }
+  c.stopped = stop != 0;
+}
+
+}  // namespace
+}  // namespace facenet_ext::cpu

@@ -1,0 +1,117 @@
+// float32 in AVX-512. See simd_generic.h for what each name promises.
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd_generic.h"
+
+namespace facenet_ext::cpu {
+namespace {
+
+struct Avx512 {
+  using T = float;
+  using V = __m512;
+  static constexpr int W = 16, MR = 8, NR = 48;  // 24 accumulators + 3 columns + 1 broadcast of 32 registers
+  static constexpr uint32_t kMinWords = 16;      // one register of filter words
+
+  static V zero() { return _mm512_setzero_ps(); }
+  static V set1(T v) { return _mm512_set1_ps(v); }
+  static V load(const T* p) { return _mm512_loadu_ps(p); }
+  static void store(T* p, V v) { _mm512_storeu_ps(p, v); }
+  static T madd1(T a, T b, T c) { return __builtin_fmaf(a, b, c); }
+  static V madd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V max0(V v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }  // maxps returns its second operand on NaN
+  // In the order of Avx2::sum after the first fold; both are fixed, so either way is reproducible.
+  static T sum(V v) {
+    const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v),
+                                   _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
+
+  // NaN falls through both comparisons (second operand) and converts to INT_MIN, whose low bits are cell 0: never set.
+  static __m512i cells(V d, V scale, V bias, V last) {
+    return _mm512_cvttps_epi32(_mm512_min_ps(last, _mm512_max_ps(set1(1.0f), _mm512_fmadd_ps(d, scale, bias))));
+  }
+  static int cell(T d, T scale, T bias, int cell_count) {
+    return _mm_cvtsi128_si32(
+        _mm512_castsi512_si128(cells(set1(d), set1(scale), set1(bias), set1(static_cast<float>(cell_count - 1)))));
+  }
+  static void cells_of(const T* v, int n, T scale, T bias, int cell_count, int32_t* out) {
+    const V s = set1(scale), b = set1(bias), last = set1(static_cast<float>(cell_count - 1));
+    for (int i = 0; i < n; i += W) _mm512_storeu_si512(out + i, cells(load(v + i), s, b, last));
+  }
+
+  // As in Avx2::filter: 512 cells in one register, 1,024 in two, more are gathered.
+  static int filter(const uint32_t* words, uint32_t word_count, T scale, T bias, const T* d, int n, uint32_t* queue) {
+    const V s = set1(scale), b = set1(bias), last = set1(static_cast<float>(word_count * 32 - 1));
+    const __m512i low5 = _mm512_set1_epi32(31);
+    int count = 0;
+    __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const auto emit = [&](__m512i word, __m512i c) {
+      const __mmask16 mask = _mm512_movepi32_mask(_mm512_sllv_epi32(word, _mm512_andnot_si512(c, low5)));
+      // Compress in the register, then store: the compressing store is microcoded on Zen 4.
+      _mm512_storeu_si512(queue + count, _mm512_maskz_compress_epi32(mask, lanes));
+      count += __builtin_popcount(static_cast<unsigned>(mask));
+      lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(W));
+    };
+    if (word_count == 16) {
+      const __m512i w0 = _mm512_loadu_si512(words);
+      for (int j = 0; j < n; j += W) {
+        const __m512i c = cells(load(d + j), s, b, last);
+        emit(_mm512_permutexvar_epi32(_mm512_srli_epi32(c, 5), w0), c);
+      }
+    } else if (word_count == 32) {
+      const __m512i w0 = _mm512_loadu_si512(words), w1 = _mm512_loadu_si512(words + 16);
+      for (int j = 0; j < n; j += W) {
+        const __m512i c = cells(load(d + j), s, b, last);
+        emit(_mm512_permutex2var_epi32(w0, _mm512_srli_epi32(c, 5), w1), c);
+      }
+    } else {
+      const __m512i wrap = _mm512_set1_epi32(static_cast<int>(word_count - 1));
+      for (int j = 0; j < n; j += W) {
+        const __m512i c = cells(load(d + j), s, b, last);
+        emit(_mm512_i32gather_epi32(_mm512_and_si512(_mm512_srli_epi32(c, 5), wrap), words, 4), c);
+      }
+    }
+    return count;
+  }
+
+  static int count_below(const T* t, int n, T v) {
+    const V value = set1(v);
+    int below = 0;
+    for (int i = 0; i < n; i += W)
+      below += __builtin_popcount(static_cast<unsigned>(_mm512_cmp_ps_mask(load(t + i), value, _CMP_LT_OQ)));
+    return below;
+  }
+
+  static void transpose(const T* tile, int64_t stride, int rows, T* out) {
+    for (int r = 0; r < rows; r += 16) {
+      const T* in = tile + r * stride;
+      V v[16], u[16];
+      for (int i = 0; i < 16; ++i) v[i] = load(in + i * stride);
+      for (int i = 0; i < 16; i += 2) {
+        u[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        u[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+      }
+      for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; ++k) {
+          v[i + 2 * k] = _mm512_shuffle_ps(u[i + k], u[i + k + 2], 0x44);
+          v[i + 2 * k + 1] = _mm512_shuffle_ps(u[i + k], u[i + k + 2], 0xEE);
+        }
+      // v[4 g + c] holds column 4 q + c of rows 4 g .. 4 g + 4 in its 128-bit lane q: a 4 x 4 transpose of lanes is left.
+      for (int c = 0; c < 4; ++c) {
+        const V a = _mm512_shuffle_f32x4(v[c], v[4 + c], 0x88), b = _mm512_shuffle_f32x4(v[c], v[4 + c], 0xDD);
+        const V e = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0x88), f = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0xDD);
+        store(out + (0 + c) * rows + r, _mm512_shuffle_f32x4(a, e, 0x88));
+        store(out + (8 + c) * rows + r, _mm512_shuffle_f32x4(a, e, 0xDD));
+        store(out + (4 + c) * rows + r, _mm512_shuffle_f32x4(b, f, 0x88));
+        store(out + (12 + c) * rows + r, _mm512_shuffle_f32x4(b, f, 0xDD));
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace facenet_ext::cpu

@@ -1,0 +1,107 @@
+// Vectors by the compiler's own vector types: float on machines without AVX2, double everywhere. The same names as in
+// simd_avx2.h and simd_avx512.h; kernels.h is written against these names alone.
+#pragma once
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "layout.h"
+
+namespace facenet_ext::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kGenericBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kGenericBytes = 32;
+#else
+constexpr int kGenericBytes = 16;
+#endif
+
+template <class E>
+struct Generic {
+  using T = E;
+  static constexpr int W = kGenericBytes / sizeof(T);
+  typedef T V __attribute__((vector_size(kGenericBytes)));
+  // The register block: MR anchors by NR candidates, NR / W vectors wide. 4 x 2 vectors fit 16 registers, 8 x 3 fit 32.
+#if defined(__AVX512F__)
+  static constexpr int MR = 8, NR = 3 * W;
+#else
+  static constexpr int MR = 4, NR = 2 * W;
+#endif
+  static constexpr uint32_t kMinWords = 8;
+
+  static V zero() { return V{}; }
+  static V set1(T v) { return V{} + v; }
+  static V load(const T* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+  static void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
+  // Fused where the machine fuses. Every dot product and every norm goes through this one function, so that a row's product
+  // with itself and its norm agree to the bit and identical rows are at distance exactly 0.
+  static V madd(V a, V b, V c) {
+#if defined(__AVX512F__)
+    static_assert(sizeof(T) == 8, "float has its own file");
+    return reinterpret_cast<V>(_mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
+#elif defined(__AVX2__)
+    static_assert(sizeof(T) == 8, "float has its own file");
+    return reinterpret_cast<V>(_mm256_fmadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(c)));
+#else
+    return a * b + c;
+#endif
+  }
+  static T madd1(T a, T b, T c) {
+#if defined(__FMA__)
+    return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+  }
+  static V max0(V v) { return v < V{} ? V{} : v; }  // NaN stays
+  static T sum(V v) {
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) v[i] += v[i + half];
+    return v[0];
+  }
+
+  static int cell(T d, T scale, T bias, int cells) {
+    T c = madd1(d, scale, bias);
+    if (!(c > T(1))) c = T(1);
+    if (c > T(cells - 1)) c = T(cells - 1);
+    return static_cast<int>(c);
+  }
+  static void cells_of(const T* v, int n, T scale, T bias, int cells, int32_t* out) {
+    for (int i = 0; i < n; ++i) out[i] = cell(v[i], scale, bias, cells);
+  }
+
+  // Hands on the columns of d[0 .. n) whose cell's bit is set; NaN never passes. Returns how many.
+  static int filter(const uint32_t* words, uint32_t word_count, T scale, T bias, const T* d, int n, uint32_t* queue) {
+    const int cells = static_cast<int>(word_count) * 32;
+    int count = 0;
+    for (int j = 0; j < n; ++j) {
+      const T v = d[j];
+      const int c = cell(v, scale, bias, cells);
+      queue[count] = static_cast<uint32_t>(j);
+      count += static_cast<int>((words[c >> 5] >> (c & 31)) & 1u) & static_cast<int>(v == v);
+    }
+    return count;
+  }
+
+  // #{ i < n : t[i] < v }, t padded with +inf to a multiple of kSlotPad.
+  static int count_below(const T* t, int n, T v) {
+    int below = 0;
+    for (int i = 0; i < n; ++i) below += t[i] < v;
+    return below;
+  }
+
+  // out[c * rows + r] = tile[r * stride + c] for W columns; rows is a multiple of W.
+  static void transpose(const T* tile, int64_t stride, int rows, T* out) {
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < W; ++c) out[c * rows + r] = tile[r * stride + c];
+  }
+};
+
+}  // namespace
+}  // namespace facenet_ext::cpu
