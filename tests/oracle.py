@@ -108,6 +108,7 @@ class Exact:
     loss: Tensor
     grad: Tensor  # [N, D], without the uncertain pairs
     uncertain: list[Tensor]  # [N, D] each
+    likely: Tensor  # [uncertain] bool: active, going by the distances that the op reports
     loss_unit: float  # the size of what cancels inside the hinges: an error of eps times this is unavoidable
     grad_unit: float  # with normalize, the size of what cancels between unit rows; else 0, for differences of inputs are exact
     counts: tuple[int, int, int]  # pairs, surely active, fallbacks
@@ -130,10 +131,11 @@ def loss_and_gradient(
     "mean_active" divides by."""
     x = embeddings.detach().cpu().double().requires_grad_()
     rows = torch.nn.functional.normalize(x, dim=1, eps=1e-12) if normalize else x
-    anchor, positive, negative, _, _, is_fallback = (column.cpu() for column in triplets)
-    fallbacks = int(is_fallback.sum())
+    fallbacks = int(triplets.fallback.sum())
+    counted = [column.cpu() for column in triplets]
     if fallback == "skip":
-        anchor, positive, negative = (column[~is_fallback] for column in (anchor, positive, negative))
+        counted = [column[~counted[-1]] for column in counted]
+    anchor, positive, negative, own_ap, own_an, _ = counted
     d2_ap = (rows[anchor] - rows[positive]).square().sum(dim=1)
     d2_an = (rows[anchor] - rows[negative]).square().sum(dim=1)
     d_ap, d_an = (_sqrt(d2_ap), _sqrt(d2_an)) if distance == "euclidean" else (d2_ap, d2_an)
@@ -155,6 +157,8 @@ def loss_and_gradient(
     total = (hinge * sure_active).sum() * factor + (rows * 0).sum()
     (grad,) = torch.autograd.grad(total, x, retain_graph=True)
     contributions = [torch.autograd.grad(hinge[i] * factor, x, retain_graph=True)[0] for i in uncertain.nonzero().flatten()]
+    own_ap, own_an = (_sqrt(d2.double()) if distance == "euclidean" else d2.double() for d2 in (own_ap, own_an))
+    likely = (own_ap - own_an + margin > 0)[uncertain]
     summed = torch.relu(hinge.detach()).sum() * factor
     grad_unit = 0.0
     if normalize and pairs:
@@ -169,6 +173,7 @@ def loss_and_gradient(
         loss=summed,
         grad=grad,
         uncertain=contributions,
+        likely=likely,
         loss_unit=float(size.max()) * factor * max(active, 1) if pairs else 0.0,
         grad_unit=grad_unit,
         counts=(pairs, surely, fallbacks),
@@ -177,23 +182,28 @@ def loss_and_gradient(
 
 
 def gradient_error(grad: Tensor, exact: Exact) -> float:
-    """max |grad - exact| / max |exact|, with the uncertain pairs counted in where that fits better.
+    """max |grad - exact| / max |exact|; of the uncertain pairs those count in that fit best.
 
     A half-precision gradient is allowed, element by element, the one rounding to its dtype that it cannot avoid.
     """
-    truth = exact.grad
     got = grad.detach().cpu().double()
-    if exact.uncertain:
-        truth = truth + _closest_subset(torch.stack(exact.uncertain), got - truth)
+    if not exact.uncertain:
+        return _gradient_error(got, exact.grad, exact.grad_unit, grad.dtype)
+    parts = torch.stack(exact.uncertain)
+    choices = (torch.einsum("k,knd->nd", exact.likely.double(), parts), _closest_subset(parts, got - exact.grad))
+    return min(_gradient_error(got, exact.grad + choice, exact.grad_unit, grad.dtype) for choice in choices)
+
+
+def _gradient_error(got: Tensor, truth: Tensor, unit: float, dtype: torch.dtype) -> float:
     if truth.numel() == 0:
         return 0.0
     error = (got - truth).abs()
-    if grad.dtype in (torch.float16, torch.bfloat16):
-        info = torch.finfo(grad.dtype)
+    if dtype in (torch.float16, torch.bfloat16):
+        info = torch.finfo(dtype)
         half_ulp = (truth.abs() * info.eps / 2).clamp_min(info.smallest_normal * info.eps / 2)
         error = (error - half_ulp * (1 + 1e-6)).clamp_min(0)
         error[(truth.abs() >= info.max) & (got == truth.sign() * torch.inf)] = 0
-    worst, unit = float(error.max()), max(float(truth.abs().max()), exact.grad_unit)
+    worst, unit = float(error.max()), max(float(truth.abs().max()), unit)
     return worst / unit if unit > 0 else (0.0 if worst == 0 else float("inf"))
 
 
