@@ -1,10 +1,11 @@
-"""``python -m facenet_ext.train``: train an embedding with the semi-hard triplet loss and verify it on unseen people.
+"""``facenet-ext train``: train an embedding with the semi-hard triplet loss and verify it on people it never saw.
 
     sampler.batch(step) -> images.batch -> augment -> network -> criterion -> backward -> optimizer
-                           (read ahead in a thread)
+    (read ahead in a thread)
 
 Everything random is drawn from (seed, step), so model, optimizer and step number are the whole state of a run: resumed
-after ``kill -9`` it ends with the bits of the uninterrupted run (CPU, same number of threads, ``--steps``).
+after ``kill -9`` it ends with the bits of the uninterrupted run (CPU, same number of threads, length in --steps).
+Under torchrun every rank draws people of its own and mines among them; gradients are averaged.
 """
 
 import argparse
@@ -16,12 +17,16 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import SemiHardTripletLoss, data, evaluate, models
+from . import SemiHardTripletLoss, data, evaluate, mine_triplets, models
 
 PRESETS = {
     # AdaGrad 0.05, lowered at the end (paper section 3).
@@ -32,40 +37,57 @@ PRESETS = {
 }
 # What the sizes are where the command line does not say: digits (scans of 8 x 8), a CPU, a GPU (the paper's 45 x 40).
 SIZES = {
-    "digits": {"network": "mini", "size": 16, "people_per_batch": 7, "images_per_person": 16, "steps": 200},
+    "digits": {"network": "mini", "size": 16, "people_per_batch": 16, "images_per_person": 8, "steps": 60},
     "cpu": {"network": "mini", "size": 64, "people_per_batch": 45, "images_per_person": 4, "steps": 3000},
     "cuda": {"network": "nn4", "size": 96, "people_per_batch": 45, "images_per_person": 40, "steps": 20000},
 }
+SUBSET = 4096  # images that offline mining looks through
 
 
 def add_arguments(parser):
-    add = parser.add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--data", metavar="FOLDER", help="folder of NAME/image files; without it, scikit-learn's digits")
-    add("--people", metavar="FILE", help="LFW people list: train on these only (peopleDevTrain.txt)")
-    add("--pairs", metavar="FILE", help="LFW pair list to verify on (pairsDevTest.txt); without it, random pairs of "
-        "people held out")
-    add("--hold-out", type=float, default=0.1, metavar="SHARE", help="people held out where no --pairs are given")
-    add("--crop", type=float, default=1.0, metavar="SHARE", help="central share of each image to use")
-    add("--network", choices=sorted(models.NETWORKS), help="default: mini on a CPU, nn4 on a GPU")
+    add("--people", metavar="FILE", help="LFW people list: train on these only (peopleDevTrain.txt, people.txt)")
+    add("--without-set", type=int, metavar="K", help="leave out set K (1 to 10) of --people, the fold to test on")
+    add("--pairs", metavar="FILE", help="LFW pair list to verify on (pairsDevTest.txt, pairs.txt); without it, random "
+        "pairs of people held out")
+    add("--hold-out", type=float, default=0.1, metavar="SHARE", help="people held out where no --pairs are given (0.1)")
+    add("--crop", type=float, default=1.0, metavar="SHARE", help="central share of each image to use (1.0)")
+    group = parser.add_argument_group("network and batch (defaults: mini at 64 pixels, 45 x 4 on a CPU; nn4 at 96, the "
+                                      "paper's 45 x 40, on a GPU)")
+    add = group.add_argument
+    add("--network", choices=sorted(models.NETWORKS))
     add("--size", type=int, help="input pixels, square")
-    add("--dim", type=int, default=128, help="length of the embedding")
+    add("--dim", type=int, default=128, help="length of the embedding (128)")
     add("--no-batch-norm", action="store_true", help="the paper's parameter counts; slower to train")
     add("--people-per-batch", type=int, metavar="P")
     add("--images-per-person", type=int, metavar="K")
-    add("--singletons", type=int, default=0, metavar="S", help="people with one image in each batch, as negatives")
-    add("--margin", type=float, default=0.2, help="in squared distance, 0 to 4")
-    add("--fallback", choices=["farthest", "skip"], default="farthest", help="where no negative is semi-hard")
-    add("--preset", choices=sorted(PRESETS), default="modern", help="optimizer settings")
+    add("--singletons", type=int, default=0, metavar="S", help="people with one image in each batch, as negatives (0)")
+    add("--chunk", type=int, metavar="N", help="embed N images at a time and run each chunk again for its gradient: "
+        "the whole batch's loss in the memory of a chunk (with batch norm, statistics are the chunk's)")
+    group = parser.add_argument_group("loss and optimizer")
+    add = group.add_argument
+    add("--margin", type=float, default=0.2, help="in squared distance, 0 to 4 (0.2)")
+    add("--fallback", choices=["farthest", "skip"], default="farthest", help="what to take where no negative is "
+        "semi-hard (farthest)")
+    add("--offline", type=int, metavar="STEPS", help=f"the paper's offline way: every STEPS, mine triplets with the "
+        f"latest weights over {SUBSET} images, and train on those (default: mine online, within each batch)")
+    add("--preset", choices=sorted(PRESETS), default="modern", help="modern: AdamW 0.001, warm-up, cosine; paper: "
+        "AdaGrad 0.05, lowered at the end (modern)")
     add("--lr", type=float, help="learning rate; default: the preset's")
     add("--weight-decay", type=float)
+    group = parser.add_argument_group("run")
+    add = group.add_argument
     add("--steps", type=int, help="length of the run")
-    add("--minutes", type=float, help="length of the run on the clock, instead of --steps")
+    add("--minutes", type=float, help="length of the run on the clock, instead of --steps; not reproducible to the bit")
     add("--verify-every", type=int, metavar="STEPS", help="default: whole epochs, 200 steps or more")
     add("--save-every", type=int, default=100, metavar="STEPS")
     add("--flip", action="store_true", help="verify on image and mirror image together")
-    add("--out", metavar="DIR", help="checkpoints and metrics; default: a new folder under runs/")
+    add("--out", metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard; default: a new folder under runs/")
     add("--resume", metavar="DIR", help="go on with the run in DIR, with its options")
     add("--device", help="default: cuda where there is a GPU, else cpu")
+    add("--bf16", action="store_true", help="bfloat16 autocast")
     add("--threads", type=int, help="CPU threads")
     add("--seed", type=int, default=0)
 
@@ -91,24 +113,23 @@ def load_data(options):
         images, train, unseen = data.digits(size)
         return images, train, data.draw_pairs(images.labels, unseen, 2000, options.seed)
     images = data.Images(*data.scan(options.data), size, options.crop)
-    good = images.preload(lambda todo: tqdm(todo, "reading images", len(images), unit="img", disable=None))
-    if options.pairs:
-        pairs = data.read_pairs(options.pairs, images.paths)
+    train = images.preload(lambda todo: tqdm(todo, "reading images", len(images), unit="img", disable=None))
+    pairs = data.read_pairs(options.pairs, images.paths) if options.pairs else None
     if options.people:
-        wanted = set(sum(data.read_people(options.people), []))
-        good = good[[images.names[images.labels[i]] in wanted for i in good]]
-    if options.pairs:
-        return images, good, pairs
-    train, unseen = data.split_people(images.labels, good, options.hold_out, options.seed)
-    return images, train, data.draw_pairs(images.labels, unseen, 2000, options.seed) if len(unseen) else None
+        sets = data.read_people(options.people)
+        wanted = {name for k, names in enumerate(sets, 1) if k != options.without_set for name in names}
+        train = train[[images.names[images.labels[i]] in wanted for i in train]]
+    if pairs is None:
+        train, unseen = data.split_people(images.labels, train, options.hold_out, options.seed)
+        pairs = data.draw_pairs(images.labels, unseen, 2000, options.seed) if len(unseen) else None
+    return images, train, pairs
 
 
 def make_optimizer(model, options):
-    decay = [p for p in model.parameters() if p.ndim > 1]  # biases and batch norm are not decayed
-    groups = [{"params": decay, "weight_decay": options.weight_decay},
-              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
-    kind = {"adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}[options.optimizer]
-    return kind(groups, lr=options.lr)
+    parameters = [*model.parameters()]
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]  # biases and batch norm
+    return {"adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}[options.optimizer](groups, lr=options.lr)
 
 
 def rate(progress: float, preset: str) -> float:
@@ -118,15 +139,17 @@ def rate(progress: float, preset: str) -> float:
     return min(1.0, progress / 0.05 + 0.02) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def save(path, state):
-    """Whole or not at all: a kill at any moment leaves the old file or the new one."""
+def load_model(path, device="cpu"):
+    """The network of a checkpoint, or of the last one in a run's folder, in evaluation mode; and the run's options."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    path = path / "last.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise data.DataError(f"{path}: no checkpoint; expected a file or folder that facenet-ext train wrote")
+    saved = torch.load(path, map_location=device, weights_only=True)
+    options = argparse.Namespace(**saved["options"])
+    model = models.create(options.network, options.dim, not options.no_batch_norm, options.size)
+    model.load_state_dict(saved["model"])
+    return model.to(device, memory_format=torch.channels_last).eval(), options
 
 
 class CollapseWatch:
@@ -163,105 +186,11 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def train(options):
-    """Run the training that ``options`` describe; returns (verification before, after). Files go to ``options.out``."""
-    out, device = Path(options.out), torch.device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    images, indices, pairs = load_data(options)
-    sampler = data.IdentitySampler(images.labels, options.people_per_batch, options.images_per_person,
-                                   options.singletons, options.seed, indices)
-    model = models.create(options.network, options.dim, not options.no_batch_norm, options.size)
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, options)
-    criterion = SemiHardTripletLoss(margin=options.margin, fallback=options.fallback)
-    watch = CollapseWatch(options.margin)
-    every = options.verify_every or len(sampler) * -(-200 // len(sampler))
-    out.mkdir(parents=True, exist_ok=True)
-    state = {"step": 0, "seconds": 0.0, "before": None, "best": -1.0}
-    if (out / "last.pt").exists() and options.resume:
-        saved = torch.load(out / "last.pt", map_location=device, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state = {key: saved[key] for key in state}
-        print(f"resumed {out} at step {state['step']}")
-    log = Log(out / "metrics.jsonl", state["step"])
-
-    def check(name):
-        if pairs is None:
-            return None
-        found, _ = evaluate.verify(model, images, pairs, device, options.flip)
-        log(state["step"], kind="verification", **found._asdict())
-        tqdm.write(f"{name}: accuracy on pairs of unseen people {100 * found.accuracy:.2f} % "
-                   f"± {100 * found.accuracy_se:.2f}, AUC {found.auc:.4f}")
-        return found.accuracy
-
-    def checkpoint(name="last.pt"):
-        save(out / name, {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                          "options": vars(options)})
-
-    people = len(sampler.groups)
-    print(f"{len(indices)} images to train on: {people} people with two or more, {len(sampler.single)} with one; "
-          f"{options.network} at {options.size} x {options.size} on {device}; files in {out}")
-    if state["before"] is None:
-        state["before"] = check("before")
-        checkpoint()
-    limit = options.steps if options.minutes is None else sys.maxsize
-    began = time.monotonic() - state["seconds"]
-    bar = tqdm(total=None if options.minutes else limit, initial=state["step"], unit="step", disable=None)
-    with Interrupt() as interrupt, ThreadPoolExecutor(1) as ahead, bar:
-        def read(step):
-            return images.batch(sampler.batch(step))
-
-        model.train()
-        ready = ahead.submit(read, state["step"])
-        while state["step"] < limit and not interrupt.asked:
-            step, start = state["step"], time.monotonic()
-            progress = step / limit if options.minutes is None else (start - began) / (60 * options.minutes)
-            if progress >= 1:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * rate(progress, options.preset)
-            pixels, labels = ready.result()
-            ready = ahead.submit(read, step + 1)
-            x = data.augment(pixels, model.input_size, [options.seed, 4, step], device, mirror=options.data is not None)
-            optimizer.zero_grad(set_to_none=True)
-            loss, stats = criterion(model(x), labels.to(device), return_stats=True)
-            loss.backward()
-            optimizer.step()
-            if not math.isfinite(value := loss.item()):
-                raise FloatingPointError(f"step {step}: the loss is {value}; the last good state is {out / 'last.pt'}; "
-                                         "lower --lr")
-            count = max(1, int(stats.pairs))
-            shown = {"loss": value, "active": int(stats.active) / count, "fallback": int(stats.fallback) / count,
-                     "images/s": len(labels) / (time.monotonic() - start)}
-            watch(step, value, stats.max_d2_ap.item())
-            log(step, kind="step", **shown, d2_ap=stats.mean_d2_ap.item(), d2_an=stats.mean_d2_an.item(),
-                lr=group["lr"], images=len(labels))
-            bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
-            bar.update()
-            state["step"], state["seconds"] = step + 1, time.monotonic() - began
-            if state["step"] % every == 0 and state["step"] < limit:
-                accuracy = check(f"step {state['step']}")
-                if accuracy is not None and accuracy > state["best"]:
-                    state["best"] = accuracy
-                    checkpoint("best.pt")
-            if state["step"] % options.save_every == 0:
-                checkpoint()
-        ready.cancel()
-    checkpoint()
-    if interrupt.asked:
-        print(f"stopped after step {state['step']}; go on with --resume {out}")
-        raise SystemExit(130)
-    return state["before"], check("after")
-
-
 class Log:
-    """metrics.jsonl: one line per record; on resume those after the checkpoint are dropped, they will come again."""
+    """metrics.jsonl and TensorBoard; on resume the records after the checkpoint are dropped, they will come again."""
 
-    def __init__(self, path, step):
-        kept = []
+    def __init__(self, out, step):
+        path, kept = out / "metrics.jsonl", []
         if step and path.exists():
             for line in path.read_text().split("\n"):
                 try:
@@ -272,12 +201,217 @@ class Log:
                     continue
         self.file = open(path, "w", buffering=1)
         self.file.writelines(kept)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(out), purge_step=step or None)
+        except ImportError:
+            self.board = None
 
-    def __call__(self, step, **values):
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+    def __call__(self, step, kind, **values):
+        self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        for key, value in values.items():
+            if self.board and isinstance(value, float):
+                self.board.add_scalar(f"{kind}/{key}", value, step)
+
+    def close(self):
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+class Run:
+    """A training run: what it needs, in the order in which it needs it."""
+
+    def __init__(self, options):
+        self.options, self.out = options, Path(options.out)
+        self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() \
+            else (0, 1)
+        self.device = torch.device(options.device)
+        torch.manual_seed(options.seed)
+        self.images, indices, self.pairs = load_data(options)
+        self.sampler = data.IdentitySampler(self.images.labels, options.people_per_batch, options.images_per_person,
+                                            options.singletons, options.seed, indices, self.rank, self.world)
+        self.model = models.create(options.network, options.dim, not options.no_batch_norm, options.size)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(self.model, options)
+        self.criterion = SemiHardTripletLoss(margin=options.margin, fallback=options.fallback)
+        self.watch = CollapseWatch(options.margin)
+        self.state = {"step": 0, "seconds": 0.0, "before": None, "best": -1.0, "mined": None}
+        if options.resume:
+            saved = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.state = {key: saved[key] for key in self.state}
+            self.say(f"resumed {self.out} at step {self.state['step']}")
+        self.wrapped = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.log = Log(self.out, self.state["step"])
+        self.say(f"{len(indices)} images to train on: {len(self.sampler.groups)} people with two or more, "
+                 f"{len(self.sampler.single)} with one; {options.network} at {options.size} x {options.size} on "
+                 f"{self.device}" + f", {self.world} ranks" * (self.world > 1) + f"; files in {self.out}")
+
+    def say(self, text):
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def check(self, name):
+        """Verify on people never seen; keeps the best checkpoint."""
+        accuracy = None
+        if self.rank == 0 and self.pairs is not None:
+            found, _ = evaluate.verify(self.model, self.images, self.pairs, self.device, self.options.flip)
+            accuracy = found.accuracy
+            self.log(self.state["step"], "verification", **found._asdict())
+            self.say(f"{name}: accuracy on pairs of unseen people {100 * accuracy:.2f} % "
+                     f"± {100 * found.accuracy_se:.2f}, AUC {found.auc:.4f}")
+            if accuracy > self.state["best"]:
+                self.state["best"] = accuracy
+                self.save("best.pt")
+        if self.world > 1:
+            distributed.barrier()
+        return accuracy
+
+    def save(self, name="last.pt"):
+        if self.rank == 0:
+            with data.atomic(self.out / name) as file:
+                torch.save({**self.state, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                            "options": vars(self.options)}, file)
+
+    def read(self, step):
+        """uint8 images and labels of a step; for offline mining anchors, positives and negatives one after another."""
+        if not self.options.offline:
+            return self.images.batch(self.sampler.batch(step))
+        mined = self.state["mined"]
+        count = min(len(mined), self.options.people_per_batch * self.options.images_per_person // 3)
+        draw = np.random.default_rng([self.options.seed, 5, step, self.rank])
+        return self.images.batch(mined.numpy()[draw.choice(len(mined), count, replace=False)].T.reshape(-1))
+
+    def mine(self, step):
+        """Each anchor's hardest positive with its semi-hard negative, over a subset, with the weights as they are."""
+        draw = np.random.default_rng([self.options.seed, 6, step])
+        batches = -(-SUBSET // max(1, len(self.sampler.batch(0))))
+        pool = np.unique(np.concatenate([self.sampler.batch(int(s)) for s in draw.integers(0, 1 << 20, batches)]))
+        pool = pool[[self.images.get(int(i)) is not None for i in pool]]
+        vectors = torch.from_numpy(evaluate.embed(self.model, self.images, pool, self.device))
+        found = mine_triplets(vectors, torch.from_numpy(self.images.labels[pool]))
+        order = torch.argsort(found.d2_ap, descending=True, stable=True)
+        order = order[torch.argsort(found.anchor[order], stable=True)]  # by anchor, its farthest positive first
+        first = torch.ones(len(order), dtype=torch.bool)
+        first[1:] = found.anchor[order][1:] != found.anchor[order][:-1]
+        taken = order[first & (found.d2_ap - found.d2_an + self.options.margin > 0)[order]]
+        if not len(taken):
+            raise data.DataError(f"--offline: at step {step} no triplet of {len(pool)} images violates the margin")
+        columns = torch.stack([found.anchor[taken], found.positive[taken], found.negative[taken]], 1)
+        self.state["mined"] = torch.from_numpy(pool)[columns]
+
+    def loss(self, vectors, labels):
+        """Loss and what to show of it: the criterion's, or that of the triplets mined offline."""
+        if not self.options.offline:
+            loss, stats = self.criterion(vectors, labels, return_stats=True)
+            count = stats.pairs.clamp(min=1)
+            return loss, {"loss": loss, "active": stats.active / count, "fallback": stats.fallback / count,
+                          "d2_ap": stats.mean_d2_ap, "d2_an": stats.mean_d2_an, "max_d2_ap": stats.max_d2_ap}
+        anchor, positive, negative = vectors.view(3, -1, vectors.shape[1])
+        d2_ap, d2_an = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
+        hinge = (d2_ap - d2_an + self.options.margin).clamp(min=0)
+        return hinge.mean(), {"loss": hinge.mean(), "active": (hinge > 0).float().mean(),
+                              "fallback": (d2_an <= d2_ap).float().mean(), "d2_ap": d2_ap.mean(),
+                              "d2_an": d2_an.mean(), "max_d2_ap": d2_ap.max()}
+
+    def embed(self, x):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+            return self.wrapped(x)
+
+    def forward_backward(self, x, labels):
+        """Gradients of the batch's loss; by chunks, twice through the network and one chunk's activations at a time."""
+        if not self.options.chunk:
+            loss, shown = self.loss(self.embed(x), labels)
+            loss.backward()
+            return shown
+        chunks = x.split(self.options.chunk)
+        with torch.no_grad():
+            vectors = torch.cat([self.embed(chunk) for chunk in chunks])
+        loss, shown = self.loss(vectors.requires_grad_(), labels)
+        loss.backward()
+        for number, (chunk, gradient) in enumerate(zip(chunks, vectors.grad.split(self.options.chunk), strict=True), 1):
+            last = self.world == 1 or number == len(chunks)
+            with nullcontext() if last else self.wrapped.no_sync():  # one exchange of gradients per step
+                self.embed(chunk).backward(gradient)
+        return shown
+
+    def step(self, step, pixels, labels):
+        start = time.monotonic()
+        x = data.augment(pixels, self.model.input_size, [self.options.seed, 4, step, self.rank], self.device,
+                         mirror=self.options.data is not None)
+        self.optimizer.zero_grad(set_to_none=True)
+        shown = self.forward_backward(x, labels.to(self.device))
+        self.optimizer.step()
+        names, values = zip(*shown.items(), strict=True)
+        shown = dict(zip(names, torch.stack([v.detach().float() for v in values]).tolist(), strict=True))  # waits once
+        if not math.isfinite(shown["loss"]):
+            raise FloatingPointError(f"step {step}: the loss is {shown['loss']}; the last good state is "
+                                     f"{self.out / 'last.pt'}; lower --lr")
+        shown["images/s"] = self.world * len(labels) / (time.monotonic() - start)
+        self.watch(step, shown["loss"], shown["max_d2_ap"])
+        return shown
+
+    def agree(self, progress, asked):
+        """The same clock and the same interrupt on every rank, or some would wait for gradients that never come."""
+        if self.world == 1:
+            return progress, asked
+        both = torch.tensor([progress, float(asked)], dtype=torch.float64, device=self.device)
+        distributed.all_reduce(both, distributed.ReduceOp.MAX)
+        return both[0].item(), bool(both[1])
+
+    def train(self):
+        """Verification accuracy before and after (None where nobody was held out)."""
+        options, state = self.options, self.state
+        every = options.verify_every or len(self.sampler) * -(-200 // len(self.sampler))
+        limit = sys.maxsize if options.minutes else options.steps
+        if state["before"] is None:
+            state["before"] = self.check("before")
+            self.save()
+        began = time.monotonic() - state["seconds"]
+        bar = tqdm(total=None if options.minutes else limit, initial=state["step"], unit="step",
+                   disable=True if self.rank else None)
+        with Interrupt() as interrupt, ThreadPoolExecutor(1) as ahead, bar:
+            self.wrapped.train()
+            ready = None
+            while state["step"] < limit:
+                step = state["step"]
+                progress = (time.monotonic() - began) / (60 * options.minutes) if options.minutes else step / limit
+                progress, asked = self.agree(progress, interrupt.asked)
+                if progress >= 1 or asked:
+                    break
+                for group in self.optimizer.param_groups:
+                    group["lr"] = options.lr * rate(progress, options.preset)
+                if options.offline and (step % options.offline == 0 or state["mined"] is None):
+                    self.mine(step)
+                batch = ready.result() if ready else self.read(step)
+                ready = None if options.offline else ahead.submit(self.read, step + 1)
+                shown = self.step(step, *batch)
+                state["step"], state["seconds"] = step + 1, time.monotonic() - began
+                if self.rank == 0:
+                    self.log(step, "step", **shown, lr=group["lr"], images=len(batch[1]))
+                    bar.set_postfix({k: f"{shown[k]:.3g}" for k in ("loss", "active", "fallback", "images/s")},
+                                    refresh=False)
+                    bar.update()
+                if state["step"] % every == 0 and state["step"] < limit:
+                    self.check(f"step {state['step']}")
+                if state["step"] % options.save_every == 0:
+                    self.save()
+        self.save()
+        if interrupt.asked:
+            self.say(f"stopped after step {state['step']}; go on with --resume {self.out}")
+            raise SystemExit(130)
+        after = self.check("after")
+        if self.rank == 0:
+            self.log.close()
+        return state["before"], after
 
 
 def run(parser, argv=None):
+    """Parse, fill in, train; under torchrun one of several. Returns the accuracy before and after."""
     options = parser.parse_args(argv)
     if options.resume:
         path = Path(options.resume) / "last.pt"
@@ -286,11 +420,23 @@ def run(parser, argv=None):
         stored = torch.load(path, map_location="cpu", weights_only=True)["options"]
         parser.set_defaults(**{**stored, "out": options.resume})
         options = parser.parse_args(argv)
+    options = complete(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
-        before, after = train(complete(options))
+        if several:
+            cuda = options.device.startswith("cuda")
+            if cuda:
+                options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(options.device)
+            distributed.init_process_group("nccl" if cuda else "gloo")
+        return Run(options).train()
     except data.DataError as error:
         parser.error(str(error))
-    return before, after
+    finally:
+        if several:
+            distributed.destroy_process_group()
 
 
 def main(argv=None):

@@ -66,38 +66,27 @@ def test_training_separates_people_it_never_saw(tmp_path):
     assert np.mean([r["loss"] for r in steps[-10:]]) < 0.5 * np.mean([r["loss"] for r in steps[:10]])
     assert {"active", "fallback", "images/s", "d2_ap", "d2_an", "lr", "images"} <= set(steps[0])
     assert [r["step"] for r in log if r["kind"] == "verification"] == [0, 20, 40, 60]
+    assert list(out.glob("events.out.tfevents*"))
     assert (out / "best.pt").exists() and not list(out.glob("*.part"))
 
 
-@pytest.mark.parametrize("preset", ["modern", "paper"])
-def test_resume_after_kill_is_bit_identical(tmp_path, preset):
-    options = [*SMALL, "--steps", "24", "--save-every", "5", "--verify-every", "10", "--preset", preset]
+@pytest.mark.parametrize("extra", [[], ["--preset", "paper"], ["--offline", "4"]])
+def test_resume_after_kill_is_bit_identical(tmp_path, extra):
+    options = [*SMALL, "--steps", "14", "--save-every", "3", "--verify-every", "6", *extra]
     train.main(["--out", str(tmp_path / "whole"), *options])
     script = ("import os, signal, sys; from facenet_ext import train\n"
               "def die(self, step, *rest):\n"
-              "    step == 13 and os.kill(os.getpid(), signal.SIGKILL)\n"
+              "    step == 8 and os.kill(os.getpid(), signal.SIGKILL)\n"
               "train.CollapseWatch.__call__ = die; train.main(sys.argv[1:])")
     killed = subprocess.run([sys.executable, "-c", script, "--out", str(tmp_path / "cut"), *options])
     assert killed.returncode == -signal.SIGKILL
-    assert weights(tmp_path / "cut")["step"] == 10
+    assert weights(tmp_path / "cut")["step"] == 6
     train.main(["--resume", str(tmp_path / "cut")])
     assert_same_state(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
     def without_clock(out):
         return [{k: v for k, v in r.items() if k != "images/s"} for r in records(out)]
     assert str(without_clock(tmp_path / "cut")) == str(without_clock(tmp_path / "whole"))
-
-
-def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    train.save(tmp_path / "last.pt", {"step": 1})
-
-    def cut(state, file):
-        file.write(b"half of a checkpoint")
-        raise KeyboardInterrupt
-    monkeypatch.setattr(torch, "save", cut)
-    with pytest.raises(KeyboardInterrupt):
-        train.save(tmp_path / "last.pt", {"step": 2})
-    assert torch.load(tmp_path / "last.pt", weights_only=True) == {"step": 1}
 
 
 def test_interrupt_saves_and_leaves_cleanly(tmp_path, monkeypatch, capsys):
@@ -159,3 +148,57 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError, match="step 0.*last good state.*lower --lr"):
         train.main(["--out", str(tmp_path), "--steps", "3", *SMALL])
     assert weights(tmp_path)["step"] == 0
+
+
+def test_chunks_give_the_gradient_of_the_whole_batch(tmp_path):
+    def gradients(*extra):
+        parser = train.argparse.ArgumentParser()
+        train.add_arguments(parser)
+        run = train.Run(train.complete(parser.parse_args(["--out", str(tmp_path), "--no-batch-norm", *SMALL, *extra])))
+        pixels, labels = run.read(0)
+        run.model.double()
+        shown = run.forward_backward(train.data.augment(pixels, (8, 8)).double(), labels)
+        return shown, [p.grad for p in run.model.parameters()]
+
+    whole, chunked = gradients(), gradients("--chunk", "5")
+    assert torch.allclose(whole[0]["loss"], chunked[0]["loss"], rtol=1e-12)
+    for one, two in zip(whole[1], chunked[1], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+def test_offline_triplets_are_what_they_claim(tmp_path):
+    parser = train.argparse.ArgumentParser()
+    train.add_arguments(parser)
+    run = train.Run(train.complete(parser.parse_args(["--out", str(tmp_path), "--offline", "2", *SMALL])))
+    run.mine(0)
+    labels = torch.from_numpy(run.images.labels)
+    anchor, positive, negative = run.state["mined"].T
+    assert len(anchor.unique()) == len(anchor) > 100 and (anchor != positive).all()
+    assert (labels[anchor] == labels[positive]).all() and (labels[anchor] != labels[negative]).all()
+    vectors = torch.from_numpy(train.evaluate.embed(run.model, run.images, np.arange(len(labels))))
+    d2_ap, d2_an = ((vectors[anchor] - vectors[other]).square().sum(1) for other in (positive, negative))
+    assert (d2_ap - d2_an + 0.2 > -1e-5).all()
+    pixels, batch_labels = run.read(1)
+    third = len(batch_labels) // 3
+    assert torch.equal(batch_labels[:third], batch_labels[third:2 * third])
+    assert (batch_labels[:third] != batch_labels[2 * third:]).all()
+
+
+def test_two_ranks_train_one_model(tmp_path):
+    """torchrun with gloo: it ends, one rank writes, and gradients are exchanged (the ranks draw different people)."""
+    options = ["--out", str(tmp_path / "out"), "--steps", "4", "--chunk", "7", *SMALL]
+    script = ("import sys; from facenet_ext import train\n"
+              "end = train.Run.train\n"
+              "def report(self):\n"
+              "    end(self); print('SUM', self.rank, sum(p.double().sum().item() for p in self.model.parameters()))\n"
+              "train.Run.train = report; train.main(sys.argv[1:])")
+    (tmp_path / "ranks.py").write_text(script)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(tmp_path / "ranks.py"), *options], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    sums = dict(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("SUM"))
+    assert set(sums) == {"0", "1"} and sums["0"] == sums["1"]
+    assert weights(tmp_path / "out")["step"] == 4 and done.stdout.count("before: accuracy") == 1
+    train.main(["--out", str(tmp_path / "alone"), "--steps", "4", "--chunk", "7", *SMALL])
+    assert any(not torch.equal(v, weights(tmp_path / "alone")["model"][k])
+               for k, v in weights(tmp_path / "out")["model"].items())
