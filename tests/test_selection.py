@@ -43,6 +43,15 @@ def test_ties_go_to_the_lowest_index(device):
     assert mine_triplets(x * 0, y).fallback.all()
 
 
+def test_farthest_below_every_positive(device):
+    """All negatives are nearer than the only positive, and come nearest first: each is the farthest so far."""
+    y = torch.cat([torch.zeros(2, dtype=torch.int64), torch.arange(1, 71)]).to(device)
+    for farthest in torch.linspace(3.0, 4.9, 500).tolist():
+        x = torch.cat([torch.tensor([0.0, 10.0]), torch.linspace(0.01, farthest, 70)])[:, None].to(device)
+        t = mine_triplets(x, y)
+        assert t.fallback.all() and t.negative.tolist() == [71, 2], farthest
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_types_and_order(device, dtype):
     case = random_case(11, 40, 20, dtype)
