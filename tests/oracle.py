@@ -59,7 +59,7 @@ def expected_pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
     return anchor, positive
 
 
-def check_selection(x64: Tensor, labels: Tensor, triplets: Triplets, tolerance: float, chunk: int = 4096) -> SelectionReport:
+def check_selection(x64: Tensor, labels: Tensor, triplets: Triplets, tolerance: float, chunk: int = 256) -> SelectionReport:
     """Judges a selection by float64 distances. A negative at rounding distance of the border may fall on either side of it;
     `tolerance` times |a|² + |n|² is what rounding may move a distance by."""
     anchor, positive, negative, _, _, fallback = (column.cpu() for column in triplets)
