@@ -1,0 +1,144 @@
+"""Embeddings to figures: embed images, measure pairs, verify as the paper and LFW define it."""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.model_selection import StratifiedKFold
+
+from .data import augment
+
+
+class Verification(NamedTuple):
+    """What ``verification`` returns; fields also by name, ``result["accuracy"]``."""
+
+    accuracy: float  # mean over the folds
+    accuracy_se: float  # its standard error; nan with one fold
+    thresholds: list[float]  # per fold, squared distance: chosen on the other folds for the best accuracy
+    val: float  # share of the same pairs accepted at the target false accept rate, mean over the folds
+    val_se: float
+    far: float  # the false accept rate that those thresholds had on the folds they were not chosen on
+    auc: float  # area under the ROC of all pairs
+    eer: float  # equal error rate of all pairs
+
+    def __getitem__(self, key):
+        return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
+
+
+def verification(d2, same, folds=10, far_target: float = 1e-3) -> Verification:
+    """accuracy = mean over folds of |TA(t) + different pairs not in FA(t)| / P, t chosen on the other folds.
+
+    TA(t) = {same pairs with d2 <= t}, FA(t) = {different pairs with d2 <= t}, VAL = |TA| / |same| and
+    FAR = |FA| / |different|.
+
+    d2: squared distances [P], float, finite. same: truth [P], bool. folds: fold numbers [P], or a count (then each fold
+    gets its share of same and of different pairs in the order they come, which for LFW's ``pairs.txt`` are its ten
+    sets). far_target: the false accept rate for VAL.
+    A threshold is one of the observed distances: the lowest of those with the best accuracy, and for VAL the largest
+    with FAR <= far_target (none: nothing is accepted). Ties need no care: equal distances are accepted together.
+    ValueError: lengths that differ, a distance that is not finite, one kind of pair only, fewer than two folds.
+    Warns where the different pairs are too few for far_target. Source: paper section 4; Huang et al. 2007 (LFW).
+    """
+    d2, same = np.asarray(d2, np.float64), np.asarray(same)
+    if d2.ndim != 1 or d2.shape != same.shape:
+        raise ValueError(f"d2, same: shapes {d2.shape} and {same.shape}; accepted are two of the same length [P]")
+    same = same.astype(bool)
+    if not np.isfinite(d2).all():
+        raise ValueError(f"d2: {np.count_nonzero(~np.isfinite(d2))} distances are not finite")
+    if same.all() or not same.any():
+        raise ValueError(f"same: {same.sum()} same and {(~same).sum()} different pairs; both kinds are needed")
+    if np.ndim(folds) == 0:
+        count = min(int(folds), int(same.sum()), int((~same).sum()))
+        if count < 2:
+            raise ValueError(f"folds: got {folds} for {same.sum()} same and {(~same).sum()} different pairs; at least "
+                             "2 folds with one of each are needed")
+        folds = np.empty(len(d2), int)
+        for number, (_, test) in enumerate(StratifiedKFold(count).split(d2, same)):
+            folds[test] = number
+    folds = np.asarray(folds)
+    if folds.shape != d2.shape or len(np.unique(folds)) < 2:
+        raise ValueError(f"folds: got shape {folds.shape} with {len(np.unique(folds))} numbers; accepted are a count "
+                         f"or fold numbers [{len(d2)}], two different ones at least")
+    accuracies, thresholds, vals, fars = [], [], [], []
+    for fold in np.unique(folds):
+        test = folds == fold
+        candidates, accepted_same, accepted_different = _accepted(d2[~test], same[~test])
+        correct = accepted_same + (~same[~test]).sum() - accepted_different
+        threshold = candidates[np.argmax(correct)]
+        thresholds.append(float(threshold))
+        accuracies.append(np.mean((d2[test] <= threshold) == same[test]))
+        strict = candidates[accepted_different <= far_target * (~same[~test]).sum()]
+        accept = d2[test] <= (strict[-1] if len(strict) else -np.inf)
+        vals.append(accept[same[test]].mean() if same[test].any() else np.nan)
+        fars.append(accept[~same[test]].mean() if (~same[test]).any() else np.nan)
+    different = (~same).sum() * (len(accuracies) - 1) / len(accuracies)
+    if different * far_target < 1:
+        warnings.warn(f"VAL at FAR {far_target:g} needs {1 / far_target:.0f} different pairs to choose a threshold on; "
+                      f"about {different:.0f} are given, so it accepts no different pair at all", stacklevel=2)
+    wrong, right, _ = roc_curve(same, -d2, drop_intermediate=False)
+    return Verification(float(np.mean(accuracies)), _standard_error(accuracies), thresholds, float(np.nanmean(vals)),
+                        _standard_error(vals), float(np.nanmean(fars)), float(roc_auc_score(same, -d2)),
+                        equal_error_rate(wrong, right))
+
+
+def _accepted(d2, same):
+    """The distinct distances, ascending, and how many same and different pairs lie at or below each."""
+    order = np.argsort(d2, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(d2[order])), len(d2) - 1)
+    return d2[order][last], np.cumsum(same[order])[last], np.cumsum(~same[order])[last]
+
+
+def _standard_error(values):
+    values = np.asarray(values)[~np.isnan(values)]
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def equal_error_rate(false_accept, true_accept) -> float:
+    """The rate at which false accepts and false rejects are equal, by linear interpolation along the ROC."""
+    gap = np.asarray(false_accept) + np.asarray(true_accept) - 1  # rises along the curve from -1 to 1
+    at = int(np.argmax(gap >= 0))
+    if gap[at] == 0:
+        return float(false_accept[at])
+    part = -gap[at - 1] / (gap[at] - gap[at - 1])
+    return float(false_accept[at - 1] + part * (false_accept[at] - false_accept[at - 1]))
+
+
+@torch.inference_mode()
+def embed(model, images, indices, device="cpu", batch: int = 256, flip: bool = False, progress=iter) -> np.ndarray:
+    """float32 [N, dim] embeddings of ``images[indices]``; NaN where a file cannot be read.
+
+    flip: the direction of f(x) + f(mirrored x) instead of f(x), a little more accurate at twice the cost.
+    """
+    training = model.training
+    model.eval()
+    indices = np.asarray(indices)
+    out = np.full((len(indices), model.embedding_dim), np.nan, np.float32)
+    for start in progress(range(0, len(indices), batch)):
+        place = [k for k in range(start, min(start + batch, len(indices))) if images.get(int(indices[k])) is not None]
+        if place:
+            x = augment(images.batch(indices[place])[0], model.input_size, device=device)
+            x = x.contiguous(memory_format=torch.channels_last)
+            y = model(x)
+            if flip:
+                y = torch.nn.functional.normalize(y + model(x.flip(3)), dim=1)
+            out[place] = y.float().cpu().numpy()
+    model.train(training)
+    return out
+
+
+def verify(model, images, pairs, device="cpu", flip: bool = False, progress=iter):
+    """``verification`` of a model on pairs of images, and the squared distances [P].
+
+    The folds are those of the pair list, else ten. An unreadable image drops its pairs: d2 is NaN there.
+    """
+    used, place = np.unique(np.concatenate([pairs.a, pairs.b]), return_inverse=True)
+    vectors = embed(model, images, used, device, flip=flip, progress=progress)
+    a, b = vectors[place[:len(pairs.a)]], vectors[place[len(pairs.a):]]
+    d2 = np.square(a - b).sum(1)
+    kept = np.isfinite(d2)
+    if not kept.all():
+        warnings.warn(f"{np.count_nonzero(~kept)} of {len(kept)} pairs left out: an image cannot be read, or its "
+                      "embedding is not finite", stacklevel=2)
+    return verification(d2[kept], pairs.same[kept], 10 if pairs.folds is None else pairs.folds[kept]), d2

@@ -1,0 +1,204 @@
+"""The driver end to end, small: it learns, resumes bit for bit, says what is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from facenet_ext import train
+
+SMALL = ["--size", "8", "--people-per-batch", "4", "--images-per-person", "4", "--dim", "8", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "VAL at FAR")
+        yield
+    torch.set_num_threads(threads)
+
+
+def faces(root, people=8, images=5, singletons=4):
+    """People who differ by a pattern; every image of it has a tint of its own, which a random network falls for."""
+    rng = np.random.default_rng(0)
+    for person in range(people + singletons):
+        (root / f"p{person:02d}").mkdir(parents=True)
+        pattern = np.kron(rng.choice([-40, 40], (4, 4, 1)), np.ones((4, 4, 1)))
+        for i in range(images if person < people else 1):
+            pixels = np.clip(128 + pattern + rng.uniform(-80, 80, 3), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"p{person:02d}" / f"p{person:02d}_{i + 1:04d}.png")
+    return root
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def assert_same_state(one, two):
+    assert one["step"] == two["step"] and one["before"] == two["before"] and one["best"] == two["best"]
+    for name, value in one["model"].items():
+        assert torch.equal(value, two["model"][name]), name
+    for key, slot in one["optimizer"]["state"].items():
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(two["optimizer"]["state"][key][k]))
+                   for k, v in slot.items())
+
+
+def test_training_separates_people_it_never_saw(tmp_path):
+    root, out = faces(tmp_path / "faces", people=60), tmp_path / "out"
+    before, after = train.main(["--data", str(root), "--out", str(out), "--steps", "60", "--hold-out", "0.3",
+                                "--singletons", "2", "--verify-every", "20", *SMALL, "--size", "16"])
+    assert before < 0.7 and after > 0.85
+    log = records(out)
+    steps = [r for r in log if r["kind"] == "step"]
+    assert [r["step"] for r in steps] == list(range(60))
+    assert np.mean([r["loss"] for r in steps[-10:]]) < 0.5 * np.mean([r["loss"] for r in steps[:10]])
+    assert {"active", "fallback", "images/s", "d2_ap", "d2_an", "lr", "images"} <= set(steps[0])
+    assert [r["step"] for r in log if r["kind"] == "verification"] == [0, 20, 40, 60]
+    assert list(out.glob("events.out.tfevents*"))
+    assert (out / "best.pt").exists() and not list(out.glob("*.part"))
+
+
+@pytest.mark.parametrize("extra", [[], ["--preset", "paper"], ["--offline", "4"]])
+def test_resume_after_kill_is_bit_identical(tmp_path, extra):
+    options = [*SMALL, "--steps", "14", "--save-every", "3", "--verify-every", "6", *extra]
+    train.main(["--out", str(tmp_path / "whole"), *options])
+    script = ("import os, signal, sys; from facenet_ext import train\n"
+              "def die(self, step, *rest):\n"
+              "    step == 8 and os.kill(os.getpid(), signal.SIGKILL)\n"
+              "train.CollapseWatch.__call__ = die; train.main(sys.argv[1:])")
+    killed = subprocess.run([sys.executable, "-c", script, "--out", str(tmp_path / "cut"), *options])
+    assert killed.returncode == -signal.SIGKILL
+    assert weights(tmp_path / "cut")["step"] == 6
+    train.main(["--resume", str(tmp_path / "cut")])
+    assert_same_state(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+    def without_clock(out):
+        return [{k: v for k, v in r.items() if k != "images/s"} for r in records(out)]
+    assert str(without_clock(tmp_path / "cut")) == str(without_clock(tmp_path / "whole"))
+
+
+def test_interrupt_saves_and_leaves_cleanly(tmp_path, monkeypatch, capsys):
+    def interrupt(self, step, *_):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(train.CollapseWatch, "__call__", interrupt)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        train.main(["--out", str(tmp_path), "--steps", "20", *SMALL])
+    assert left.value.code == 130 and weights(tmp_path)["step"] == 8
+    assert f"--resume {tmp_path}" in capsys.readouterr().out
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_minutes_end_the_run(tmp_path):
+    train.main(["--out", str(tmp_path), "--minutes", "0.02", *SMALL])
+    assert 0 < weights(tmp_path)["step"] and weights(tmp_path)["seconds"] >= 1.2
+
+
+def test_collapse_is_said_once():
+    watch = train.CollapseWatch(0.2, patience=3)
+    with pytest.warns(UserWarning, match="collapsed to a point") as warned:
+        for step in range(9):
+            watch(step, 0.2001, 1e-7)
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(9):
+            watch(step, 0.2001, 0.5)  # at the margin, but spread out
+            watch(step, 0.01, 1e-7)
+
+
+def test_learning_rate_of_the_presets():
+    assert [train.rate(p, "paper") for p in (0, 0.5, 0.9)] == [1, 1, 0.1]
+    modern = [train.rate(p / 100, "modern") for p in range(101)]
+    assert 0 < modern[0] < 0.1 and 0.9 < max(modern) <= 1 and modern[100] == 0
+    assert modern[8:] == sorted(modern[8:], reverse=True)
+
+
+@pytest.mark.parametrize("make, options, said", [
+    (lambda root: None, [], "no such folder"),
+    (lambda root: root.mkdir(), [], "no images"),
+    (lambda root: faces(root, people=0), [], "0 with two or more"),
+    (lambda root: faces(root, people=4), ["--people-per-batch", "1"], "at least 2 x 2"),
+    (lambda root: faces(root, people=4), ["--resume", "nowhere"], "no last.pt"),
+])
+def test_data_that_cannot_serve_is_a_clear_error(tmp_path, capsys, make, options, said):
+    make(tmp_path / "faces")
+    with pytest.raises(SystemExit) as left:
+        train.main(["--data", str(tmp_path / "faces"), "--out", str(tmp_path / "out"), *SMALL, *options])
+    assert left.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.data, "augment", lambda pixels, *_, **__: torch.full((len(pixels), 3, 8, 8), torch.nan))
+    nothing = train.evaluate.Verification(0, 0, [], 0, 0, 0, 0, 0)
+    monkeypatch.setattr(train.evaluate, "verify", lambda *_: (nothing, None))
+    with pytest.raises(FloatingPointError, match="step 0.*last good state.*lower --lr"):
+        train.main(["--out", str(tmp_path), "--steps", "3", *SMALL])
+    assert weights(tmp_path)["step"] == 0
+
+
+def test_chunks_give_the_gradient_of_the_whole_batch(tmp_path):
+    def gradients(*extra):
+        parser = train.argparse.ArgumentParser()
+        train.add_arguments(parser)
+        run = train.Run(train.complete(parser.parse_args(["--out", str(tmp_path), "--no-batch-norm", *SMALL, *extra])))
+        pixels, labels = run.read(0)
+        run.model.double()
+        shown = run.forward_backward(train.data.augment(pixels, (8, 8)).double(), labels)
+        return shown, [p.grad for p in run.model.parameters()]
+
+    whole, chunked = gradients(), gradients("--chunk", "5")
+    assert torch.allclose(whole[0]["loss"], chunked[0]["loss"], rtol=1e-12)
+    for one, two in zip(whole[1], chunked[1], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+def test_offline_triplets_are_what_they_claim(tmp_path):
+    parser = train.argparse.ArgumentParser()
+    train.add_arguments(parser)
+    run = train.Run(train.complete(parser.parse_args(["--out", str(tmp_path), "--offline", "2", *SMALL])))
+    run.mine(0)
+    labels = torch.from_numpy(run.images.labels)
+    anchor, positive, negative = run.state["mined"].T
+    assert len(anchor.unique()) == len(anchor) > 100 and (anchor != positive).all()
+    assert (labels[anchor] == labels[positive]).all() and (labels[anchor] != labels[negative]).all()
+    vectors = torch.from_numpy(train.evaluate.embed(run.model, run.images, np.arange(len(labels))))
+    d2_ap, d2_an = ((vectors[anchor] - vectors[other]).square().sum(1) for other in (positive, negative))
+    assert (d2_ap - d2_an + 0.2 > -1e-5).all()
+    pixels, batch_labels = run.read(1)
+    third = len(batch_labels) // 3
+    assert torch.equal(batch_labels[:third], batch_labels[third:2 * third])
+    assert (batch_labels[:third] != batch_labels[2 * third:]).all()
+
+
+def test_two_ranks_train_one_model(tmp_path):
+    """torchrun with gloo: it ends, one rank writes, and gradients are exchanged (the ranks draw different people)."""
+    options = ["--out", str(tmp_path / "out"), "--steps", "4", "--chunk", "7", *SMALL]
+    script = ("import sys; from facenet_ext import train\n"
+              "end = train.Run.train\n"
+              "def report(self):\n"
+              "    end(self); print('SUM', self.rank, sum(p.double().sum().item() for p in self.model.parameters()))\n"
+              "train.Run.train = report; train.main(sys.argv[1:])")
+    (tmp_path / "ranks.py").write_text(script)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(tmp_path / "ranks.py"), *options], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    sums = dict(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("SUM"))
+    assert set(sums) == {"0", "1"} and sums["0"] == sums["1"]
+    assert weights(tmp_path / "out")["step"] == 4 and done.stdout.count("before: accuracy") == 1
+    train.main(["--out", str(tmp_path / "alone"), "--steps", "4", "--chunk", "7", *SMALL])
+    assert any(not torch.equal(v, weights(tmp_path / "alone")["model"][k])
+               for k, v in weights(tmp_path / "out")["model"].items())
