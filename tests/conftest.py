@@ -8,7 +8,8 @@ import facenet_ext
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request) -> torch.device:
-    """Every test of what the op computes runs on both backends; the CUDA one is skipped, with the reason, where it cannot."""
+    """Every test of what the op computes runs on both backends; the CUDA one is skipped, with the reason, where it
+    cannot."""
     if request.param == "cuda":
         if not facenet_ext.build_info()["cuda"]:
             pytest.skip(f"CUDA backend not compiled in: {facenet_ext.build_info()['cuda_reason']}")
