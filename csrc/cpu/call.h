@@ -53,13 +53,13 @@ struct Call {
   }
 
   struct Scratch {
-    T* tile;            // [kT, kT]
-    T* strip;           // [W, kT]
-    T* list_weight;     // [kList]
-    T* row;             // [Dp]
-    uint32_t* queue;    // [2 kQueue]
+    T* tile;  // [kT, kT]
+    T* strip;  // [W, kT]
+    T* list_weight;  // [kList]
+    T* row;  // [Dp]
+    uint32_t* queue;  // [2 kQueue]
     uint32_t* changed;  // [kQueue]
-    const T** list;     // [kList]
+    const T** list;  // [kList]
   };
   Scratch scratch(int thread) const {
     Scratch s;

@@ -14,9 +14,8 @@ struct Run {
 };
 static_assert(sizeof(Run<float>) <= sizeof(KeyOf<float>::Key) && sizeof(Run<double>) <= sizeof(KeyOf<double>::Key), "");
 
-
-// An anchor's own share of the gradient that selection has at hand: its negatives, whose rows are in the near caches just now,
-// and, where anchors are no candidates, its positives. Unscaled, into the output row (see gradient.h for the formula).
+// An anchor's own share of the gradient that selection has at hand: its negatives, whose rows are in the near caches just
+// now, and, where anchors are no candidates, its positives. Unscaled, into the output row (see gradient.h for the formula).
 template <class S>
 void own_gradient(const Call<S>& c, int64_t row, bool first) {
   using T = typename S::T;
