@@ -153,14 +153,6 @@ void set_bits(uint32_t* words, int from, int to) {
     words[word] |= bits;
   }
 }
-void clear_bits(uint32_t* words, int from, int to) {
-  for (int word = from >> 5; word <= to >> 5; ++word) {
-    uint32_t bits = ~0u;
-    if (word == from >> 5) bits &= ~0u << (from & 31);
-    if (word == to >> 5) bits &= ~0u >> (31 - (to & 31));
-    words[word] &= ~bits;
-  }
-}
 
 // An anchor's selection state and the three things that happen to it.
 template <class S>
@@ -264,15 +256,15 @@ struct Buckets {
   }
 
   // Takes in the distances d[0 .. n) to the candidates index[0 .. n); NaN marks those that are no negatives.
-  void take(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue, uint32_t* changed) {
+  void take(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue) {
     int done = 0;
     for (; row.fresh && done < n; done += kColumnPad)  // without a filter everything passes: draw it early
-      take_some(d + done, n - done < kColumnPad ? n - done : kColumnPad, index + done, limit, queue, changed);
-    if (done < n) take_some(d + done, n - done, index + done, limit, queue, changed);
+      take_some(d + done, n - done < kColumnPad ? n - done : kColumnPad, index + done, limit, queue);
+    if (done < n) take_some(d + done, n - done, index + done, limit, queue);
   }
 
  private:
-  void take_some(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue, uint32_t* changed) {
+  void take_some(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue) {
     const int passed = S::filter(words, row.words, row.scale, row.bias, d, n, queue);
     if (passed == 0) return;
     const int K = static_cast<int>(row.positives);
@@ -280,32 +272,32 @@ struct Buckets {
     if (K <= S::kMaxHeld * S::W) {
       switch ((K + S::W - 1) / S::W) {
         case 1:
-          changes = drain<1>(d, index, queue, passed, changed);
+          changes = drain<1>(d, index, queue, passed);
           break;
         case 2:
-          changes = drain<2>(d, index, queue, passed, changed);
+          changes = drain<2>(d, index, queue, passed);
           break;
         case 3:
-          changes = drain<3>(d, index, queue, passed, changed);
+          changes = drain<3>(d, index, queue, passed);
           break;
         case 4:
-          changes = drain<4>(d, index, queue, passed, changed);
+          changes = drain<4>(d, index, queue, passed);
           break;
         case 5:
-          changes = drain<5>(d, index, queue, passed, changed);
+          changes = drain<5>(d, index, queue, passed);
           break;
         case 6:
-          changes = drain<6>(d, index, queue, passed, changed);
+          changes = drain<6>(d, index, queue, passed);
           break;
         case 7:
-          changes = drain<7>(d, index, queue, passed, changed);
+          changes = drain<7>(d, index, queue, passed);
           break;
         default:
-          changes = drain<8>(d, index, queue, passed, changed);
+          changes = drain<8>(d, index, queue, passed);
           break;
       }
     } else {
-      changes = drain<0>(d, index, queue, passed, changed);
+      changes = drain<0>(d, index, queue, passed);
     }
     if (row.track_far) {
       const Key before = row.far;
@@ -318,23 +310,16 @@ struct Buckets {
       if (changes || far != before) rebuild(limit);
       return;
     }
-    if (4 * changes > K || (row.top_empty && key[K] != kNoKey<T>)) {
-      rebuild(limit);
-      return;
-    }
-    for (int i = 0; i < changes; ++i) {  // the band above the new best is closed
-      const int b = static_cast<int>(changed[i]);
-      const int from = S::cell(key_value<T>(key[b]), row.scale, row.bias, cells()) + 1;
-      const int to = (b < K ? S::cell(t[b], row.scale, row.bias, cells()) : cells()) - 1;
-      if (from <= to) clear_bits(words, from, to);
-    }
+    // A stale filter only lets more pass. Closing the bands one by one costs more than it saves (measured), so all are drawn
+    // anew once a quarter of them has moved in one go: early, and then hardly ever.
+    if (4 * changes > K || (row.top_empty && key[K] != kNoKey<T>)) rebuild(limit);
   }
 
-  // Every distance in the queue into its bucket; the numbers of the buckets that improved into `changed`. No branch on the
+  // Every distance in the queue into its bucket. Returns how often one improved. No branch on the
   // outcome: it is a coin toss early on, and a misprediction costs more than the work. The thresholds stay in NV registers
   // (0: in memory).
   template <int NV>
-  int drain(const T* d, const int32_t* index, const uint32_t* queue, int passed, uint32_t* changed) {
+  int drain(const T* d, const int32_t* index, const uint32_t* queue, int passed) {
     constexpr int kHeld = NV <= S::kMaxHeld ? NV : 0;  // larger NV are never called
     V held[kHeld > 0 ? kHeld : 1];
     for (int i = 0; i < kHeld; ++i) held[i] = S::load(t + i * S::W);
@@ -347,7 +332,6 @@ struct Buckets {
       const Key candidate = make_key(d[j], static_cast<uint32_t>(index[j])), old = key[b];
       const bool better = candidate < old;
       key[b] = better ? candidate : old;
-      changed[changes] = static_cast<uint32_t>(b);
       changes += better;
     }
     return changes;

@@ -172,7 +172,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.scratch_index, (A > C ? A : C) + 1);
   take(w.locks, (A + kTile<T> - 1) / kTile<T> + 1);
   // per thread: a tile of distances, a transposed strip, the queues, a gather list, one gradient row
-  w.scratch_bytes = round_up(static_cast<int64_t>(sizeof(T)) * (kTile<T> * kTile<T> + 16 * kTile<T>)+4 * 3 * kQueue +
+  w.scratch_bytes = round_up(static_cast<int64_t>(sizeof(T)) * (kTile<T> * kTile<T> + 16 * kTile<T>)+4 * 2 * kQueue +
                                  8 * kList + static_cast<int64_t>(sizeof(T)) * (kList + Dp) + 1024,
                              64);
   take(w.thread_scratch, w.scratch_bytes * args.num_threads);

@@ -139,8 +139,7 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
     Lock lock(w.locks + I - first_tile);
     for (int64_t row = from; row < to; ++row) {
       const int skip = both && I == J ? static_cast<int>((row - r0) / S::W * S::W) : 0;
-      c.buckets(row).take(tile + (row - r0) * kT + skip, cols - skip, w.order + c0 + skip, c.limit, scratch.queue,
-                          scratch.changed);
+      c.buckets(row).take(tile + (row - r0) * kT + skip, cols - skip, w.order + c0 + skip, c.limit, scratch.queue);
     }
   }
   if (both) {
@@ -152,8 +151,7 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
           I == J ? static_cast<int>(round_up(col + S::W, kColumnPad) < rows ? round_up(col + S::W, kColumnPad) : rows) : rows;
       S::transpose(tile + col, kT, height, scratch.strip);
       for (int64_t row = a; row < b; ++row)
-        c.buckets(row).take(scratch.strip + (row - c0 - col) * height, height, w.order + r0, c.limit, scratch.queue,
-                            scratch.changed);
+        c.buckets(row).take(scratch.strip + (row - c0 - col) * height, height, w.order + r0, c.limit, scratch.queue);
     }
   }
 }
