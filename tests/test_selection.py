@@ -43,6 +43,15 @@ def test_ties_go_to_the_lowest_index(device):
     assert mine_triplets(x * 0, y).fallback.all()
 
 
+def test_farthest_below_every_positive(device):
+    """All negatives are nearer than the only positive, and come nearest first: each is the farthest so far."""
+    y = torch.cat([torch.zeros(2, dtype=torch.int64), torch.arange(1, 71)]).to(device)
+    for farthest in torch.linspace(3.0, 4.9, 500).tolist():
+        x = torch.cat([torch.tensor([0.0, 10.0]), torch.linspace(0.01, farthest, 70)])[:, None].to(device)
+        t = mine_triplets(x, y)
+        assert t.fallback.all() and t.negative.tolist() == [71, 2], farthest
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_types_and_order(device, dtype):
     case = random_case(11, 40, 20, dtype)
@@ -80,6 +89,23 @@ def test_two_thousand_random_selections(device):
         assert report.ok, (case.name, report)
         pairs += report.pairs
     assert pairs > 100_000  # the cases are not empty ones
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-5, 1e-6])
+def test_farthest_of_near_duplicates(device, spread):
+    """A fallback whose farthest negative lies hardly below the positive: classes of two, few directions."""
+    fallbacks = 0
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.nn.functional.normalize(torch.randn(12, 3, generator=generator), dim=1)
+        noise = spread * torch.randn(38, 3, generator=generator)
+        x = directions[torch.randint(0, 12, (38,), generator=generator)] + noise
+        x, y = x.to(device), torch.arange(38, device=device) // 2
+        t = mine_triplets(x, y, normalize=True)
+        report = check_selection(rows64(x, True), y, t, SELECTION_TOLERANCE[x.dtype])
+        assert report.ok, (seed, report)
+        fallbacks += int(t.fallback.sum())
+    assert fallbacks > 50
 
 
 def test_exact_selection_on_integers(device):

@@ -197,7 +197,8 @@ struct Buckets {
     row.fresh = false;
     row.top_empty = !top;
     row.track_far &= row.top_empty;
-    const T low = t[0];
+    // Cells below the first that matters are not told apart: the farthest so far may lie below all thresholds.
+    const T low = row.track_far && row.far && key_value<T>(row.far) < t[0] ? key_value<T>(row.far) : t[0];
     // A negative beyond all positives exists: nobody needs the fallback, and the hinge closes every band at its limit.
     const bool prune = limit.on && top;
     T high = t[K - 1];
