@@ -91,6 +91,23 @@ def test_two_thousand_random_selections(device):
     assert pairs > 100_000  # the cases are not empty ones
 
 
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-5, 1e-6])
+def test_farthest_of_near_duplicates(device, spread):
+    """A fallback whose farthest negative lies hardly below the positive: classes of two, few directions."""
+    fallbacks = 0
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.nn.functional.normalize(torch.randn(12, 3, generator=generator), dim=1)
+        noise = spread * torch.randn(38, 3, generator=generator)
+        x = directions[torch.randint(0, 12, (38,), generator=generator)] + noise
+        x, y = x.to(device), torch.arange(38, device=device) // 2
+        t = mine_triplets(x, y, normalize=True)
+        report = check_selection(rows64(x, True), y, t, SELECTION_TOLERANCE[x.dtype])
+        assert report.ok, (seed, report)
+        fallbacks += int(t.fallback.sum())
+    assert fallbacks > 50
+
+
 def test_exact_selection_on_integers(device):
     """Small integers are exact in float32, ties and all: here the selection has to be the reference's, index by
     index."""
