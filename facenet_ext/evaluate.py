@@ -128,7 +128,7 @@ def embed(model, images, indices, device="cpu", batch: int = 256, flip: bool = F
     return out
 
 
-def verify(model, images, pairs, device="cpu", flip: bool = False, progress=iter):
+def verify(model, images, pairs, device="cpu", flip: bool = False, progress=iter, far_target: float = 1e-3):
     """``verification`` of a model on pairs of images, and the squared distances [P].
 
     The folds are those of the pair list, else ten. An unreadable image drops its pairs: d2 is NaN there.
@@ -141,4 +141,5 @@ def verify(model, images, pairs, device="cpu", flip: bool = False, progress=iter
     if not kept.all():
         warnings.warn(f"{np.count_nonzero(~kept)} of {len(kept)} pairs left out: an image cannot be read, or its "
                       "embedding is not finite", stacklevel=2)
-    return verification(d2[kept], pairs.same[kept], 10 if pairs.folds is None else pairs.folds[kept]), d2
+    folds = 10 if pairs.folds is None else pairs.folds[kept]
+    return verification(d2[kept], pairs.same[kept], folds, far_target), d2

@@ -224,6 +224,7 @@ class Run:
 
     def __init__(self, options):
         self.options, self.out = options, Path(options.out)
+        self.stored = {key: value for key, value in vars(options).items() if key != "function"}  # cli's, no option
         self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() \
             else (0, 1)
         self.device = torch.device(options.device)
@@ -275,7 +276,7 @@ class Run:
         if self.rank == 0:
             with data.atomic(self.out / name) as file:
                 torch.save({**self.state, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                            "options": vars(self.options)}, file)
+                            "options": self.stored}, file)
 
     def read(self, step):
         """uint8 images and labels of a step; for offline mining anchors, positives and negatives one after another."""
@@ -410,40 +411,38 @@ class Run:
         return state["before"], after
 
 
-def run(parser, argv=None):
-    """Parse, fill in, train; under torchrun one of several. Returns the accuracy before and after."""
-    options = parser.parse_args(argv)
+def start(options):
+    """Fill in the options, those of a run resumed first, and train; under torchrun as one of several ranks."""
     if options.resume:
         path = Path(options.resume) / "last.pt"
         if not path.exists():
-            parser.error(f"--resume {options.resume}: no last.pt in it, so there is nothing to go on with")
+            raise data.DataError(f"--resume {options.resume}: no last.pt in it, so there is nothing to go on with")
         stored = torch.load(path, map_location="cpu", weights_only=True)["options"]
-        parser.set_defaults(**{**stored, "out": options.resume})
-        options = parser.parse_args(argv)
+        given = {key: value for key, value in vars(options).items() if value != vars(parse([])).get(key)}
+        options = argparse.Namespace(**{**stored, **given, "out": options.resume})
     options = complete(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    try:
-        if several:
-            cuda = options.device.startswith("cuda")
-            if cuda:
-                options.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(options.device)
-            distributed.init_process_group("nccl" if cuda else "gloo")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Run(options).train()
-    except data.DataError as error:
-        parser.error(str(error))
+    cuda = options.device.startswith("cuda")
+    if cuda:
+        options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(options.device)
+    distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        return Run(options).train()
     finally:
-        if several:
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser("python -m facenet_ext.train", description=__doc__.split("\n")[0])
+def parse(argv):
+    parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return run(parser, argv)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    from .cli import main
+
+    main(["train", *sys.argv[1:]])
