@@ -58,11 +58,11 @@ def triplet_loss(
     All but the counts are in ``loss_dtype``. Without the counts the kernels may stop looking at the margin, which is faster.
     """
     x, y = _rows(embeddings), _labels(labels)
-    dtype = loss_dtype(x.dtype)
-    loss = x.new_empty((), dtype=dtype)
-    grad = x.new_empty(x.shape, dtype=dtype) if need_grad else None
-    counts = y.new_empty(3) if need_stats else None
-    d2 = x.new_empty(3, dtype=dtype) if need_stats else None
+    dtype, device = loss_dtype(x.dtype), x.device
+    loss = torch.empty((), dtype=dtype, device=device)
+    grad = torch.empty(x.shape, dtype=dtype, device=device) if need_grad else None
+    counts = torch.empty(3, dtype=torch.int64, device=device) if need_stats else None
+    d2 = torch.empty(3, dtype=dtype, device=device) if need_stats else None
     _launch(
         x,
         y,
@@ -97,9 +97,9 @@ def mine_triplets(embeddings: Tensor, labels: Tensor, normalize: bool) -> tuple[
 
     dtype = loss_dtype(x.dtype)
     anchor = torch.repeat_interleave(pairs, output_size=total)
-    positive, negative = y.new_empty(total), y.new_empty(total)
-    d2_ap, d2_an = x.new_empty(total, dtype=dtype), x.new_empty(total, dtype=dtype)
-    is_fallback = x.new_empty(total, dtype=torch.bool)  # one byte each, as the kernels write it
+    positive, negative = torch.empty_like(anchor), torch.empty_like(anchor)
+    d2_ap, d2_an = torch.empty_like(anchor, dtype=dtype), torch.empty_like(anchor, dtype=dtype)
+    is_fallback = torch.empty_like(anchor, dtype=torch.bool)  # one byte each, as the kernels write it
     if total:
         _launch(
             x,
@@ -114,10 +114,10 @@ def mine_triplets(embeddings: Tensor, labels: Tensor, normalize: bool) -> tuple[
 def _launch(x: Tensor, y: Tensor, options: tuple, loss_outputs: tuple, mining_outputs: tuple) -> None:
     """Runs the kernels of x's device on the batch as its own candidates; the groups are those of TripletArgs (csrc/triplet.h)."""
     rows, dim = x.shape
-    dtype = _DTYPE_CODES[x.dtype]
-    on_cuda = x.device.type == "cuda"
+    dtype, device = _DTYPE_CODES[x.dtype], x.device
+    on_cuda = device.type == "cuda"
     if on_cuda:
-        index = x.device.index
+        index = device.index
         multiprocessors, capability = _cuda_device(index)
         threads = 1
         guard = _NO_STREAM if torch.cuda.current_device() == index else torch.cuda.device(index)
@@ -129,7 +129,7 @@ def _launch(x: Tensor, y: Tensor, options: tuple, loss_outputs: tuple, mining_ou
         if on_cuda:
             stream = torch.cuda.current_stream().cuda_stream
         workspace_bytes = _workspace_bytes(on_cuda, rows, rows, dim, 0, dtype, threads, multiprocessors, capability)
-        workspace = x.new_empty(workspace_bytes, dtype=torch.uint8)
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
         stride = x.stride(0) if rows > 1 else dim
         x_address, y_address = x.data_ptr(), y.data_ptr()
         _C.launch_triplet(
@@ -162,7 +162,7 @@ def _cuda_device(index: int) -> tuple[int, int]:
 
 def _rows(embeddings: Tensor) -> Tensor:
     """The values as rows that are contiguous inside and do not overlap; a copy only where the strides ask for one."""
-    x = embeddings.detach()
+    x = embeddings
     if x.is_neg():  # a lazy negation (of a conjugate's imaginary part) that the memory does not show
         x = x.resolve_neg()
     rows, dim = x.shape
@@ -173,7 +173,7 @@ def _rows(embeddings: Tensor) -> Tensor:
 
 
 def _labels(labels: Tensor) -> Tensor:
-    return labels.to(torch.int64).contiguous()
+    return (labels if labels.dtype is torch.int64 else labels.to(torch.int64)).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -74,7 +74,7 @@ def check_options(margin: float, negatives: str, fallback: str, distance: str, r
 def check_margin(margin: float) -> None:
     if isinstance(margin, bool) or not isinstance(margin, (int, float, numbers.Real)):
         raise TypeError(f"margin is a {_kind(margin)}; accepted: a number >= 0, in the unit of distance")
-    if not (margin >= 0 and math.isfinite(margin)):
+    if not 0 <= margin < math.inf:
         raise ValueError(f"margin is {margin}; accepted: a finite number >= 0, in the unit of distance")
 
 

@@ -119,9 +119,10 @@ def _(embeddings, labels, margin, fallback, distance, reduction, normalize, need
 
 
 def _save_gradient(ctx, inputs, output):
-    _, grad, counts, d2 = output
+    loss, grad, counts, d2 = output
+    need_grad = inputs[-2]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(grad, counts, d2)
+    ctx.mark_non_differentiable(*(() if need_grad else (loss,)), grad, counts, d2)
     ctx.save_for_backward(grad, inputs[0])
 
 

@@ -126,9 +126,19 @@ template <class T>
 struct Limit {
   T margin, slack;   // in scaled units
   bool euclidean, on;
+  static constexpr T kUp = 1 + 8 * std::numeric_limits<T>::epsilon();
   T operator()(T t) const {
-    const T d = euclidean ? (std::sqrt(t) + margin) * (std::sqrt(t) + margin) : t + margin;
-    return d + d * (8 * std::numeric_limits<T>::epsilon()) + slack;
+    const T root = euclidean ? std::sqrt(t) + margin : 0;
+    return (euclidean ? root * root : t + margin) * kUp + slack;
+  }
+  template <class S>
+  typename S::V of(typename S::V t) const {
+    typename S::V d = t + S::set1(margin);
+    if (euclidean) {
+      const typename S::V root = S::sqrt(t) + S::set1(margin);
+      d = root * root;
+    }
+    return d * S::set1(kUp) + S::set1(slack);
   }
 };
 
@@ -153,6 +163,7 @@ void clear_bits(uint32_t* words, int from, int to) {
 template <class S>
 struct Buckets {
   using T = typename S::T;
+  using V = typename S::V;
   using Key = typename KeyOf<T>::Key;
   static constexpr T kMost = std::numeric_limits<T>::max();  // finite: 0 * kMost stays a number
   Row<T>& row;
@@ -174,6 +185,7 @@ struct Buckets {
     row.scale = 0;
     row.bias = 1;
     row.far = 0;
+    row.fresh = true;
     row.top_empty = true;
     row.track_far = want_farthest;
   }
@@ -182,6 +194,7 @@ struct Buckets {
   void rebuild(const Limit<T>& limit) {
     const int K = static_cast<int>(row.positives);
     const bool top = key[K] != kNoKey<T>;
+    row.fresh = false;
     row.top_empty = !top;
     row.track_far &= row.top_empty;
     const T low = t[0];
@@ -190,32 +203,41 @@ struct Buckets {
     T high = t[K - 1];
     if (top) high = key_value<T>(key[K]);
     if (prune && limit(t[K - 1]) < high) high = limit(t[K - 1]);
+    // The cap keeps bias within a fraction of a cell: the least threshold lands in cell 1 or 2 and no band below cell 1.
     T scale = static_cast<T>(cells() - 4) / (high - low);
+    const T cap = static_cast<T>(1 << 20) / low;
+    if (scale > cap) scale = cap;
     T bias = 2 - low * scale;
-    if (!(scale > 0 && scale < T(1e30) && bias > T(-1e30))) scale = 0, bias = 1;
+    if (!(scale > 0 && scale < T(1e30))) scale = 0, bias = 1;
     row.scale = scale;
     row.bias = bias;
     for (uint32_t i = 0; i < row.words; ++i) words[i] = 0;
-    constexpr int kChunk = 64;
-    T upper[kChunk];
-    int32_t from[kChunk], to[kChunk];
-    for (int b0 = 0; b0 < K; b0 += kChunk) {  // bands b0 + 1 .. : (t[b], best[b + 1]]
-      const int n = K - b0 < kChunk ? K - b0 : kChunk;
+    // Band b + 1 reaches from t[b] to its best, to the next threshold while it is empty, to the hinge's end at most. An empty
+    // bucket's key reads as NaN, and so does the padding's; smaller() then takes its second operand. Bands come in ascending
+    // order, so a word is complete when the next begins: it is stored over and over while it grows, and never loaded.
+    const V s = S::set1(scale), add = S::set1(bias), most = S::set1(kMost);
+    int32_t from[S::W], to[S::W];
+    uint32_t mask[S::W];
+    int current = 0;
+    uint32_t bits = 0;
+    for (int b = 0; b < K; b += S::W) {
+      const V lower = S::load(t + b);
+      V upper = S::smaller(S::key_values(key + b + 1), S::smaller(S::load(t + b + 1), most));
+      if (prune) upper = S::smaller(limit.template of<S>(lower), upper);
+      S::band_masks(lower, upper, s, add, cells(), from, to, mask);
+      const int n = K - b < S::W ? K - b : S::W;
       for (int i = 0; i < n; ++i) {
-        const int b = b0 + i + 1;
-        T u = key[b] != kNoKey<T> ? key_value<T>(key[b]) : b < K ? t[b] : kMost;
-        if (prune) {
-          const T end = limit(t[b - 1]);
-          u = end < u ? end : u;
+        const int first = from[i] >> 5, last = to[i] >> 5;
+        bits = first == current ? bits : 0;
+        current = first;
+        if (first == last) {
+          bits |= mask[i];
+        } else {
+          words[current] = bits | ~0u << (from[i] & 31);
+          while (++current < last) words[current] = ~0u;
+          bits = ~0u >> (31 - (to[i] & 31));
         }
-        upper[i] = u;
-      }
-      for (int i = n; i % S::W; ++i) upper[i] = kMost;
-      S::cells_of(t + b0, n, scale, bias, cells(), from);
-      S::cells_of(upper, n, scale, bias, cells(), to);
-      for (int i = 0; i < n; ++i) {
-        if ((from[i] ^ to[i]) >> 5 == 0) words[from[i] >> 5] |= (2u << (to[i] & 31)) - (1u << (from[i] & 31));
-        else set_bits(words, from[i], to[i]);
+        words[current] = bits;
       }
     }
     if (row.track_far) set_bits(words, row.far ? S::cell(key_value<T>(row.far), scale, bias, cells()) : 1, cells() - 1);
@@ -239,19 +261,31 @@ struct Buckets {
 
   // Takes in the distances d[0 .. n) to the candidates index[0 .. n); NaN marks those that are no negatives.
   void take(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue, uint32_t* changed) {
+    int done = 0;
+    for (; row.fresh && done < n; done += kColumnPad)  // without a filter everything passes: draw it early
+      take_some(d + done, n - done < kColumnPad ? n - done : kColumnPad, index + done, limit, queue, changed);
+    if (done < n) take_some(d + done, n - done, index + done, limit, queue, changed);
+  }
+
+ private:
+  void take_some(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue, uint32_t* changed) {
     const int passed = S::filter(words, row.words, row.scale, row.bias, d, n, queue);
     if (passed == 0) return;
+    const int K = static_cast<int>(row.positives);
     int changes = 0;
-    // No branch on the outcome: it is a coin toss early on, and a misprediction costs more than the work.
-    for (int i = 0; i < passed; ++i) {
-      const uint32_t j = queue[i];
-      const T v = d[j];
-      const int b = bucket(v);
-      const Key candidate = make_key(v, static_cast<uint32_t>(index[j])), old = key[b];
-      const bool better = candidate < old;
-      key[b] = better ? candidate : old;
-      changed[changes] = static_cast<uint32_t>(b);
-      changes += better & (b > 0);
+    if (K <= S::kMaxHeld * S::W) {
+      switch ((K + S::W - 1) / S::W) {
+        case 1: changes = drain<1>(d, index, queue, passed, changed); break;
+        case 2: changes = drain<2>(d, index, queue, passed, changed); break;
+        case 3: changes = drain<3>(d, index, queue, passed, changed); break;
+        case 4: changes = drain<4>(d, index, queue, passed, changed); break;
+        case 5: changes = drain<5>(d, index, queue, passed, changed); break;
+        case 6: changes = drain<6>(d, index, queue, passed, changed); break;
+        case 7: changes = drain<7>(d, index, queue, passed, changed); break;
+        default: changes = drain<8>(d, index, queue, passed, changed); break;
+      }
+    } else {
+      changes = drain<0>(d, index, queue, passed, changed);
     }
     if (row.track_far) {
       const Key before = row.far;
@@ -264,7 +298,6 @@ struct Buckets {
       if (changes || far != before) rebuild(limit);
       return;
     }
-    const int K = static_cast<int>(row.positives);
     if (4 * changes > K || (row.top_empty && key[K] != kNoKey<T>)) {
       rebuild(limit);
       return;
@@ -275,6 +308,29 @@ struct Buckets {
       const int to = (b < K ? S::cell(t[b], row.scale, row.bias, cells()) : cells()) - 1;
       if (from <= to) clear_bits(words, from, to);
     }
+  }
+
+  // Every distance in the queue into its bucket; the numbers of the buckets that improved into `changed`. No branch on the
+  // outcome: it is a coin toss early on, and a misprediction costs more than the work. The thresholds stay in NV registers
+  // (0: in memory).
+  template <int NV>
+  int drain(const T* d, const int32_t* index, const uint32_t* queue, int passed, uint32_t* changed) {
+    constexpr int kHeld = NV <= S::kMaxHeld ? NV : 0;  // larger NV are never called
+    V held[kHeld > 0 ? kHeld : 1];
+    for (int i = 0; i < kHeld; ++i) held[i] = S::load(t + i * S::W);
+    int changes = 0;
+    for (int i = 0; i < passed; ++i) {
+      const uint32_t j = queue[i];
+      int b;
+      if constexpr (kHeld > 0) b = S::template below<kHeld>(held, d[j]);
+      else b = bucket(d[j]);
+      const Key candidate = make_key(d[j], static_cast<uint32_t>(index[j])), old = key[b];
+      const bool better = candidate < old;
+      key[b] = better ? candidate : old;
+      changed[changes] = static_cast<uint32_t>(b);
+      changes += better;
+    }
+    return changes;
   }
 };
 

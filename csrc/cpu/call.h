@@ -57,10 +57,9 @@ struct Call {
     T* strip;           // [W, kT]
     T* list_weight;     // [kList]
     T* row;             // [Dp]
-    T* spare;           // [Dp]
     uint32_t* queue;    // [2 kQueue]
     uint32_t* changed;  // [kQueue]
-    int32_t* list;      // [kList]
+    const T** list;     // [kList]
   };
   Scratch scratch(int thread) const {
     Scratch s;
@@ -68,10 +67,9 @@ struct Call {
     s.strip = s.tile + kT * kT;
     s.list_weight = s.strip + 16 * kT;
     s.row = s.list_weight + kList;
-    s.spare = s.row + Dp;
-    s.queue = reinterpret_cast<uint32_t*>(s.spare + Dp);
+    s.queue = reinterpret_cast<uint32_t*>(s.row + Dp);
     s.changed = s.queue + 2 * kQueue;
-    s.list = reinterpret_cast<int32_t*>(s.changed + kQueue);
+    s.list = reinterpret_cast<const T**>(s.changed + kQueue);
     return s;
   }
 };

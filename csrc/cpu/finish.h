@@ -1,51 +1,10 @@
 // From filled buckets to chosen negatives, hinge, weights, sums — or, when mining, to the list of pairs.
 #pragma once
 
-#include <cmath>
-
-#include "mine.h"
+#include "gather.h"
 
 namespace facenet_ext::cpu {
 namespace {
-
-// sum_k (x_k - y_k)^2 for M rows y at once, dim a multiple of kSlotPad (zero padded).
-template <class S, int M>
-void direct_distances(const typename S::T* x, const typename S::T* const* y, int64_t dim, typename S::T* out) {
-  using V = typename S::V;
-  V sum[M], more[M];
-  for (int m = 0; m < M; ++m) sum[m] = more[m] = S::zero();
-  int64_t k = 0;
-  for (; k + 2 * S::W <= dim; k += 2 * S::W) {
-    const V x0 = S::load(x + k), x1 = S::load(x + k + S::W);
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const V d0 = x0 - S::load(y[m] + k), d1 = x1 - S::load(y[m] + k + S::W);
-      sum[m] = S::madd(d0, d0, sum[m]);
-      more[m] = S::madd(d1, d1, more[m]);
-    }
-  }
-  for (; k < dim; k += S::W)
-    for (int m = 0; m < M; ++m) {
-      const V d0 = S::load(x + k) - S::load(y[m] + k);
-      sum[m] = S::madd(d0, d0, sum[m]);
-    }
-  for (int m = 0; m < M; ++m) out[m] = S::sum(sum[m] + more[m]);
-}
-
-// The same for any number of rows of `base`; at(i) says which.
-template <class S, class At>
-void direct_distances(const typename S::T* x, const typename S::T* base, int64_t dim, int n, At at, typename S::T* out) {
-  const typename S::T* y[4];
-  int i = 0;
-  for (; i + 4 <= n; i += 4) {
-    for (int m = 0; m < 4; ++m) y[m] = base + at(i + m) * dim;
-    direct_distances<S, 4>(x, y, dim, out + i);
-  }
-  for (; i < n; ++i) {
-    y[0] = base + at(i) * dim;
-    direct_distances<S, 1>(x, y, dim, out + i);
-  }
-}
 
 // A run: one distinct negative of an anchor and the weight of all positives that took it. Lives where the buckets were.
 template <class T>
@@ -55,6 +14,33 @@ struct Run {
 };
 static_assert(sizeof(Run<float>) <= sizeof(KeyOf<float>::Key) && sizeof(Run<double>) <= sizeof(KeyOf<double>::Key), "");
 
+
+// An anchor's own share of the gradient that selection has at hand: its negatives, whose rows are in the near caches just now,
+// and, where anchors are no candidates, its positives. Unscaled, into the output row (see gradient.h for the formula).
+template <class S>
+void own_gradient(const Call<S>& c, int64_t row, bool first) {
+  using T = typename S::T;
+  const auto& w = c.w;
+  const bool inside = c.args.anchor_offset >= 0;
+  T* out = inside ? static_cast<T*>(c.args.grad_candidates) : static_cast<T*>(c.args.grad_anchors);
+  if (!out) return;
+  out += (inside ? w.order[w.aself[row]] : w.arow[row]) * c.D;
+  const auto scratch = c.scratch(omp_get_thread_num());
+  fill(scratch.row, c.Dp, T(0));
+  Gather<S> gather{w.ax + row * c.Dp, w.x, c.Dp, scratch.list, scratch.list_weight, scratch.row};
+  const int64_t slot = w.rows[row].slot;
+  if (!inside)
+    for (uint32_t place = 0; place < w.rows[row].positives; ++place)
+      if (w.weight[slot + place] != 0) gather.push(w.class_begin[w.aclass[row]] + place, w.weight[slot + place]);
+  const Run<T>* runs = reinterpret_cast<const Run<T>*>(w.key + slot);
+  for (uint32_t i = 0; i < w.rows[row].runs; ++i) gather.push(runs[i].candidate, -runs[i].weight);
+  gather.flush();
+  // A candidate's row may hold what earlier passes' anchors gave it.
+  if (!inside || first)
+    for (int64_t k = 0; k < c.D; ++k) out[k] = scratch.row[k];
+  else
+    for (int64_t k = 0; k < c.D; ++k) out[k] += scratch.row[k];
+}
 
 // Selection and loss of every anchor of the pass. The buckets only choose; distances that enter the loss are summed directly,
 // so near-duplicates keep full relative accuracy.
@@ -66,7 +52,7 @@ void select(Call<S>& c, int64_t begin, int64_t end) {
   const TripletArgs& args = c.args;
   const bool euclidean = args.distance == Distance::euclidean;
   const bool stats = args.stat_counts != nullptr;
-  constexpr int kBatch = 128;
+  constexpr int kBatch = 64;
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic, 16)
   for (int64_t row = begin; row < end; ++row) {
     Buckets<S> buckets = c.buckets(row);
@@ -105,83 +91,104 @@ void select(Call<S>& c, int64_t begin, int64_t end) {
     }
 
     RowSum sum{};
+    int64_t pairs = 0, active = 0, fallbacks = 0;
+    double loss = 0;
     Run<T>* runs = reinterpret_cast<Run<T>*>(key);
     uint32_t run_count = 0;
-    int64_t previous = -1;  // the negative of the run in hand, whose direct distance is `previous_d2`
-    double previous_d2 = 0;
-    int64_t negative[kBatch];
-    bool fallback[kBatch], needed[kBatch];
-    T d2_ap[kBatch], d2_an[kBatch];
-    int64_t wanted[kBatch];
-    int32_t slot_of[kBatch];
+    int32_t last = -1;  // the negative of the last pair, and its distance
+    T last_d2 = 0;
     for (int r0 = 0; r0 < K; r0 += kBatch) {
       const int n = K - r0 < kBatch ? K - r0 : kBatch;
-      // Which negative; and is the pair surely inactive? Then no distance is needed.
-      int distinct = 0;
-      int64_t last = previous;
+      // Which pairs need their distances: those with a negative that the hinge may not reach need none.
+      int32_t negative[kBatch];
+      uint32_t place[kBatch];    // of the needed pairs' positives, inside the class
+      uint8_t fallback[kBatch];
+      uint8_t fresh[kBatch];     // not the negative of the pair before
+      int32_t run_of[kBatch];    // the distinct negatives in order
+      T d2_ap[kBatch], d2_an[kBatch], distinct_d2[kBatch];
+      int needed = 0, distinct = 0;
       for (int i = 0; i < n; ++i) {
         const Key chosen = key[r0 + i + 1];
-        fallback[i] = chosen == kNoKey<T>;
-        negative[i] = fallback[i] ? farthest : w.position[key_index(chosen)];
-        needed[i] = negative[i] >= 0 && (fallback[i] || !c.limit.on || !(key_value<T>(chosen) > c.limit(t[r0 + i])));
-        if (!needed[i]) continue;
-        if (negative[i] != last) wanted[distinct++] = last = negative[i];
-        slot_of[i] = distinct - 1;  // -1: the run goes on from the last batch
-      }
-      T distinct_d2[kBatch];
-      direct_distances<S>(x, w.x, c.Dp, distinct, [&](int i) { return wanted[i]; }, distinct_d2);
-      // Distances to the needed positives, compacted.
-      int count = 0;
-      int32_t place[kBatch];
-      for (int i = 0; i < n; ++i)
-        if (needed[i]) place[count++] = i;
-      direct_distances<S>(x, w.x, c.Dp, count, [&](int i) { return candidate_of(rank[r0 + place[i]]); }, d2_ap);
-      for (int i = count - 1; i >= 0; --i) d2_ap[place[i]] = d2_ap[i];
-      for (int i = 0; i < n; ++i)
-        if (needed[i]) d2_an[i] = slot_of[i] < 0 ? static_cast<T>(previous_d2) : distinct_d2[slot_of[i]];
-
-      for (int i = 0; i < n; ++i) {
         const uint32_t at = rank[r0 + i];
-        if (c.mining) {
-          const int64_t pair = args.pair_begin[w.arow[row]] + at;
-          args.positive[pair] = w.order[candidate_of(at)];
+        const bool none = chosen == kNoKey<T>;
+        if (!c.mining) weight[at] = 0;
+        fallbacks += none;
+        if (none && farthest < 0) continue;  // fallback = skip
+        ++pairs;
+        if (!none && c.limit.on && key_value<T>(chosen) > c.limit(t[r0 + i])) continue;
+        const int32_t n_at = none ? static_cast<int32_t>(farthest) : w.position[key_index(chosen)];
+        fresh[needed] = n_at != last;
+        if (n_at != last) {
+          run_of[distinct++] = n_at;
+          prefetch_row(w.x + n_at * c.Dp, c.Dp);
+        }
+        last = n_at;
+        negative[needed] = n_at;
+        place[needed] = at;
+        fallback[needed] = none;
+        ++needed;
+      }
+      direct_distances<S>(x, w.x, c.Dp, needed, [&](int i) { return candidate_of(place[i]); }, d2_ap);
+      direct_distances<S>(x, w.x, c.Dp, distinct, [&](int i) { return run_of[i]; }, distinct_d2);
+      for (int i = 0, at = -1; i < needed; ++i) {
+        at += fresh[i];
+        d2_an[i] = at < 0 ? last_d2 : distinct_d2[at];
+      }
+      if (needed > 0) last_d2 = d2_an[needed - 1];
+
+      if (c.mining) {
+        for (int i = 0; i < needed; ++i) {
+          const int64_t pair = args.pair_begin[w.arow[row]] + place[i];
+          args.positive[pair] = w.order[candidate_of(place[i])];
           args.negative[pair] = w.order[negative[i]];
           static_cast<T*>(args.d2_ap)[pair] = static_cast<T>(d2_ap[i] * c.unscale);
           static_cast<T*>(args.d2_an)[pair] = static_cast<T>(d2_an[i] * c.unscale);
           args.is_fallback[pair] = fallback[i];
-          continue;
         }
-        weight[at] = 0;
-        if (negative[i] < 0) continue;  // fallback = skip
-        ++sum.pairs;
-        if (!needed[i]) continue;
-        const double ap = d2_ap[i] * c.unscale, an = d2_an[i] * c.unscale;
-        sum.fallback += fallback[i];
-        if (stats) {
-          sum.d2_ap += ap;
-          sum.d2_an += an;
-          sum.max_d2_ap = ap > sum.max_d2_ap ? ap : sum.max_d2_ap;
+        continue;
+      }
+      if (stats)
+        for (int i = 0; i < needed; ++i) {
+          sum.d2_ap += d2_ap[i] * c.unscale;
+          sum.d2_an += d2_an[i] * c.unscale;
+          sum.max_d2_ap = d2_ap[i] * c.unscale > sum.max_d2_ap ? d2_ap[i] * c.unscale : sum.max_d2_ap;
         }
-        // In scaled units first: two distances beyond the number range may still have a difference.
-        const double dap = euclidean ? std::sqrt(static_cast<double>(d2_ap[i])) : d2_ap[i];
-        const double dan = euclidean ? std::sqrt(static_cast<double>(d2_an[i])) : d2_an[i];
-        const double hinge = (dap - dan) * (euclidean ? 1 / c.scale : c.unscale) + args.margin;
-        if (!(hinge > 0)) continue;
-        sum.loss += hinge;
-        ++sum.active;
-        weight[at] = static_cast<T>(euclidean ? (dap > 0 ? 1 / dap : 0) : 1);
-        const T pull = static_cast<T>(euclidean ? (dan > 0 ? 1 / dan : 0) : 1);
+      // In scaled units first: two distances beyond the number range may still have a difference.
+      double hinge[kBatch];
+      T push[kBatch], pull[kBatch];
+      if (euclidean) {
+        for (int i = 0; i < needed; ++i) {
+          const double ap = std::sqrt(static_cast<double>(d2_ap[i])), an = std::sqrt(static_cast<double>(d2_an[i]));
+          hinge[i] = (ap - an) / c.scale + args.margin;
+          push[i] = static_cast<T>(ap > 0 ? 1 / ap : 0);
+          pull[i] = static_cast<T>(an > 0 ? 1 / an : 0);
+        }
+      } else {
+        for (int i = 0; i < needed; ++i) {
+          hinge[i] = (static_cast<double>(d2_ap[i]) - static_cast<double>(d2_an[i])) * c.unscale + args.margin;
+          push[i] = pull[i] = 1;
+        }
+      }
+      for (int i = 0; i < needed; ++i) {
+        if (!(hinge[i] > 0)) continue;
+        loss += hinge[i];
+        ++active;
+        weight[place[i]] = push[i];
         if (run_count > 0 && runs[run_count - 1].candidate == static_cast<uint32_t>(negative[i])) {
-          runs[run_count - 1].weight += pull;
+          runs[run_count - 1].weight += pull[i];
         } else {
-          runs[run_count].weight = pull;
+          runs[run_count].weight = pull[i];
           runs[run_count++].candidate = static_cast<uint32_t>(negative[i]);
         }
       }
-      if (distinct > 0) previous = wanted[distinct - 1], previous_d2 = static_cast<double>(distinct_d2[distinct - 1]);
     }
+    sum.loss = loss;
+    sum.pairs = pairs;
+    sum.active = active;
+    sum.fallback = fallbacks;
     buckets.row.runs = run_count;
     w.sums[row] = sum;
+    if (c.wants_gradient()) own_gradient(c, row, begin == 0);
   }
 }
 

@@ -3,8 +3,8 @@
 // Every active pair (a, p) puts weight w on (a, p) and -w' on (a, n): w = w' = 1 for the squared distance, 1 / d for the Euclidean
 // one. The gradient of any row i is then one sum over its neighbours j,
 //     grad_i = f * sum_j w_ij (x_i - x_j),    f = 2 / count or 1 / count,
-// over the positives both ways (i as anchor, i as positive), i's own negatives, and the anchors that took i as their negative,
-// which the reverse lists give. Differences, not x_i * sum w - sum w x_j: rows far from the origin lose nothing.
+// over i's own negatives (finish.h has summed those), the positives both ways (i as anchor, i as positive), and the anchors that
+// took i as their negative, which the reverse lists give. Differences, not x_i * sum w - sum w x_j: rows far from the origin lose nothing.
 // Up to 3 neighbours a pair, each D loads from L2 and 2 D FLOP more than the floor: N K D * 3 * 4 bytes in all.
 #pragma once
 
@@ -12,61 +12,6 @@
 
 namespace facenet_ext::cpu {
 namespace {
-
-// Neighbours of one row, gathered kList at a time; the order in which they are pushed is the order of the sum.
-template <class S>
-struct Gather {
-  using T = typename S::T;
-  using V = typename S::V;
-  const T* x;     // [dim] the row itself
-  const T* base;  // [*, dim]
-  int64_t dim;    // padded
-  int32_t* at;    // [kList]
-  T* weight;      // [kList]
-  T* out;         // [dim] the sum
-  int count = 0;
-
-  void push(int64_t neighbour, T w) {
-    at[count] = static_cast<int32_t>(neighbour);
-    weight[count] = w;
-    if (++count == kList) flush();
-  }
-  // Two neighbours and four vectors of the row at a time: eight independent chains hide the latency of the fused multiply-add.
-  void flush() {
-    int64_t k = 0;
-    for (; k + 4 * S::W <= dim; k += 4 * S::W) part<4>(k);
-    for (; k < dim; k += S::W) part<1>(k);
-    count = 0;
-  }
-  template <int N>
-  void part(int64_t k) {
-    V mine[N], even[N], odd[N];
-#pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) {
-      mine[v] = S::load(x + k + v * S::W);
-      even[v] = odd[v] = S::zero();
-    }
-    int i = 0;
-    for (; i + 2 <= count; i += 2) {
-      const T* p = base + at[i] * dim + k;
-      const T* q = base + at[i + 1] * dim + k;
-      const V wp = S::set1(weight[i]), wq = S::set1(weight[i + 1]);
-#pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) {
-        even[v] = S::madd(wp, mine[v] - S::load(p + v * S::W), even[v]);
-        odd[v] = S::madd(wq, mine[v] - S::load(q + v * S::W), odd[v]);
-      }
-    }
-    if (i < count) {
-      const T* p = base + at[i] * dim + k;
-      const V wp = S::set1(weight[i]);
-#pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) even[v] = S::madd(wp, mine[v] - S::load(p + v * S::W), even[v]);
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) S::store(out + k + v * S::W, S::load(out + k + v * S::W) + (even[v] + odd[v]));
-  }
-};
 
 // Candidate -> (anchor row, weight) of the anchors that took it, by ascending row: a stable counting sort whose parts, one a bin,
 // cover ascending ranges of anchors. The lists take the memory of the thresholds and ranks, which selection has used up.
@@ -112,28 +57,26 @@ void reverse(Call<S>& c, int64_t begin, int64_t end) {
   }
 }
 
-// Adds this pass's part to one output row; after the last pass, scales it and takes it back through the normalisation.
+// Adds `sum` to one output row; after the last pass, scales it and takes it back through the normalisation.
 template <class S>
-void put(const Call<S>& c, typename S::T* sum, typename S::T* spare, typename S::T* out, const typename S::T* x,
-         typename S::T inverse, bool first, bool last) {
+void put(const Call<S>& c, typename S::T* sum, typename S::T* out, const typename S::T* x, typename S::T inverse, bool add,
+         bool last) {
   using T = typename S::T;
-  if (!first)
+  if (add)
     for (int64_t k = 0; k < c.D; ++k) sum[k] = out[k] + sum[k];
   if (last) {
-    const bool euclidean = c.args.distance == Distance::euclidean;
-    const double f = c.factor * (euclidean ? 1 : 2 / c.scale);  // differences of scaled rows carry `scale`; over d they do not
-    if (static_cast<double>(static_cast<T>(f)) != 0 && std::isfinite(static_cast<T>(f))) {
-      const T factor = static_cast<T>(f);
+    // Differences of scaled rows carry `scale`; over a distance they do not.
+    const double f = c.factor * (c.args.distance == Distance::euclidean ? 1 : 2 / c.scale);
+    const T factor = static_cast<T>(f);
+    if (std::fabs(factor) >= std::numeric_limits<T>::min() && factor <= std::numeric_limits<T>::max())
       for (int64_t k = 0; k < c.D; ++k) sum[k] *= factor;
-    } else {
+    else
       for (int64_t k = 0; k < c.D; ++k) sum[k] = static_cast<T>(sum[k] * f);
-    }
-    if (c.args.normalize) {  // x = u |x|: grad = (g - (g.u) u) / |x|
+    if (c.args.normalize && c.classes.live > 0) {  // x = u |x|: grad = (g - (g.u) u) / |x|
       double along = 0;
       if (inverse > 0)
         for (int64_t k = 0; k < c.D; ++k) along += static_cast<double>(sum[k]) * static_cast<double>(x[k]);
-      for (int64_t k = 0; k < c.D; ++k) spare[k] = static_cast<T>((sum[k] - along * x[k]) * std::fabs(inverse));
-      for (int64_t k = 0; k < c.D; ++k) sum[k] = spare[k];
+      for (int64_t k = 0; k < c.D; ++k) sum[k] = static_cast<T>((sum[k] - along * x[k]) * std::fabs(inverse));
     }
   }
   for (int64_t k = 0; k < c.D; ++k) out[k] = sum[k];
@@ -158,68 +101,55 @@ void gradient(Call<S>& c, int64_t begin, int64_t end) {
       const auto scratch = c.scratch(omp_get_thread_num());
       fill(scratch.row, c.Dp, T(0));
       const T* x = w.x + j * c.Dp;
+      bool own_part = false;  // own_gradient has been here in this pass
       if (end > begin) {
         Gather<S> gather{x, inside ? w.x : w.ax, c.Dp, scratch.list, scratch.list_weight, scratch.row};
         const int64_t k = w.class_of[j], class_begin = w.class_begin[k], class_end = w.class_begin[k + 1];
         if (inside) {
-          const int64_t own = w.row_of[j];
-          const bool anchor = in_pass(own);
-          if (class_end - class_begin > 1)
-            for (int64_t p = class_begin; p < class_end; ++p) {
-              if (p == j) continue;
-              const T weight = (anchor ? weight_of(own, p, class_begin) : T(0)) +
-                               (in_pass(w.row_of[p]) ? weight_of(w.row_of[p], j, class_begin) : T(0));
-              if (weight != 0) gather.push(p, weight);
+          own_part = in_pass(w.row_of[j]);
+          const int64_t row0 = w.class_row[k], K = class_end - class_begin - 1;
+          if (K > 0 && w.class_row[k + 1] - row0 == K + 1 && in_pass(row0) && in_pass(row0 + K)) {
+            // The whole class is in hand: its anchors' weights are a K + 1 by K block, rows `pitch` apart.
+            const int64_t pitch = round_up(K + 1, kSlotPad), me = j - class_begin;
+            const T* block = w.weight + w.rows[row0].slot;
+            const T* own = block + me * pitch;
+            for (int64_t p = 0; p < me; ++p) {
+              const T weight = own[p] + block[p * pitch + me - 1];
+              if (weight != 0) gather.push(class_begin + p, weight);
             }
-          if (anchor) {
-            const Run<T>* runs = reinterpret_cast<const Run<T>*>(w.key + w.rows[own].slot);
-            for (uint32_t i = 0; i < w.rows[own].runs; ++i) gather.push(runs[i].candidate, -runs[i].weight);
+            for (int64_t p = me + 1; p <= K; ++p) {
+              const T weight = own[p - 1] + block[p * pitch + me];
+              if (weight != 0) gather.push(class_begin + p, weight);
+            }
+          } else
+          for (int64_t p = class_begin; p < class_end; ++p) {
+            if (p == j) continue;
+            const T weight = (own_part ? weight_of(w.row_of[j], p, class_begin) : T(0)) +
+                             (in_pass(w.row_of[p]) ? weight_of(w.row_of[p], j, class_begin) : T(0));
+            if (weight != 0) gather.push(p, weight);
           }
         } else {
-          for (int64_t row = w.class_row[k]; row < w.class_row[k + 1]; ++row)
-            if (in_pass(row)) {
-              const T weight = weight_of(row, j, class_begin);
-              if (weight != 0) gather.push(row, weight);
-            }
+          for (int64_t row = w.class_row[k]; row < w.class_row[k + 1]; ++row) {
+            const T weight = in_pass(row) ? weight_of(row, j, class_begin) : T(0);
+            if (weight != 0) gather.push(row, weight);
+          }
         }
         for (int64_t i = w.reverse_begin[j]; i < w.reverse_begin[j + 1]; ++i)
-          gather.push(inside ? w.aself[w.rank[i]] : w.rank[i], -w.t[i]);
+          gather.push_far(inside ? w.aself[w.rank[i]] : static_cast<int64_t>(w.rank[i]), -w.t[i]);
         gather.flush();
       }
-      put(c, scratch.row, scratch.spare, static_cast<T*>(args.grad_candidates) + w.order[j] * c.D, x,
-          args.normalize && end > begin ? w.inverse_length[j] : T(1), first, last);
+      put(c, scratch.row, static_cast<T*>(args.grad_candidates) + w.order[j] * c.D, x,
+          args.normalize && end > begin ? w.inverse_length[j] : T(1), own_part || !first, last);
     }
   }
-  if (args.grad_anchors) {  // anchors that are no candidates
-    const int64_t stop = last ? c.A : end;  // rows beyond the live ones have no pair: zeros
-#pragma omp parallel for num_threads(c.threads) schedule(dynamic, 16)
-    for (int64_t row = begin; row < stop; ++row) {
-      const auto scratch = c.scratch(omp_get_thread_num());
-      fill(scratch.row, c.Dp, T(0));
-      const T* x = w.ax + row * c.Dp;
-      if (row < end) {
-        Gather<S> gather{x, w.x, c.Dp, scratch.list, scratch.list_weight, scratch.row};
-        const int64_t k = w.aclass[row], class_begin = w.class_begin[k], class_end = w.class_begin[k + 1];
-        for (int64_t p = class_begin; p < class_end; ++p) {
-          const T weight = weight_of(row, p, class_begin);
-          if (weight != 0) gather.push(p, weight);
-        }
-        const Run<T>* runs = reinterpret_cast<const Run<T>*>(w.key + w.rows[row].slot);
-        for (uint32_t i = 0; i < w.rows[row].runs; ++i) gather.push(runs[i].candidate, -runs[i].weight);
-        gather.flush();
-      }
-      // The factor is known after the last pass only; earlier rows are scaled then.
-      for (int64_t i = 0; i < c.D; ++i) static_cast<T*>(args.grad_anchors)[w.arow[row] * c.D + i] = scratch.row[i];
-    }
-    if (last) {
+  if (args.grad_anchors && last) {  // own_gradient has filled the rows of anchors with a pair
 #pragma omp parallel for num_threads(c.threads) schedule(static)
-      for (int64_t row = 0; row < c.A; ++row) {
-        const auto scratch = c.scratch(omp_get_thread_num());
-        T* out = static_cast<T*>(args.grad_anchors) + w.arow[row] * c.D;
-        fill(scratch.row, c.Dp, T(0));
-        put(c, scratch.row, scratch.spare, out, w.ax + row * c.Dp,
-            args.normalize && row < c.classes.live ? w.ainverse_length[row] : T(1), false, true);
-      }
+    for (int64_t row = 0; row < c.A; ++row) {
+      const auto scratch = c.scratch(omp_get_thread_num());
+      const bool live = row < c.classes.live;
+      fill(scratch.row, c.Dp, T(0));
+      put(c, scratch.row, static_cast<T*>(args.grad_anchors) + w.arow[row] * c.D, w.ax + row * c.Dp,
+          args.normalize && live ? w.ainverse_length[row] : T(1), live, true);
     }
   }
 }

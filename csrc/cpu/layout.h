@@ -28,11 +28,12 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 // Everything about an anchor that the sweep touches in one cache line.
 template <class T>
 struct Row {
-  T scale, bias;         // cell(d) = clamp(d * scale + bias, 1, cells - 1)
+  T scale, bias;         // cell(d) = min(d * scale + bias, cells - 1), 2 at the least threshold
   uint32_t positives;    // K: how many
   uint32_t words;        // of the filter, a power of two
   int64_t slot;          // first of its slots in t, key, rank, weight, words
   typename KeyOf<T>::Key far;  // farthest negative so far: (bits << 32) | ~index, 0 = none; kept while no negative is beyond all positives
+  bool fresh;            // the filter was never drawn
   bool top_empty;        // no negative beyond the farthest positive seen yet
   bool track_far;        // top_empty and the fallback wants the farthest negative
   uint32_t runs;         // after selection: distinct (negative, weight) entries at its slots
@@ -148,8 +149,8 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   const int64_t one = round_up(C + 1, kSlotPad);                       // an anchor's slots at most
   const int64_t bound = (3072 * A + (int64_t{16} << 20)) / slot_bytes * static_cast<int64_t>(sizeof(T) / 4);
   w.slots = A * one < bound ? A * one : (one > bound ? one : bound);
-  take(w.t, w.slots);
-  take(w.key, w.slots);
+  take(w.t, w.slots + kSlotPad);  // whole vectors are read from one place further on
+  take(w.key, w.slots + kSlotPad);
   take(w.rank, w.slots);
   take(w.weight, w.slots);
   take(w.words, w.slots);
@@ -162,7 +163,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.locks, (A + kTile<T> - 1) / kTile<T> + 1);
   // per thread: a tile of distances, a transposed strip, the queues, a gather list, one gradient row
   w.scratch_bytes = round_up(static_cast<int64_t>(sizeof(T)) * (kTile<T> * kTile<T> + 16 * kTile<T>) +
-                                 4 * (3 * kQueue + kList) + static_cast<int64_t>(sizeof(T)) * (kList + 2 * Dp) + 1024,
+                                 4 * 3 * kQueue + 8 * kList + static_cast<int64_t>(sizeof(T)) * (kList + Dp) + 1024,
                              64);
   take(w.thread_scratch, w.scratch_bytes * args.num_threads);
   w.total = used;

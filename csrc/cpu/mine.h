@@ -163,15 +163,19 @@ void sweep(Call<S>& c, int64_t begin, int64_t end) {
   const int64_t shared = c.symmetric ? own * (own + 1) / 2 : 0;
   const int64_t single = own * (c.symmetric ? all - own : all);
   for (int64_t i = 0; i < own; ++i) c.w.locks[i] = 0;
+  const int64_t run = own >= 32 ? 4 : 1;
   int stop = 0;
-#pragma omp parallel for num_threads(c.threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(c.threads) schedule(dynamic, run)
   for (int64_t i = 0; i < shared + single; ++i) {
     int halted;
 #pragma omp atomic read
     halted = stop;
     if (halted) continue;
     if (i < shared) {
-      const int64_t I = i % own, J = (I + i / own) % own;
+      // Runs of `run` tiles share their anchors, whose rows then stay in L2.
+      const int64_t full = own / 2 / run * run * own, run_index = i / run;
+      const int64_t I = i < full ? run_index % own : i % own;
+      const int64_t J = (I + (i < full ? run_index / own * run + i % run : i / own)) % own;
       sweep_tile(c, first + (I < J ? I : J), first + (I < J ? J : I), true, begin, end, first);
     } else {
       const int64_t n = i - shared, I = n % own;

@@ -28,6 +28,7 @@ struct Avx2 {
   using V = __m256;
   static constexpr int W = 8, MR = 6, NR = 16;  // 12 accumulators + 2 columns + 1 broadcast of 16 registers
   static constexpr uint32_t kMinWords = 8;      // one register of filter words
+  static constexpr int kMaxHeld = 8;            // registers of thresholds that the drain keeps
 
   static V zero() { return _mm256_setzero_ps(); }
   static V set1(T v) { return _mm256_set1_ps(v); }
@@ -42,17 +43,30 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
 
-  // NaN falls through both comparisons (second operand) and converts to INT_MIN, whose low bits are cell 0: never set.
+  // NaN falls through the comparison (second operand) and converts to INT_MIN, whose low bits are cell 0: never set. Distances
+  // below all thresholds may get any cell, since no band is there: the drain sorts out what passes for nothing.
   static __m256i cells(V d, V scale, V bias, V last) {
-    return _mm256_cvttps_epi32(_mm256_min_ps(last, _mm256_max_ps(set1(1.0f), _mm256_fmadd_ps(d, scale, bias))));
+    return _mm256_cvttps_epi32(_mm256_min_ps(last, _mm256_fmadd_ps(d, scale, bias)));
   }
   static int cell(T d, T scale, T bias, int cell_count) {
-    return _mm256_cvtsi256_si32(cells(set1(d), set1(scale), set1(bias), set1(static_cast<float>(cell_count - 1))));
+    const int c = _mm256_cvtsi256_si32(cells(set1(d), set1(scale), set1(bias), set1(static_cast<float>(cell_count - 1))));
+    return c < 1 ? 1 : c;
   }
-  static void cells_of(const T* v, int n, T scale, T bias, int cell_count, int32_t* out) {
-    const V s = set1(scale), b = set1(bias), last = set1(static_cast<float>(cell_count - 1));
-    for (int i = 0; i < n; i += W)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), cells(load(v + i), s, b, last));
+  static V sqrt(V v) { return _mm256_sqrt_ps(v); }
+  static V smaller(V a, V b) { return _mm256_min_ps(a, b); }
+  static V key_values(const uint64_t* key) {
+    const V low = load(reinterpret_cast<const float*>(key)), high = load(reinterpret_cast<const float*>(key + 4));
+    const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xDD));  // keys 0 1 4 5 | 2 3 6 7
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xD8));
+  }
+  static void band_masks(V lower, V upper, V scale, V bias, int cell_count, int32_t* from, int32_t* to, uint32_t* mask) {
+    const V last = set1(static_cast<float>(cell_count - 1));
+    const __m256i a = cells(lower, scale, bias, last), b = cells(upper, scale, bias, last), low5 = _mm256_set1_epi32(31);
+    const __m256i bits = _mm256_sub_epi32(_mm256_sllv_epi32(_mm256_set1_epi32(2), _mm256_and_si256(b, low5)),
+                                          _mm256_sllv_epi32(_mm256_set1_epi32(1), _mm256_and_si256(a, low5)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(from), a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), b);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(mask), bits);
   }
 
   // The cell's bit moves to the sign by a variable shift; the sign bits are the mask. Up to 256 cells live in one register,
@@ -100,13 +114,38 @@ struct Avx2 {
     return count;
   }
 
+  // #{ held < v }. Four comparisons become 32 mask bytes, so one movemask and one popcount serve them.
+  template <int N>
+  static int below(const V* held, T v) {
+    const V value = set1(v);
+    const auto less = [&](int i) { return _mm256_castps_si256(_mm256_cmp_ps(held[i], value, _CMP_LT_OQ)); };
+    int count = 0;
+    constexpr int kFours = N / 4 * 4;
+#pragma GCC unroll 2
+    for (int i = 0; i < kFours; i += 4) {
+      const __m256i a = _mm256_packs_epi32(less(i), less(i + 1)), b = _mm256_packs_epi32(less(i + 2), less(i + 3));
+      count += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_epi8(_mm256_packs_epi16(a, b))));
+    }
+    if constexpr (N % 4 == 3) {
+      const __m256i a = _mm256_packs_epi32(less(kFours), less(kFours + 1));
+      const __m256i b = _mm256_packs_epi32(less(kFours + 2), _mm256_setzero_si256());
+      count += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_epi8(_mm256_packs_epi16(a, b))));
+    } else if constexpr (N % 4 == 2) {
+      const __m256i a = _mm256_packs_epi32(less(kFours), less(kFours + 1));
+      count += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_epi8(a))) >> 1;
+    } else if constexpr (N % 4 == 1) {
+      count += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(less(kFours)))));
+    }
+    return count;
+  }
+  // #{ i < n : t[i] < v }, n a multiple of W.
   static int count_below(const T* t, int n, T v) {
     const V value = set1(v);
-    int below = 0;
+    int count = 0;
     for (int i = 0; i < n; i += W)
-      below += __builtin_popcount(
+      count += __builtin_popcount(
           static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(load(t + i), value, _CMP_LT_OQ))));
-    return below;
+    return count;
   }
 
   static void transpose(const T* tile, int64_t stride, int rows, T* out) {

@@ -13,6 +13,7 @@ struct Avx512 {
   using V = __m512;
   static constexpr int W = 16, MR = 8, NR = 48;  // 24 accumulators + 3 columns + 1 broadcast of 32 registers
   static constexpr uint32_t kMinWords = 16;      // one register of filter words
+  static constexpr int kMaxHeld = 4;             // registers of thresholds that the drain keeps
 
   static V zero() { return _mm512_setzero_ps(); }
   static V set1(T v) { return _mm512_set1_ps(v); }
@@ -30,17 +31,28 @@ struct Avx512 {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
 
-  // NaN falls through both comparisons (second operand) and converts to INT_MIN, whose low bits are cell 0: never set.
+  // As in Avx2::cells.
   static __m512i cells(V d, V scale, V bias, V last) {
-    return _mm512_cvttps_epi32(_mm512_min_ps(last, _mm512_max_ps(set1(1.0f), _mm512_fmadd_ps(d, scale, bias))));
+    return _mm512_cvttps_epi32(_mm512_min_ps(last, _mm512_fmadd_ps(d, scale, bias)));
   }
   static int cell(T d, T scale, T bias, int cell_count) {
-    return _mm_cvtsi128_si32(
+    const int c = _mm_cvtsi128_si32(
         _mm512_castsi512_si128(cells(set1(d), set1(scale), set1(bias), set1(static_cast<float>(cell_count - 1)))));
+    return c < 1 ? 1 : c;
   }
-  static void cells_of(const T* v, int n, T scale, T bias, int cell_count, int32_t* out) {
-    const V s = set1(scale), b = set1(bias), last = set1(static_cast<float>(cell_count - 1));
-    for (int i = 0; i < n; i += W) _mm512_storeu_si512(out + i, cells(load(v + i), s, b, last));
+  static V sqrt(V v) { return _mm512_sqrt_ps(v); }
+  static V smaller(V a, V b) { return _mm512_min_ps(a, b); }
+  static V key_values(const uint64_t* key) {
+    const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_castsi512_ps(_mm512_permutex2var_epi32(_mm512_loadu_si512(key), odd, _mm512_loadu_si512(key + 8)));
+  }
+  static void band_masks(V lower, V upper, V scale, V bias, int cell_count, int32_t* from, int32_t* to, uint32_t* mask) {
+    const V last = set1(static_cast<float>(cell_count - 1));
+    const __m512i a = cells(lower, scale, bias, last), b = cells(upper, scale, bias, last), low5 = _mm512_set1_epi32(31);
+    _mm512_storeu_si512(from, a);
+    _mm512_storeu_si512(to, b);
+    _mm512_storeu_si512(mask, _mm512_sub_epi32(_mm512_sllv_epi32(_mm512_set1_epi32(2), _mm512_and_si512(b, low5)),
+                                               _mm512_sllv_epi32(_mm512_set1_epi32(1), _mm512_and_si512(a, low5))));
   }
 
   // As in Avx2::filter: 512 cells in one register, 1,024 in two, more are gathered.
@@ -78,6 +90,15 @@ struct Avx512 {
     return count;
   }
 
+  template <int N>
+  static int below(const V* held, T v) {
+    const V value = set1(v);
+    int count = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i)
+      count += __builtin_popcount(static_cast<unsigned>(_mm512_cmp_ps_mask(held[i], value, _CMP_LT_OQ)));
+    return count;
+  }
   static int count_below(const T* t, int n, T v) {
     const V value = set1(v);
     int below = 0;

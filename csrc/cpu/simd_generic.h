@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #endif
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -34,6 +35,7 @@ struct Generic {
   static constexpr int MR = 4, NR = 2 * W;
 #endif
   static constexpr uint32_t kMinWords = 8;
+  static constexpr int kMaxHeld = 0;  // thresholds stay in memory
 
   static V zero() { return V{}; }
   static V set1(T v) { return V{} + v; }
@@ -66,14 +68,36 @@ struct Generic {
     return v[0];
   }
 
+  static V sqrt(V v) {
+    for (int i = 0; i < W; ++i) v[i] = std::sqrt(v[i]);
+    return v;
+  }
+  static V smaller(V a, V b) { return a < b ? a : b; }  // b where a is NaN
+  // The distances of W keys; NaN for the key of an empty bucket.
+  static V key_values(const typename KeyOf<T>::Key* key) {
+    V v;
+    for (int i = 0; i < W; ++i) {
+      const auto bits = static_cast<typename KeyOf<T>::Bits>(key[i] >> 32);
+      T d;
+      std::memcpy(&d, &bits, sizeof d);
+      v[i] = d;
+    }
+    return v;
+  }
+  // First and last cell of W bands; and, where both are in one word, the band's bits in it.
+  static void band_masks(V lower, V upper, V scale, V bias, int cells, int32_t* from, int32_t* to, uint32_t* mask) {
+    for (int i = 0; i < W; ++i) {
+      from[i] = cell(lower[i], scale[0], bias[0], cells);
+      to[i] = cell(upper[i], scale[0], bias[0], cells);
+      mask[i] = (2u << (to[i] & 31)) - (1u << (from[i] & 31));
+    }
+  }
+
   static int cell(T d, T scale, T bias, int cells) {
     T c = madd1(d, scale, bias);
     if (!(c > T(1))) c = T(1);
     if (c > T(cells - 1)) c = T(cells - 1);
     return static_cast<int>(c);
-  }
-  static void cells_of(const T* v, int n, T scale, T bias, int cells, int32_t* out) {
-    for (int i = 0; i < n; ++i) out[i] = cell(v[i], scale, bias, cells);
   }
 
   // Hands on the columns of d[0 .. n) whose cell's bit is set; NaN never passes. Returns how many.

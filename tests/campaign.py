@@ -1,0 +1,100 @@
+"""The correctness campaign: many random batches, larger than the test suite's, and the figures that come out.
+
+    python tests/campaign.py                          2,000 cases, seed 0: N up to 600, D up to 600, classes up to a few hundred
+    python tests/campaign.py --cases 20000 --seed 7
+    python tests/campaign.py --device cuda
+
+Both parts of tests/oracle.py: the selection by float64 distances, and loss and gradient in float64 with the op's own selection.
+Ends with status 1 if any case is beyond the bounds of the tests, and names it; its seed repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import sys
+import time
+
+import torch
+from cases import DTYPES, random_case
+from oracle import DIRECT_TOLERANCE, GRADIENT_TOLERANCE, LOSS_TOLERANCE, run_case
+
+import facenet_ext
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-rows", type=int, default=600)
+    parser.add_argument("--max-dim", type=int, default=600)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--verbose", action="store_true", help="name every case before it runs")
+    arguments = parser.parse_args()
+
+    totals: dict[torch.dtype, collections.Counter] = {dtype: collections.Counter() for dtype in DTYPES}
+    worst: dict[torch.dtype, collections.defaultdict] = {dtype: collections.defaultdict(float) for dtype in DTYPES}
+    failures = []
+    begin = time.perf_counter()
+    for seed in range(arguments.seed, arguments.seed + arguments.cases):
+        case = random_case(seed, arguments.max_rows, arguments.max_dim)
+        if arguments.verbose:
+            print(case.name, flush=True)
+        dtype = case.embeddings.dtype
+        total, bound = totals[dtype], worst[dtype]
+        total["cases"] += 1
+        try:
+            report = run_case(
+                case.embeddings.to(arguments.device), case.labels.to(arguments.device), **case.options
+            )
+        except (AssertionError, RuntimeError) as error:
+            failures.append(f"{case.name}: {error}")
+            continue
+        selection = report.selection
+        total["pairs"] += selection.pairs
+        total["illegal"] += selection.illegal
+        total["suboptimal"] += selection.suboptimal
+        total["uncertain"] += report.uncertain
+        for name, value in (
+            ("excess", selection.worst_excess),
+            ("gradient", report.grad_error),
+            ("loss", report.loss_error),
+            ("d2", report.d2_error),
+        ):
+            bound[name] = max(bound[name], value)
+        if (
+            not selection.ok
+            or report.grad_error > GRADIENT_TOLERANCE[dtype]
+            or report.loss_error > LOSS_TOLERANCE[dtype]
+            or report.d2_error > DIRECT_TOLERANCE[dtype]
+        ):
+            failures.append(f"{case.name}: {report}")
+
+    where = facenet_ext.cpu_isa_active() if arguments.device == "cpu" else torch.cuda.get_device_name(arguments.device)
+    print(f"{arguments.cases} cases from seed {arguments.seed} on {where}, {time.perf_counter() - begin:.0f} s")
+    print(
+        f"{'dtype':>9} {'cases':>6} {'pairs':>9} {'illegal':>8} {'not best':>9} {'excess':>9} {'gradient':>9} {'loss':>9} "
+        f"{'d2':>9} {'uncertain':>9}"
+    )
+    for dtype in DTYPES:
+        total, bound = totals[dtype], worst[dtype]
+        print(
+            f"{str(dtype)[6:]:>9} {total['cases']:>6} {total['pairs']:>9} {total['illegal']:>8} {total['suboptimal']:>9} "
+            f"{bound['excess']:>9.1e} {bound['gradient']:>9.1e} {bound['loss']:>9.1e} {bound['d2']:>9.1e} "
+            f"{total['uncertain']:>9}"
+        )
+    print(
+        "illegal, not best: negatives beyond rounding (1e-6 of |a|² + |n|² in float32, 4e-15 in float64) of legal, of the best.\n"
+        "excess: worst distance beyond the best legal negative, in |a|² + |n|².\n"
+        "gradient: worst max|g - g64| / max|g64| with the op's own selection, beyond the one rounding to half precision;\n"
+        "  with normalize, in units of what cancels between unit rows. loss: of the largest term of a hinge. d2: relative, of the\n"
+        "  mined distances and the stats. uncertain: pairs whose hinge is within rounding of 0; either gradient is accepted."
+    )
+    for failure in failures[:20]:
+        print("FAILED", failure)
+    print(f"{len(failures)} cases beyond the bounds")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""torch.compile, export, opcheck, gradcheck, second derivatives, autocast: how the rest of PyTorch sees the op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from facenet_ext import SemiHardTripletLoss, mine_triplets, triplet_loss
+
+OP_OPTIONS = (0.2, "farthest", "sqeuclidean", "mean", False)
+
+
+def batch(device, dtype=torch.float32, n=24, dim=8):
+    return torch.randn(n, dim, device=device, dtype=dtype), torch.arange(n, device=device) // 4
+
+
+@pytest.mark.parametrize("need_stats", [False, True])
+@pytest.mark.parametrize("need_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck(device, dtype, need_grad, need_stats):
+    x, y = batch(device, dtype)
+    x.requires_grad_(need_grad)
+    torch.library.opcheck(torch.ops.facenet_ext.triplet_loss, (x, y, *OP_OPTIONS, need_grad, need_stats))
+
+
+def test_opcheck_backward(device):
+    for dtype in (torch.float32, torch.float16):
+        x, _ = batch(device, dtype)
+        torch.library.opcheck(
+            torch.ops.facenet_ext.triplet_loss_backward, (x.float(), torch.tensor(2.0, device=device), x)
+        )
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("return_stats", [False, True])
+def test_fullgraph(device, fresh_compiler, backend, return_stats):
+    layer = torch.nn.Linear(8, 6, device=device)
+    criterion = SemiHardTripletLoss(margin=0.3, distance="euclidean")
+
+    def step(x, y):
+        out = criterion(layer(x), y, return_stats=return_stats)
+        return out if return_stats else (out, None)
+
+    x, y = batch(device)
+    want, want_stats = step(x, y)
+    want_grads = torch.autograd.grad(want, layer.parameters())
+    got, got_stats = torch.compile(step, fullgraph=True, backend=backend)(x, y)
+    grads = torch.autograd.grad(got, layer.parameters())
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grads, want_grads)
+    if return_stats:
+        assert list(got_stats) == list(want_stats)
+        for name in want_stats:
+            torch.testing.assert_close(got_stats[name], want_stats[name])
+            assert not got_stats[name].requires_grad
+        torch.testing.assert_close(got_stats.active, want_stats["active"])
+
+
+def test_fullgraph_without_gradient(device, fresh_compiler):
+    compiled = torch.compile(lambda x, y: triplet_loss(x, y), fullgraph=True, backend="aot_eager")
+    x, y = batch(device)
+    assert torch.equal(compiled(x, y), triplet_loss(x, y))
+    x.requires_grad_()
+    with torch.no_grad():
+        assert not compiled(x, y).requires_grad
+    assert compiled(x, y).requires_grad
+
+
+def test_fullgraph_dynamic_batch(device, fresh_compiler):
+    graphs = CompileCounter()
+    compiled = torch.compile(lambda x, y: triplet_loss(x * 2, y), fullgraph=True, backend=graphs, dynamic=True)
+    for n in (12, 20, 31):
+        x, y = batch(device, n=n)
+        assert torch.equal(compiled(x, y), triplet_loss(x * 2, y))
+    assert graphs.frame_count == 1  # one graph for every size
+
+
+def test_second_derivative_raises_compiled(device, fresh_compiler):
+    x, y = batch(device)
+    x.requires_grad_()
+    loss = torch.compile(lambda x, y: triplet_loss(x, y), fullgraph=True, backend="aot_eager")(x, y)
+    with pytest.raises(RuntimeError):
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        torch.autograd.grad(grad.sum(), x)
+
+
+def test_mining_breaks_the_graph_and_works(device, fresh_compiler):
+    x, y = batch(device)
+    compiled = torch.compile(lambda x, y: mine_triplets(x + 0, y).negative + 1, backend="aot_eager")
+    assert torch.equal(compiled(x, y), mine_triplets(x, y).negative + 1)
+
+
+def test_export(device):
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 6)
+            self.criterion = SemiHardTripletLoss()
+
+        def forward(self, x, y):
+            return self.criterion(self.layer(x), y)
+
+    step = Step().to(device)
+    x, y = batch(device)
+    program = torch.export.export(step, (x, y))
+    assert any("facenet_ext.triplet_loss" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x, y), step(x, y))
+
+
+def test_fake_tensors(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, y = torch.empty(10, 4, device=device, requires_grad=True), torch.empty(10, dtype=torch.int64, device=device)
+        loss, stats = triplet_loss(x, y, return_stats=True)
+        assert loss.shape == () and stats.pairs.dtype == torch.int64 and loss.requires_grad
+
+
+# ---- gradcheck and second derivatives -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "mean_active", "sum"])
+@pytest.mark.parametrize("distance", ["sqeuclidean", "euclidean"])
+def test_gradcheck(device, distance, reduction, normalize):
+    x, y = batch(device, torch.float64, n=15, dim=5)
+    x.requires_grad_()
+
+    def function(x):
+        return triplet_loss(x, y, margin=0.4, distance=distance, reduction=reduction, normalize=normalize)
+
+    assert torch.autograd.gradcheck(function, (x,), nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("call", ["eager", "op"])
+def test_second_derivative_raises(device, call):
+    x, y = batch(device)
+    x.requires_grad_()
+    loss = triplet_loss(x, y) if call == "eager" else torch.ops.facenet_ext.triplet_loss(x, y, *OP_OPTIONS, True, False)[0]
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)  # that alone is fine: others in the graph may need it
+    assert grad.requires_grad
+    for options in ({}, {"allow_unused": True}):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(grad.sum(), x, retain_graph=True, **options)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (grad.square().sum() + x.sum()).backward()
+
+
+# ---- autocast and loss scaling ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(device, fresh_compiler, dtype, compiled):
+    """Under autocast the network's half-precision output comes in; the loss is what it is of those values outside."""
+    layer = torch.nn.Linear(8, 6, device=device)
+    x, y = batch(device)
+    function = torch.compile(triplet_loss, fullgraph=True, backend="aot_eager") if compiled else triplet_loss
+    with torch.autocast(device.type, dtype=dtype):
+        out = layer(x)
+        loss = function(out, y)
+    assert out.dtype == dtype and loss.dtype == torch.float32
+    assert torch.equal(loss, triplet_loss(out, y))
+    loss.backward()
+    assert layer.weight.grad.isfinite().all() and layer.weight.grad.any()
+
+
+def test_grad_scaler_sees_infinity(device):
+    layer = torch.nn.Linear(8, 6, device=device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
+    x, y = batch(device)
+    x[3, 2] = torch.inf
+    before = layer.weight.detach().clone()
+    scaler.scale(triplet_loss(layer(x), y)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(layer.weight, before) and scaler.get_scale() == 2.0**9

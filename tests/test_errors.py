@@ -1,0 +1,105 @@
+"""Every precondition has a message that names the argument, what came, and what is accepted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from facenet_ext import SemiHardTripletLoss, _backend, mine_triplets, triplet_loss
+
+X = torch.randn(6, 4)
+Y = torch.tensor([0, 0, 1, 1, 2, 2])
+
+BATCHES = [
+    (X.numpy(), Y, TypeError, r"embeddings is a ndarray; accepted: a torch.Tensor \[N, D\]"),
+    (X, Y.tolist(), TypeError, r"labels is a list; accepted: a torch.Tensor \[N\] of integers"),
+    (X.long(), Y, TypeError, r"embeddings has dtype torch.int64; accepted: torch.float32, torch.float64, torch.bfloat16"),
+    (X.to(torch.complex64), Y, TypeError, r"embeddings has dtype torch.complex64"),
+    (X.to(torch.float8_e4m3fn), Y, TypeError, r"embeddings has dtype torch.float8_e4m3fn"),
+    (X, Y.float(), TypeError, r"labels has dtype torch.float32; accepted: torch.int64"),
+    (X, Y > 0, TypeError, r"labels has dtype torch.bool; accepted: torch.int64"),
+    (X.to_sparse(), Y, TypeError, r"embeddings has layout torch.sparse_coo; accepted: torch.strided"),
+    (X, Y.to_sparse(), TypeError, r"labels has layout torch.sparse_coo; accepted: torch.strided"),
+    (X[0], Y, ValueError, r"embeddings has shape \[4\]; accepted: \[N, D\]"),
+    (X[None], Y, ValueError, r"embeddings has shape \[1, 6, 4\]; accepted: \[N, D\]"),
+    (X[:, :0], Y, ValueError, r"embeddings has shape \[6, 0\]; accepted: \[N, D\] with D >= 1"),
+    (X, Y[:, None], ValueError, r"labels has shape \[6, 1\]; accepted: \[N\]"),
+    (X, Y[:5], ValueError, r"labels has length 5; accepted: 6, the number of rows of embeddings"),
+    (X, Y.to("meta"), ValueError, r"labels is on meta; accepted: cpu, the device of embeddings"),
+    (X.to("meta"), Y.to("meta"), ValueError, r"embeddings is on meta; accepted: a tensor on cpu or cuda"),
+]
+
+
+@pytest.mark.parametrize("function", [triplet_loss, mine_triplets, SemiHardTripletLoss()], ids=["loss", "mine", "module"])
+@pytest.mark.parametrize(("embeddings", "labels", "error", "message"), BATCHES, ids=[b[3][:40] for b in BATCHES])
+def test_bad_batch(function, embeddings, labels, error, message):
+    with pytest.raises(error, match=message):
+        function(embeddings, labels)
+
+
+def test_too_many_rows():
+    many = torch.empty(1, dtype=torch.float16).expand(2**31, 1)
+    with pytest.raises(ValueError, match="embeddings has 2147483648 rows; accepted: at most 2147483647"):
+        triplet_loss(many, torch.empty(1, dtype=torch.int64).expand(2**31))
+
+
+OPTIONS = [
+    ({"margin": -0.1}, ValueError, "margin is -0.1; accepted: a finite number >= 0, in the unit of distance"),
+    ({"margin": float("nan")}, ValueError, "margin is nan"),
+    ({"margin": float("inf")}, ValueError, "margin is inf"),
+    ({"margin": "0.2"}, TypeError, "margin is a str; accepted: a number >= 0"),
+    ({"margin": True}, TypeError, "margin is a bool"),
+    ({"margin": None}, TypeError, "margin is a NoneType"),
+    ({"margin": torch.tensor(0.2)}, TypeError, "margin is a Tensor"),
+    ({"negatives": "hard"}, ValueError, "negatives is 'hard'; accepted: 'semi_hard'"),
+    ({"fallback": "nearest"}, ValueError, "fallback is 'nearest'; accepted: 'farthest', 'skip'"),
+    ({"fallback": None}, TypeError, "fallback is a NoneType; accepted: 'farthest', 'skip'"),
+    ({"distance": "cosine"}, ValueError, "distance is 'cosine'; accepted: 'sqeuclidean', 'euclidean'"),
+    ({"reduction": "none"}, ValueError, "reduction is 'none'; accepted: 'mean', 'mean_active', 'sum'"),
+    ({"normalize": 1}, TypeError, "normalize is a int; accepted: True or False"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), OPTIONS, ids=[str(o[0]) for o in OPTIONS])
+def test_bad_option(options, error, message):
+    with pytest.raises(error, match=message):
+        triplet_loss(X, Y, **options)
+    with pytest.raises(error, match=message):  # at construction, not at the first batch
+        SemiHardTripletLoss(**options)
+    for_mining = {name: value for name, value in options.items() if name in ("negatives", "fallback", "normalize")}
+    if for_mining:
+        with pytest.raises(error, match=message):
+            mine_triplets(X, Y, **for_mining)
+
+
+def test_bad_return_stats():
+    with pytest.raises(TypeError, match="return_stats is a str; accepted: True or False"):
+        triplet_loss(X, Y, return_stats="yes")
+
+
+def test_options_are_keywords():
+    with pytest.raises(TypeError):
+        triplet_loss(X, Y, 0.2)
+    with pytest.raises(TypeError):
+        mine_triplets(X, Y, "semi_hard")
+
+
+@pytest.mark.parametrize("margin", [0, 1, np.float32(0.2), np.int64(1), 0.0])
+def test_numbers_of_any_kind_are_margins(margin):
+    assert torch.equal(triplet_loss(X, Y, margin=margin), triplet_loss(X, Y, margin=float(margin)))
+
+
+def test_cuda_without_backend_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(_backend, "_HAS_CUDA", False)
+    _backend._cuda_device.cache_clear()
+    with pytest.raises(RuntimeError, match="no CUDA backend.*FACENET_EXT_CUDA=ON pip install.*or move embeddings"):
+        _backend._cuda_device(0)
+    _backend._cuda_device.cache_clear()
+
+
+def test_function_transforms_say_that_they_do_not_work():
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda x: triplet_loss(x, Y))(X)
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(lambda x: triplet_loss(x, Y))(X[None])

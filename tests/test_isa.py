@@ -1,0 +1,100 @@
+"""Every CPU path that this machine can run goes through the same battery, in a process of its own: FACENET_EXT_ISA is read once,
+at the first call."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import facenet_ext
+
+HERE = Path(__file__).parent
+ISAS = facenet_ext.build_info()["cpu_isa"]
+
+BATTERY = """
+import sys, random
+import torch
+from cases import DTYPES, geometry, random_case
+from oracle import assert_case
+import facenet_ext
+
+assert facenet_ext.cpu_isa_active() == sys.argv[1], facenet_ext.cpu_isa_active()
+for seed in range(150):
+    case = random_case(50_000 + seed, 60, 300)
+    try:
+        assert_case(case.embeddings, case.labels, **case.options)
+    except AssertionError as error:
+        raise AssertionError(f"{case.name}: {error}") from error
+# Every width near a vector's or tile's border, in every dtype.
+for dim in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 255, 257):
+    for n in (2, 7, 47, 48, 49, 97):
+        for dtype in DTYPES[:2] if n > 7 else DTYPES:
+            labels = torch.arange(n) // 3
+            x = geometry(random.Random(dim), torch.Generator().manual_seed(dim * n), labels, dim, "mid")
+            assert_case(x.to(dtype), labels, margin=0.2)
+# Threads change no bit on this path either.
+x, y = torch.randn(500, 40), torch.arange(500) // 9
+results = []
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    z = x.clone().requires_grad_()
+    loss = facenet_ext.triplet_loss(z, y)
+    results.append((loss.detach(), *torch.autograd.grad(loss, z), *facenet_ext.mine_triplets(x, y)))
+assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+print("passed")
+"""
+
+
+def run(code: str, isa: str, *arguments: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(HERE), *(p for p in sys.path if p)])
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "FACENET_EXT_ISA": isa, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_battery(isa):
+    done = run(BATTERY, isa, isa)
+    assert done.returncode == 0 and done.stdout == "passed\n", done.stderr[-3000:]
+
+
+def test_best_is_the_default():
+    done = run("import facenet_ext; print(facenet_ext.cpu_isa_active())", "")
+    assert done.stdout.split() == ISAS[:1], done.stderr
+
+
+def test_unknown_path_is_an_error_that_says_what_there_is():
+    done = run(
+        """
+import torch, facenet_ext
+facenet_ext.build_info()  # still works: it is what the message points to
+try:
+    facenet_ext.triplet_loss(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]))
+except ValueError as error:
+    print(error)
+""",
+        "sse9",
+    )
+    assert "FACENET_EXT_ISA" in done.stdout and "cpu_isa" in done.stdout, done.stderr
+
+
+def test_paths_agree():
+    """Not bit for bit: the paths sum in different orders. But on data without near-ties they choose alike."""
+    code = """
+import torch, facenet_ext
+torch.manual_seed(3)
+x, y = torch.randint(-4, 5, (120, 24)).float(), torch.arange(120) % 11
+t = facenet_ext.mine_triplets(x, y)
+print(t.negative.tolist(), t.d2_an.tolist(), facenet_ext.triplet_loss(x, y, margin=30.0).item())
+"""
+    answers = {isa: run(code, isa) for isa in ISAS}
+    assert all(done.returncode == 0 for done in answers.values())
+    assert len({done.stdout for done in answers.values()}) == 1  # small integers: every sum is exact, so here bit for bit

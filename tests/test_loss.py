@@ -1,0 +1,286 @@
+"""Loss, gradient and stats: against float64 with the op's own selection, against the reference, and at every edge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DTYPES, OPTIONS, geometry, random_case
+from oracle import assert_case, loss_and_gradient, pairwise_d2
+
+import facenet_ext
+from facenet_ext import SemiHardTripletLoss, TripletStats, mine_triplets, reference, triplet_loss
+
+
+def loss_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---- accuracy -----------------------------------------------------------------------------------------------------------
+
+
+def test_random_cases(device):
+    """Mixed shapes, dtypes, regimes and options; tests/campaign.py runs the same, larger and more."""
+    for seed in range(700):
+        case = random_case(10_000 + seed, 48, 70)
+        try:
+            assert_case(case.embeddings.to(device), case.labels.to(device), **case.options)
+        except AssertionError as error:
+            raise AssertionError(f"{case.name}: {error}") from error
+
+
+@pytest.mark.parametrize("n,dim,per_class", [(300, 128, 3), (257, 100, 40), (512, 17, 200), (190, 600, 2), (400, 64, 400)])
+@pytest.mark.parametrize("regime", ["init", "mid", "separated", "offset"])
+def test_larger_batches(device, n, dim, per_class, regime):
+    import random
+
+    labels = torch.arange(n) // per_class
+    x = geometry(random.Random(1), torch.Generator().manual_seed(2), labels, dim, regime).float()
+    if regime == "offset":
+        x = x - x.mean(0) + 10.0 / dim**0.5
+    assert_case(x.to(device), labels.to(device), margin=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("normalize", OPTIONS["normalize"])
+@pytest.mark.parametrize("reduction", OPTIONS["reduction"])
+@pytest.mark.parametrize("distance", OPTIONS["distance"])
+@pytest.mark.parametrize("fallback", OPTIONS["fallback"])
+def test_equals_reference(device, dtype, normalize, reduction, distance, fallback):
+    """Every combination of options, values away from ties: selection and all, this is the plain definition."""
+    options = {"normalize": normalize, "reduction": reduction, "distance": distance, "fallback": fallback, "margin": 0.3}
+    x = torch.randn(60, 12, dtype=torch.float64).to(device=device, dtype=dtype).requires_grad_()
+    y = torch.randint(0, 9, (60,), device=device)
+    loss, stats = triplet_loss(x, y, return_stats=True, **options)
+    want, want_stats = reference.triplet_loss(x, y, return_stats=True, **options)
+    (grad,), (want_grad,) = torch.autograd.grad(loss, x), torch.autograd.grad(want, x)
+    tolerance = 1e-12 if dtype == torch.float64 else 5e-6
+    assert loss.dtype == want.dtype == loss_dtype(dtype) and loss.shape == want.shape == ()
+    torch.testing.assert_close(loss, want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad, want_grad, rtol=tolerance, atol=tolerance * float(want_grad.abs().max()))
+    assert list(stats) == list(want_stats)
+    for name in stats:
+        assert stats[name].dtype == want_stats[name].dtype and stats[name].device == want_stats[name].device, name
+        torch.testing.assert_close(stats[name], want_stats[name], rtol=tolerance, atol=tolerance)
+    assert int(stats.fallback) > 0  # the option had something to decide
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(device, dtype):
+    x = torch.randn(40, 20, device=device).to(dtype).requires_grad_()
+    y = torch.arange(40, device=device) % 7
+    loss, stats = triplet_loss(x, y, return_stats=True)
+    loss.backward()
+    assert loss.dtype == loss_dtype(dtype) and x.grad.dtype == dtype and x.grad.shape == x.shape
+    assert stats.mean_d2_ap.dtype == loss_dtype(dtype) and stats.pairs.dtype == torch.int64
+
+
+def test_half_precision_rounds_once(device):
+    """The gradient of a half-precision batch is the float32 gradient of the same values, rounded."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(50, 33, device=device).to(dtype).requires_grad_()
+        wide = x.detach().float().requires_grad_()
+        y = torch.arange(50, device=device) // 5
+        loss, wide_loss = triplet_loss(x, y), triplet_loss(wide, y)
+        assert torch.equal(loss, wide_loss)
+        scale = 1000.0  # as a GradScaler's: multiplied before the rounding, so that nothing is lost to underflow
+        (loss * scale).backward()
+        (wide_loss * scale).backward()
+        assert torch.equal(x.grad, wide.grad.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64])
+def test_label_dtypes(device, dtype):
+    x = torch.randn(30, 8, device=device)
+    y = torch.arange(30, device=device) % 5
+    assert torch.equal(triplet_loss(x, y.to(dtype)), triplet_loss(x, y))
+    assert torch.equal(mine_triplets(x, y.to(dtype)).negative, mine_triplets(x, y).negative)
+
+
+# ---- by hand ------------------------------------------------------------------------------------------------------------
+
+
+def test_three_points_by_hand(device):
+    # On a line: anchor 0, positive 1, negative 3. d2(0,1)=1 < d2(0,3)=9; d2(1,0)=1 < d2(1,3)=4.
+    x = torch.tensor([[0.0], [1.0], [3.0]], device=device, requires_grad=True)
+    y = torch.tensor([0, 0, 1], device=device)
+    loss, stats = triplet_loss(x, y, margin=5.0, return_stats=True)
+    assert loss.item() == ((1 - 9 + 5) * 0 + (1 - 4 + 5)) / 2  # the first hinge is -3: zero, but counted
+    loss.backward()
+    # d/dx of ((x1-x0)² - (x1-x2)² + 5) / 2: x0: -(x1-x0) = -1; x1: (x1-x0) - (x1-x2) = 3; x2: (x1-x2) = -2
+    assert x.grad.flatten().tolist() == [-1.0, 3.0, -2.0]
+    assert {name: float(value) for name, value in stats.items()} == {
+        "pairs": 2,
+        "active": 1,
+        "fallback": 0,
+        "mean_d2_ap": 1.0,
+        "mean_d2_an": 6.5,
+        "max_d2_ap": 1.0,
+    }
+    assert triplet_loss(x, y, margin=5.0, reduction="mean_active").item() == 2.0
+    assert triplet_loss(x, y, margin=5.0, reduction="sum").item() == 2.0
+    assert triplet_loss(x, y, margin=5.0, distance="euclidean").item() == ((1 - 3 + 5) + (1 - 2 + 5)) / 2
+
+
+def test_hinge_of_exactly_zero_has_no_gradient(device):
+    x = torch.tensor([[0.0], [1.0], [3.0]], device=device, requires_grad=True)
+    y = torch.tensor([0, 0, 1], device=device)
+    loss, stats = triplet_loss(x, y, margin=3.0, reduction="sum", return_stats=True)  # anchor 1: 1 - 4 + 3 = 0
+    loss.backward()
+    assert loss.item() == 0 and int(stats.active) == 0 and not x.grad.any()
+
+
+def test_fallback_skip_does_not_count(device):
+    x = torch.tensor([[0.0], [2.0], [1.0]], device=device, requires_grad=True)
+    y = torch.tensor([0, 0, 1], device=device)  # the only negative is nearer than the positive for both anchors
+    taken, stats = triplet_loss(x, y, margin=0.5, return_stats=True)
+    assert taken.item() == 4 - 1 + 0.5 and int(stats.pairs) == 2 and int(stats.fallback) == 2
+    skipped, stats = triplet_loss(x, y, margin=0.5, fallback="skip", return_stats=True)
+    assert skipped.item() == 0 and int(stats.pairs) == 0 and int(stats.fallback) == 2
+    skipped.backward()
+    assert not x.grad.any()
+
+
+def test_stats_by_key_and_by_attribute(device):
+    x, y = torch.randn(12, 4, device=device, requires_grad=True), torch.arange(12, device=device) // 3
+    _, stats = triplet_loss(x, y, return_stats=True)
+    assert isinstance(stats, TripletStats)
+    assert list(stats) == ["pairs", "active", "fallback", "mean_d2_ap", "mean_d2_an", "max_d2_ap"]
+    for name, value in stats.items():
+        assert getattr(stats, name) is value
+        assert value.shape == () and value.device == x.device and not value.requires_grad
+    with pytest.raises(AttributeError, match="pairs, active"):
+        _ = stats.nothing
+
+
+# ---- edges --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("distance", OPTIONS["distance"])
+@pytest.mark.parametrize(
+    "labels",
+    [[], [3], [0, 1, 2, 3, 4], [7] * 40, list(range(40))],
+    ids=["empty", "single", "few different", "one class", "all different"],
+)
+def test_nothing_to_count(device, labels, distance, normalize):
+    torch.full((1 << 16,), torch.nan)  # freed at once: uninitialised memory that is read shows as NaN
+    x = torch.randn(len(labels), 70, device=device, requires_grad=True)
+    y = torch.tensor(labels, dtype=torch.int64, device=device)
+    for reduction in OPTIONS["reduction"]:
+        loss, stats = triplet_loss(x, y, distance=distance, normalize=normalize, reduction=reduction, return_stats=True)
+        assert loss.item() == 0 and loss.requires_grad
+        (grad,) = torch.autograd.grad(loss, x)
+        assert grad.shape == x.shape and torch.equal(grad, torch.zeros_like(grad))
+        assert all(float(value) == 0 for value in stats.values()), stats
+
+
+@pytest.mark.parametrize("distance", OPTIONS["distance"])
+def test_collapse_is_the_margin(device, distance):
+    """All embeddings equal: every pair falls back on a negative at distance 0; the loss is the margin and pulls nowhere."""
+    x = torch.full((24, 9), 0.3, device=device, requires_grad=True)
+    loss, stats = triplet_loss(x, torch.arange(24, device=device) // 4, distance=distance, return_stats=True)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.2, rel=1e-7) and float(stats.max_d2_ap) == 0
+    assert int(stats.pairs) == int(stats.active) == int(stats.fallback) == 72
+    assert torch.equal(x.grad, torch.zeros_like(x.grad))
+
+
+def test_zero_rows_normalized(device):
+    """A row of zeros is divided by 1e-12, so its gradient is 1e12 times that of the unit row, and finite."""
+    x = torch.randn(12, 6, device=device, dtype=torch.float64)
+    x[3] = 0
+    x.requires_grad_()
+    y = torch.arange(12, device=device) // 3
+    loss = triplet_loss(x, y, normalize=True)
+    (grad,) = torch.autograd.grad(loss, x)
+    want = loss_and_gradient(x, mine_triplets(x, y, normalize=True), normalize=True)
+    assert float(loss.detach()) == pytest.approx(float(want.loss), rel=1e-12)
+    assert 1e10 < float(grad[3].abs().max()) < 1e13
+    torch.testing.assert_close(grad.cpu(), want.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("labels", ["classes", "one class", "all different"])
+def test_non_finite_is_seen(device, value, normalize, labels):
+    n, dim = 37, 19
+    y = {"classes": torch.arange(n) // 4, "one class": torch.zeros(n), "all different": torch.arange(n)}[labels]
+    y = y.to(torch.int64).to(device)
+    for row, column in ((0, 0), (0, dim - 1), (n // 2, 7), (n - 1, dim - 1)):
+        x = torch.randn(n, dim, device=device)
+        x[row, column] = value
+        x.requires_grad_()
+        for function in (triplet_loss, reference.triplet_loss):
+            loss, stats = function(x, y, normalize=normalize, return_stats=True)
+            (grad,) = torch.autograd.grad(loss, x)
+            assert loss.isnan() and grad.isnan().all()
+            assert [int(stats[name]) for name in ("pairs", "active", "fallback")] == [0, 0, 0]
+            assert all(stats[name].isnan() for name in ("mean_d2_ap", "mean_d2_an", "max_d2_ap"))
+
+
+# ---- autograd -----------------------------------------------------------------------------------------------------------
+
+
+def test_upstream_gradient_multiplies(device):
+    x = torch.randn(30, 8, device=device, requires_grad=True)
+    y = torch.arange(30, device=device) // 5
+    (plain,) = torch.autograd.grad(triplet_loss(x, y), x)
+    (scaled,) = torch.autograd.grad(triplet_loss(x, y) * -2.5, x)
+    assert torch.equal(scaled, plain * -2.5)
+
+
+def test_gradient_is_not_computed_when_nobody_wants_it(device, monkeypatch):
+    from facenet_ext import _backend
+
+    wanted = []
+    original = _backend.triplet_loss
+    monkeypatch.setattr(_backend, "triplet_loss", lambda *args: wanted.append(args[7]) or original(*args))
+    x, y = torch.randn(9, 4, device=device), torch.arange(9, device=device) // 3
+    assert not triplet_loss(x, y).requires_grad
+    x.requires_grad_()
+    with torch.no_grad():
+        assert not triplet_loss(x, y).requires_grad
+    with torch.inference_mode():
+        triplet_loss(x, y)
+    assert triplet_loss(x, y).requires_grad
+    assert wanted == [False, False, False, True]
+
+
+def test_gradient_survives_two_backwards(device):
+    x = torch.randn(12, 4, device=device, requires_grad=True)
+    loss = triplet_loss(x, torch.arange(12, device=device) // 3)
+    loss.backward(retain_graph=True)
+    first = x.grad.clone()
+    loss.backward()
+    assert torch.equal(x.grad, 2 * first)
+
+
+def test_module_is_the_function(device):
+    options = {"margin": 0.5, "fallback": "skip", "distance": "euclidean", "reduction": "mean_active", "normalize": True}
+    criterion = SemiHardTripletLoss(**options)
+    x, y = torch.randn(20, 4, device=device), torch.arange(20, device=device) // 4
+    assert torch.equal(criterion(x, y), triplet_loss(x, y, **options))
+    loss, stats = criterion(x, y, return_stats=True)
+    assert torch.equal(loss, criterion(x, y)) and isinstance(stats, TripletStats)
+    assert not list(criterion.parameters()) and not criterion.state_dict()
+    assert repr(criterion) == (
+        "SemiHardTripletLoss(margin=0.5, negatives='semi_hard', fallback='skip', distance='euclidean', "
+        "reduction='mean_active', normalize=True)"
+    )
+
+
+def test_near_duplicates_keep_relative_accuracy(device):
+    """An expanded square would lose these distances (1e-10) wholly; the loss sums differences."""
+    x = torch.randn(1, 64, dtype=torch.float64).repeat(20, 1)
+    x = (x + 1e-6 * torch.randn(20, 64, dtype=torch.float64)).float().to(device)
+    y = torch.arange(20, device=device) // 4
+    t = mine_triplets(x, y)
+    exact = pairwise_d2(x.double())[t.anchor, t.positive]
+    assert float(((t.d2_ap.double() - exact).abs() / exact).max()) < 1e-6
+    want = loss_and_gradient(x, t, margin=0.0)
+    assert triplet_loss(x, y, margin=0.0).item() == pytest.approx(float(want.loss), rel=1e-4)
+
+
+def test_public_names():
+    for name in facenet_ext.__all__:
+        assert getattr(facenet_ext, name) is not None
