@@ -32,7 +32,7 @@ The way of the data, for one call of the loss and its backward:
 
 import torch  # noqa: F401  first, so that its libgomp.so.1 is the one that _C finds: one thread pool for both
 
-from . import reference
+from . import models, reference
 from ._backend import build_info, cpu_isa_active
 from .functional import Triplets, TripletStats, mine_triplets, triplet_loss
 from .loss import SemiHardTripletLoss
@@ -47,6 +47,7 @@ __all__ = [
     "build_info",
     "cpu_isa_active",
     "mine_triplets",
+    "models",
     "reference",
     "triplet_loss",
 ]

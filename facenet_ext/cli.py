@@ -206,6 +206,12 @@ def do_triplets(options):
                 axis.axis("off")
 
 
+def distance(text):
+    if not 0 <= (value := float(text)) < np.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a squared distance, 0 or more")
+    return value
+
+
 def build_parser():
     parser = argparse.ArgumentParser("facenet-ext", description="FaceNet: train an embedding and use it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -219,7 +225,7 @@ def build_parser():
             sub.add_argument("--flip", action="store_true", help="embed image and mirror image together")
             sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         if threshold:
-            sub.add_argument("--threshold", type=float, default=THRESHOLD, help=f"squared distance ({THRESHOLD})")
+            sub.add_argument("--threshold", type=distance, default=THRESHOLD, help=f"squared distance ({THRESHOLD})")
         return sub
 
     train.add_arguments(command("train", do_train, "train an embedding"))
@@ -250,10 +256,12 @@ def build_parser():
 
 
 def main(argv=None):
-    warnings.formatwarning = lambda message, *_: f"{message}\n"
     options = build_parser().parse_args(argv)
+    with_place, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"{message}\n"
     try:
         return options.function(options)
     except data.DataError as error:
         print(f"facenet-ext: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        warnings.formatwarning = with_place

@@ -10,21 +10,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from faces import faces
 
 from facenet_ext import cli, train
-from tests.faces import faces
 
 SMALL = ["--size", "8", "--people-per-batch", "4", "--images-per-person", "4", "--dim", "8", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
-def quiet():
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "VAL at FAR")
-        yield
-    torch.set_num_threads(threads)
+def threads():
+    """--threads is the process's: put it back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def records(out):
