@@ -37,9 +37,9 @@ PRESETS = {
 }
 # What the sizes are where the command line does not say: digits (scans of 8 x 8), a CPU, a GPU (the paper's 45 x 40).
 SIZES = {
-    "digits": {"network": "mini", "size": 16, "people_per_batch": 16, "images_per_person": 8, "steps": 60},
-    "cpu": {"network": "mini", "size": 64, "people_per_batch": 45, "images_per_person": 4, "steps": 3000},
-    "cuda": {"network": "nn4", "size": 96, "people_per_batch": 45, "images_per_person": 40, "steps": 20000},
+    "digits": {"network": "mini", "size": (16, 16), "people_per_batch": 16, "images_per_person": 8, "steps": 60},
+    "cpu": {"network": "mini", "size": (64, 64), "people_per_batch": 45, "images_per_person": 4, "steps": 3000},
+    "cuda": {"network": "nn4", "size": (96, 96), "people_per_batch": 45, "images_per_person": 40, "steps": 20000},
 }
 SUBSET = 4096  # images that offline mining looks through
 
@@ -58,7 +58,7 @@ def add_arguments(parser):
                                       "paper's 45 x 40, on a GPU)")
     add = group.add_argument
     add("--network", choices=sorted(models.NETWORKS))
-    add("--size", type=int, help="input pixels, square")
+    add("--size", type=pixels, metavar="H[xW]", help="input pixels; default: the table's where --network is given")
     add("--dim", type=int, default=128, help="length of the embedding (128)")
     add("--no-batch-norm", action="store_true", help="the paper's parameter counts; slower to train")
     add("--people-per-batch", type=int, metavar="P")
@@ -92,10 +92,19 @@ def add_arguments(parser):
     add("--seed", type=int, default=0)
 
 
+def pixels(text):
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side nor HEIGHTxWIDTH in pixels")
+    return (sides[0], sides[-1])
+
+
 def complete(options):
     """Fill what the command line leaves open; the result is stored in the checkpoint."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sizes = SIZES["digits" if options.data is None else options.device.split(":")[0]]
+    if options.network and options.data is not None:
+        sizes = {**sizes, "size": models.NETWORKS[options.network].size}
     for key, value in {**sizes, **PRESETS[options.preset]}.items():
         if getattr(options, key, None) is None:
             setattr(options, key, value)
@@ -108,11 +117,10 @@ def complete(options):
 
 def load_data(options):
     """Images, the indices to train on and the pairs to verify on (None where nobody can be held out)."""
-    size = (options.size, options.size)
     if options.data is None:
-        images, train, unseen = data.digits(size)
+        images, train, unseen = data.digits(options.size)
         return images, train, data.draw_pairs(images.labels, unseen, 2400, options.seed)
-    images = data.Images(*data.scan(options.data), size, options.crop)
+    images = data.Images(*data.scan(options.data), options.size, options.crop)
     train = images.preload(lambda todo: tqdm(todo, "reading images", len(images), unit="img", disable=None))
     pairs = data.read_pairs(options.pairs, images.paths) if options.pairs else None
     if options.people:
@@ -249,7 +257,7 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self.log = Log(self.out, self.state["step"])
         self.say(f"{len(indices)} images to train on: {len(self.sampler.groups)} people with two or more, "
-                 f"{len(self.sampler.single)} with one; {options.network} at {options.size} x {options.size} on "
+                 f"{len(self.sampler.single)} with one; {options.network} at {options.size[0]} x {options.size[1]} on "
                  f"{self.device}" + f", {self.world} ranks" * (self.world > 1) + f"; files in {self.out}")
 
     def say(self, text):

@@ -185,3 +185,12 @@ def test_two_ranks_train_one_model(tmp_path):
     cli.main(["train", "--out", str(tmp_path / "alone"), "--steps", "4", "--chunk", "7", *SMALL])
     assert any(not torch.equal(v, weights(tmp_path / "alone")["model"][k])
                for k, v in weights(tmp_path / "out")["model"].items())
+
+
+def test_sizes_of_the_command_line():
+    def size(*argv):
+        return train.complete(train.parse([*argv, "--device", "cpu"])).size
+
+    assert size() == (16, 16) and size("--data", "x") == (64, 64) and size("--data", "x", "--size", "70x50") == (70, 50)
+    assert size("--data", "x", "--network", "nns2") == (140, 116)
+    assert size("--data", "x", "--network", "nn4", "--size", "64") == (64, 64)
