@@ -13,7 +13,6 @@ import io
 import json
 import platform
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +102,8 @@ def train_one(options, minutes, extra, share=1.0):
 
 
 def measure(run, images=None):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "VAL at FAR")
-        found, _ = evaluate.verify(run.model, images or run.images, run.pairs, run.device, far_target=FAR)
+    d2 = evaluate.distances(run.model, images or run.images, run.pairs, run.device)
+    found, _ = evaluate.verify(d2, run.pairs, FAR)
     return {"accuracy": found.accuracy, "accuracy_se": found.accuracy_se, "val": found.val, "val_se": found.val_se,
             "auc": found.auc, "steps": run.state["step"]}
 

@@ -78,19 +78,24 @@ def do_train(options):
 
 
 def do_evaluate(options):
-    """Accuracy, VAL at a FAR, AUC and equal error rate on pairs: of an LFW list, or random ones."""
-    model, trained = train.load_model(options.model, options.device)
-    folder = options.data or trained.data
-    size, crop = model.input_size, trained.crop if options.crop is None else options.crop
-    if folder is None:
-        images, _, unseen = data.digits(size)
-    else:
-        images = data.Images(*data.scan(folder), size, crop)
-        unseen = np.arange(len(images))
-    pairs = data.read_pairs(options.pairs, images.paths) if options.pairs else \
-        data.draw_pairs(images.labels, unseen, 6000, options.seed)
-    found, d2 = evaluate.verify(model, images, pairs, options.device, options.flip, bar, options.far)
-    kept = np.isfinite(d2)
+    """Accuracy, VAL at a FAR, AUC and equal error rate on pairs: of an LFW list, or random ones. With one --model per
+    fold, in the order of the folds, each fold is judged by the model that was trained without it."""
+    d2 = []
+    for path in options.model:
+        model, trained = train.load_model(path, options.device)
+        folder, size = options.data or trained.data, model.input_size
+        if folder is None:
+            images, _, used = data.digits(size)
+        else:
+            images = data.Images(*data.scan(folder), size, trained.crop if options.crop is None else options.crop)
+            used = np.arange(len(images))
+        pairs = data.read_pairs(options.pairs, images.paths) if options.pairs else \
+            data.draw_pairs(images.labels, used, 6000, options.seed)
+        d2.append(evaluate.distances(model, images, pairs, options.device, options.flip, bar))
+    folds = 1 if pairs.folds is None else len(np.unique(pairs.folds))
+    if len(d2) not in (1, folds):
+        raise data.DataError(f"--model: {len(d2)} models for {folds} folds; accepted are one, or one per fold")
+    found, kept = evaluate.verify(d2[0] if len(d2) == 1 else np.stack(d2), pairs, options.far)
     print(f"{kept.sum()} pairs, {len(found.thresholds)} folds\n"
           f"accuracy          {100 * found.accuracy:6.2f} % ± {100 * found.accuracy_se:.2f}\n"
           f"thresholds        {min(found.thresholds):.3f} ... {max(found.thresholds):.3f} (squared distance)\n"
@@ -98,15 +103,15 @@ def do_evaluate(options):
           f"(FAR on the folds left out: {found.far:.2g})\n"
           f"AUC               {found.auc:.4f}\nequal error rate  {100 * found.eer:6.2f} %")
     if options.json:
-        write_json(options.json, {"model": str(options.model), "pairs": int(kept.sum()), "flip": options.flip,
+        write_json(options.json, {"model": options.model, "pairs": int(kept.sum()), "flip": options.flip,
                                   "far_target": options.far, **found._asdict()})
     if options.plot:
         from sklearn.metrics import roc_curve
-        d2, same = d2[kept], pairs.same[kept]
+        d2, same = np.choose(pairs.folds, d2)[kept] if len(d2) > 1 else d2[0][kept], pairs.same[kept]
         with figure(options.plot, 10, 4.5, 1, 2) as axes:
             roc, histogram = axes[0]
             roc.plot(*roc_curve(same, -d2)[:2])
-            roc.set(xlabel="false accept rate", ylabel="validation rate", xscale="symlog", title=f"AUC {found.auc:.4f}")
+            roc.set(xlabel="false accept rate", ylabel="validation rate", title=f"AUC {found.auc:.4f}")
             roc.set_xscale("symlog", linthresh=1e-3)
             for truth, label in ((True, "same"), (False, "different")):
                 histogram.hist(d2[same == truth], 60, alpha=0.6, label=label)
@@ -220,7 +225,8 @@ def build_parser():
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function)
         if function is not do_train:
-            sub.add_argument("--model", required=True, metavar="RUN", help="a run's folder or a checkpoint")
+            sub.add_argument("--model", required=True, metavar="RUN", help="a run's folder or a checkpoint",
+                             nargs="+" if function is do_evaluate else None)
             sub.add_argument("--crop", type=float, help="central share of each image; default: as in training")
             sub.add_argument("--flip", action="store_true", help="embed image and mirror image together")
             sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -268,9 +268,10 @@ class Run:
         """Verify on people never seen; keeps the best checkpoint."""
         accuracy = None
         if self.rank == 0 and self.pairs is not None:
+            d2 = evaluate.distances(self.model, self.images, self.pairs, self.device, self.options.flip)
             with warnings.catch_warnings():  # VAL goes to the log alone; View 1 has too few pairs for FAR = 1e-3
                 warnings.filterwarnings("ignore", "VAL at FAR")
-                found, _ = evaluate.verify(self.model, self.images, self.pairs, self.device, self.options.flip)
+                found, _ = evaluate.verify(d2, self.pairs)
             accuracy = found.accuracy
             self.log(self.state["step"], "verification", **found._asdict())
             self.say(f"{name}: accuracy on pairs of unseen people {100 * accuracy:.2f} % "

@@ -120,6 +120,14 @@ def test_evaluate_on_a_list_and_on_random_pairs(trained, some, tmp_path, capsys)
     assert result["pairs"] == 60 and result["accuracy"] > 0.7 and len(result["thresholds"]) == 10
     assert f"accuracy          {100 * result['accuracy']:6.2f} %" in capsys.readouterr().out
     assert Image.open(tmp_path / "e.png").size[0] > 800
+    lists = "2\t15\n" + "\n".join(lines[:15] + lines[30:45] + lines[15:30] + lines[45:]) + "\n"
+    (tmp_path / "view2.txt").write_text(lists)
+    cli.main(["evaluate", "--model", *[str(trained[1])] * 2, "--pairs", str(tmp_path / "view2.txt"), "--far", "0.1",
+              "--json", str(out), "--plot", str(tmp_path / "e2.png")])
+    assert len(json.loads(out.read_text())["thresholds"]) == 2 and (tmp_path / "e2.png").exists()
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--model", *[str(trained[1])] * 3, "--pairs", str(tmp_path / "view2.txt")])
+    assert "3 models for 2 folds" in capsys.readouterr().err
     cli.main(["evaluate", "--model", str(trained[1] / "best.pt"), "--data", str(some), "--far", "0.5", "--flip"])
     assert "equal error rate" in capsys.readouterr().out
 
