@@ -124,8 +124,8 @@ def scan(root, people=None) -> tuple[list[str], np.ndarray, list[str]]:
 class Images:
     """Labelled images, each decoded once and kept as uint8 at the working size, so that reading never starves a step.
 
-    paths, labels [N], names: as from ``scan``. size: (height, width). crop: the central share of each image to keep.
-    A file that cannot be read is named once, by a warning at first touch, and left out of every batch.
+    paths, labels [N], names: as from ``scan``. size: (height, width). crop: the central share of each image to keep. A
+    file that cannot be read is named once, by a warning at first touch, and left out of every batch.
     """
 
     def __init__(self, paths, labels, names, size, crop=1.0, cache_bytes=CACHE_BYTES):
@@ -310,25 +310,21 @@ def split_people(labels, indices, share: float, seed: int = 0) -> tuple[np.ndarr
 
 def read_people(path) -> list[list[str]]:
     """The names of an LFW people list, one list per set (one in peopleDevTrain.txt, ten in people.txt)."""
-    sets, left = [], 0
-    lines = Path(path).read_text().split("\n")
-    for number, line in enumerate(lines[1:] if _is_set_count(lines) else lines, 1):
-        fields = line.split()
-        if len(fields) == 1 and fields[0].isdigit() and left == 0:
-            sets.append([])
-            left = int(fields[0])
-        elif len(fields) in (1, 2) and sets and left:
-            sets[-1].append(fields[0])
-            left -= 1
-        elif fields:
-            raise DataError(f"{path}, line {number}: {line!r} is neither a count nor a person's name and count")
-    if left or not sets:
-        raise DataError(f"{path}: ends early, {left} more people announced")
+    lines = [line.split() for line in Path(path).read_text().splitlines() if line.strip()]
+    if len(lines) > 1 and len(lines[0]) == len(lines[1]) == 1:  # the number of sets, before the first set's count
+        del lines[0]
+    sets = []
+    while lines:
+        (head, *more), lines = lines[0], lines[1:]
+        if more or not head.isdigit():
+            raise DataError(f"{path}: {' '.join([head, *more])!r} stands where the number of people of a set is due")
+        if len(lines) < int(head) or any(len(line) != 2 for line in lines[:int(head)]):
+            raise DataError(f"{path}: {head} people are announced, but lines of name and number are fewer")
+        sets.append([name for name, _ in lines[:int(head)]])
+        del lines[:int(head)]
+    if not sets:
+        raise DataError(f"{path}: no people in it")
     return sets
-
-
-def _is_set_count(lines):
-    return len(lines) > 1 and lines[0].strip().isdigit() and lines[1].strip().isdigit()
 
 
 def read_pairs(path, paths: list[str]) -> Pairs:

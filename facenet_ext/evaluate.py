@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import StratifiedKFold
 
-from .data import augment
+from .data import DataError, augment
 
 
 class Verification(NamedTuple):
@@ -33,17 +33,19 @@ def verification(d2, same, folds=10, far_target: float = 1e-3) -> Verification:
     TA(t) = {same pairs with d2 <= t}, FA(t) = {different pairs with d2 <= t}, VAL = |TA| / |same| and
     FAR = |FA| / |different|.
 
-    d2: squared distances [P], float, finite. same: truth [P], bool. folds: fold numbers [P], or a count (then each fold
-    gets its share of same and of different pairs in the order they come, which for LFW's ``pairs.txt`` are its ten
-    sets). far_target: the false accept rate for VAL.
+    d2: squared distances [P], float, finite; or [folds, P], row k from a model that was trained without fold k.
+    same: truth [P], bool. folds: fold numbers [P], or a count (each fold then gets its share of same and of different
+    pairs in the order they come, which for LFW's ``pairs.txt`` are its ten sets; fewer folds where a kind has fewer
+    pairs). far_target: the false accept rate for VAL.
     A threshold is one of the observed distances: the lowest of those with the best accuracy, and for VAL the largest
     with FAR <= far_target (none: nothing is accepted). Ties need no care: equal distances are accepted together.
     ValueError: lengths that differ, a distance that is not finite, one kind of pair only, fewer than two folds.
     Warns where the different pairs are too few for far_target. Source: paper section 4; Huang et al. 2007 (LFW).
     """
-    d2, same = np.asarray(d2, np.float64), np.asarray(same)
-    if d2.ndim != 1 or d2.shape != same.shape:
-        raise ValueError(f"d2, same: shapes {d2.shape} and {same.shape}; accepted are two of the same length [P]")
+    d2, same = np.atleast_2d(np.asarray(d2, np.float64)), np.asarray(same)
+    if d2.ndim != 2 or d2.shape[1:] != same.shape:
+        raise ValueError(f"d2, same: shapes {d2.squeeze().shape} and {same.shape}; accepted are two of the same length "
+                         "[P], or [folds, P] and [P]")
     same = same.astype(bool)
     if not np.isfinite(d2).all():
         raise ValueError(f"d2: {np.count_nonzero(~np.isfinite(d2))} distances are not finite")
@@ -54,26 +56,18 @@ def verification(d2, same, folds=10, far_target: float = 1e-3) -> Verification:
         if count < 2:
             raise ValueError(f"folds: got {folds} for {same.sum()} same and {(~same).sum()} different pairs; at least "
                              "2 folds with one of each are needed")
-        folds = np.empty(len(d2), int)
-        for number, (_, test) in enumerate(StratifiedKFold(count).split(d2, same)):
+        folds = np.empty(len(same), int)
+        for number, (_, test) in enumerate(StratifiedKFold(count).split(same, same)):
             folds[test] = number
     folds = np.asarray(folds)
-    if folds.shape != d2.shape or len(np.unique(folds)) < 2:
-        raise ValueError(f"folds: got shape {folds.shape} with {len(np.unique(folds))} numbers; accepted are a count "
-                         f"or fold numbers [{len(d2)}], two different ones at least")
-    accuracies, thresholds, vals, fars = [], [], [], []
-    for fold in np.unique(folds):
-        test = folds == fold
-        candidates, accepted_same, accepted_different = _accepted(d2[~test], same[~test])
-        correct = accepted_same + (~same[~test]).sum() - accepted_different
-        threshold = candidates[np.argmax(correct)]
-        thresholds.append(float(threshold))
-        accuracies.append(np.mean((d2[test] <= threshold) == same[test]))
-        strict = candidates[accepted_different <= far_target * (~same[~test]).sum()]
-        accept = d2[test] <= (strict[-1] if len(strict) else -np.inf)
-        vals.append(accept[same[test]].mean() if same[test].any() else np.nan)
-        fars.append(accept[~same[test]].mean() if (~same[test]).any() else np.nan)
-    different = (~same).sum() * (len(accuracies) - 1) / len(accuracies)
+    numbers, place = np.unique(folds, return_inverse=True)
+    if folds.shape != same.shape or len(numbers) < 2 or len(d2) not in (1, len(numbers)):
+        raise ValueError(f"folds: got shape {folds.shape} with {len(numbers)} numbers; accepted are a count or fold "
+                         f"numbers [{len(same)}], two different ones at least, and as many as d2 has rows: {len(d2)}")
+    rows = [_one_fold(d2[k % len(d2)], same, place == k, far_target) for k in range(len(numbers))]
+    d2 = d2[place % len(d2), np.arange(len(same))]  # each pair as the model saw it that did not train on it
+    accuracies, thresholds, vals, fars = map(list, zip(*rows, strict=True))
+    different = (~same).sum() * (len(numbers) - 1) / len(numbers)
     if different * far_target < 1:
         warnings.warn(f"VAL at FAR {far_target:g} needs {1 / far_target:.0f} different pairs to choose a threshold on; "
                       f"about {different:.0f} are given, so it accepts no different pair at all", stacklevel=2)
@@ -81,6 +75,17 @@ def verification(d2, same, folds=10, far_target: float = 1e-3) -> Verification:
     return Verification(float(np.mean(accuracies)), _standard_error(accuracies), thresholds, float(np.nanmean(vals)),
                         _standard_error(vals), float(np.nanmean(fars)), float(roc_auc_score(same, -d2)),
                         equal_error_rate(wrong, right))
+
+
+def _one_fold(d2, same, test, far_target):
+    """Accuracy, threshold, VAL and FAR on the pairs ``test``, both thresholds chosen on the others."""
+    candidates, accepted_same, accepted_different = _accepted(d2[~test], same[~test])
+    threshold = candidates[np.argmax(accepted_same - accepted_different)]  # accuracy, less what all thresholds share
+    strict = candidates[accepted_different <= far_target * (~same[~test]).sum()]
+    accept = d2[test] <= (strict[-1] if len(strict) else -np.inf)
+    return (float(np.mean((d2[test] <= threshold) == same[test])), float(threshold),
+            accept[same[test]].mean() if same[test].any() else np.nan,
+            accept[~same[test]].mean() if (~same[test]).any() else np.nan)
 
 
 def _accepted(d2, same):
@@ -128,17 +133,23 @@ def embed(model, images, indices, device="cpu", batch: int = 256, flip: bool = F
     return out
 
 
-def verify(model, images, pairs, device="cpu", flip: bool = False, progress=iter):
-    """``verification`` of a model on pairs of images, and the squared distances [P].
-
-    The folds are those of the pair list, else ten. An unreadable image drops its pairs: d2 is NaN there.
-    """
+def distances(model, images, pairs, device="cpu", flip: bool = False, progress=iter) -> np.ndarray:
+    """Squared distances [P] of pairs of images; NaN where an image cannot be read or its embedding is not finite."""
     used, place = np.unique(np.concatenate([pairs.a, pairs.b]), return_inverse=True)
     vectors = embed(model, images, used, device, flip=flip, progress=progress)
-    a, b = vectors[place[:len(pairs.a)]], vectors[place[len(pairs.a):]]
-    d2 = np.square(a - b).sum(1)
-    kept = np.isfinite(d2)
+    return np.square(vectors[place[:len(pairs.a)]] - vectors[place[len(pairs.a):]]).sum(1)
+
+
+def verify(d2, pairs, far_target: float = 1e-3) -> tuple[Verification, np.ndarray]:
+    """``verification`` of the pairs whose distances [P] (or [folds, P]) are finite, and which those are [P].
+
+    The folds are those of the pair list, else ten.
+    """
+    kept = np.isfinite(np.atleast_2d(d2)).all(0)
+    if not kept.any():
+        raise DataError(f"none of the {len(kept)} pairs has two readable images with finite embeddings")
     if not kept.all():
         warnings.warn(f"{np.count_nonzero(~kept)} of {len(kept)} pairs left out: an image cannot be read, or its "
                       "embedding is not finite", stacklevel=2)
-    return verification(d2[kept], pairs.same[kept], 10 if pairs.folds is None else pairs.folds[kept]), d2
+    folds = 10 if pairs.folds is None else pairs.folds[kept]
+    return verification(d2[..., kept], pairs.same[kept], folds, far_target), kept

@@ -83,6 +83,22 @@ def test_a_count_of_folds_on_lists_in_the_order_of_lfw():
     assert verification(d2, same, 10) == verification(d2, same, np.repeat(np.arange(10), 60))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_one_model_per_fold(seed):
+    """Fold k of the answer is fold k of what model k alone would get; ROC figures are of each pair's own model."""
+    rng = np.random.default_rng(seed)
+    d2, same, folds = scores(seed)
+    several = np.stack([d2 + rng.choice([0, 0.25, 0.5], len(d2)) for _ in range(5)])
+    got = verification(several, same, folds, 0.1)
+    alone = [plain(row, same, folds, 0.1) for row in several]
+    assert got.accuracy == pytest.approx(np.mean([alone[k][0][k] for k in range(5)]), rel=1e-12)
+    assert got.thresholds == [alone[k][1][k] for k in range(5)]
+    assert got.val == pytest.approx(np.mean([alone[k][2][k] for k in range(5)]), rel=1e-12)
+    assert got.auc == roc_auc_score(same, -several[folds, np.arange(len(same))])
+    with pytest.raises(ValueError, match="as many as d2 has rows: 4"):
+        verification(several[:4], same, folds)
+
+
 def test_too_few_pairs_for_the_false_accept_rate_are_said():
     d2, same, folds = scores(0)
     with pytest.warns(UserWarning, match="FAR 0.001 needs 1000 different pairs"):
@@ -116,9 +132,14 @@ def test_embed_and_verify_leave_out_what_cannot_be_read():
     lost = int(pairs.a[0])
     images.bad[lost] = "for this test"
     del images._cache[lost]
-    with pytest.warns(UserWarning, match=f"{np.sum((pairs.a == lost) | (pairs.b == lost))} of 100 pairs left out"):
-        _, d2 = evaluate.verify(model, images, pairs)
-    assert np.array_equal(np.isnan(d2), (pairs.a == lost) | (pairs.b == lost))
+    without = (pairs.a == lost) | (pairs.b == lost)
+    d2 = evaluate.distances(model, images, pairs)
+    with pytest.warns(UserWarning, match=f"{without.sum()} of 100 pairs left out"):
+        found, kept = evaluate.verify(d2, pairs, far_target=0.1)
+    assert np.array_equal(np.isnan(d2), without) and np.array_equal(kept, ~without)
+    assert found == verification(d2[~without], pairs.same[~without], 10, far_target=0.1)
+    with pytest.raises(data.DataError, match="none of the 100 pairs"):
+        evaluate.verify(np.full(100, np.nan), pairs)
 
 
 def test_flip_is_blind_to_mirroring():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,32 +11,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from faces import faces
 
-from facenet_ext import train
+from facenet_ext import cli, train
 
 SMALL = ["--size", "8", "--people-per-batch", "4", "--images-per-person", "4", "--dim", "8", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
-def quiet():
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "VAL at FAR")
-        yield
-    torch.set_num_threads(threads)
-
-
-def faces(root, people=8, images=5, singletons=4):
-    """People who differ by a pattern; every image of it has a tint of its own, which a random network falls for."""
-    rng = np.random.default_rng(0)
-    for person in range(people + singletons):
-        (root / f"p{person:02d}").mkdir(parents=True)
-        pattern = np.kron(rng.choice([-40, 40], (4, 4, 1)), np.ones((4, 4, 1)))
-        for i in range(images if person < people else 1):
-            pixels = np.clip(128 + pattern + rng.uniform(-80, 80, 3), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / f"p{person:02d}" / f"p{person:02d}_{i + 1:04d}.png")
-    return root
+def threads():
+    """--threads is the process's: put it back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def records(out):
@@ -57,7 +45,7 @@ def assert_same_state(one, two):
 
 def test_training_separates_people_it_never_saw(tmp_path):
     root, out = faces(tmp_path / "faces", people=60), tmp_path / "out"
-    before, after = train.main(["--data", str(root), "--out", str(out), "--steps", "60", "--hold-out", "0.3",
+    before, after = cli.main(["train", "--data", str(root), "--out", str(out), "--steps", "60", "--hold-out", "0.3",
                                 "--singletons", "2", "--verify-every", "20", *SMALL, "--size", "16"])
     assert before < 0.7 and after > 0.85
     log = records(out)
@@ -73,15 +61,15 @@ def test_training_separates_people_it_never_saw(tmp_path):
 @pytest.mark.parametrize("extra", [[], ["--preset", "paper"], ["--offline", "4"]])
 def test_resume_after_kill_is_bit_identical(tmp_path, extra):
     options = [*SMALL, "--steps", "14", "--save-every", "3", "--verify-every", "6", *extra]
-    train.main(["--out", str(tmp_path / "whole"), *options])
+    cli.main(["train", "--out", str(tmp_path / "whole"), *options])
     script = ("import os, signal, sys; from facenet_ext import train\n"
               "def die(self, step, *rest):\n"
               "    step == 8 and os.kill(os.getpid(), signal.SIGKILL)\n"
-              "train.CollapseWatch.__call__ = die; train.main(sys.argv[1:])")
+              "train.CollapseWatch.__call__ = die; from facenet_ext import cli; cli.main(['train', *sys.argv[1:]])")
     killed = subprocess.run([sys.executable, "-c", script, "--out", str(tmp_path / "cut"), *options])
     assert killed.returncode == -signal.SIGKILL
     assert weights(tmp_path / "cut")["step"] == 6
-    train.main(["--resume", str(tmp_path / "cut")])
+    cli.main(["train", "--resume", str(tmp_path / "cut")])
     assert_same_state(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
     def without_clock(out):
@@ -96,14 +84,14 @@ def test_interrupt_saves_and_leaves_cleanly(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.CollapseWatch, "__call__", interrupt)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
-        train.main(["--out", str(tmp_path), "--steps", "20", *SMALL])
+        cli.main(["train", "--out", str(tmp_path), "--steps", "20", *SMALL])
     assert left.value.code == 130 and weights(tmp_path)["step"] == 8
     assert f"--resume {tmp_path}" in capsys.readouterr().out
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
 def test_minutes_end_the_run(tmp_path):
-    train.main(["--out", str(tmp_path), "--minutes", "0.02", *SMALL])
+    cli.main(["train", "--out", str(tmp_path), "--minutes", "0.02", *SMALL])
     assert 0 < weights(tmp_path)["step"] and weights(tmp_path)["seconds"] >= 1.2
 
 
@@ -137,24 +125,22 @@ def test_learning_rate_of_the_presets():
 def test_data_that_cannot_serve_is_a_clear_error(tmp_path, capsys, make, options, said):
     make(tmp_path / "faces")
     with pytest.raises(SystemExit) as left:
-        train.main(["--data", str(tmp_path / "faces"), "--out", str(tmp_path / "out"), *SMALL, *options])
+        cli.main(["train", "--data", str(tmp_path / "faces"), "--out", str(tmp_path / "out"), *SMALL, *options])
     assert left.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train.data, "augment", lambda pixels, *_, **__: torch.full((len(pixels), 3, 8, 8), torch.nan))
     nothing = train.evaluate.Verification(0, 0, [], 0, 0, 0, 0, 0)
-    monkeypatch.setattr(train.evaluate, "verify", lambda *_: (nothing, None))
+    monkeypatch.setattr(train.evaluate, "verify", lambda *_: (nothing, None))  # the embeddings are NaN, too
     with pytest.raises(FloatingPointError, match="step 0.*last good state.*lower --lr"):
-        train.main(["--out", str(tmp_path), "--steps", "3", *SMALL])
+        cli.main(["train", "--out", str(tmp_path), "--steps", "3", *SMALL])
     assert weights(tmp_path)["step"] == 0
 
 
 def test_chunks_give_the_gradient_of_the_whole_batch(tmp_path):
     def gradients(*extra):
-        parser = train.argparse.ArgumentParser()
-        train.add_arguments(parser)
-        run = train.Run(train.complete(parser.parse_args(["--out", str(tmp_path), "--no-batch-norm", *SMALL, *extra])))
+        run = train.Run(train.complete(train.parse(["--out", str(tmp_path), "--no-batch-norm", *SMALL, *extra])))
         pixels, labels = run.read(0)
         run.model.double()
         shown = run.forward_backward(train.data.augment(pixels, (8, 8)).double(), labels)
@@ -167,9 +153,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(tmp_path):
 
 
 def test_offline_triplets_are_what_they_claim(tmp_path):
-    parser = train.argparse.ArgumentParser()
-    train.add_arguments(parser)
-    run = train.Run(train.complete(parser.parse_args(["--out", str(tmp_path), "--offline", "2", *SMALL])))
+    run = train.Run(train.complete(train.parse(["--out", str(tmp_path), "--offline", "2", *SMALL])))
     run.mine(0)
     labels = torch.from_numpy(run.images.labels)
     anchor, positive, negative = run.state["mined"].T
@@ -187,18 +171,43 @@ def test_offline_triplets_are_what_they_claim(tmp_path):
 def test_two_ranks_train_one_model(tmp_path):
     """torchrun with gloo: it ends, one rank writes, and gradients are exchanged (the ranks draw different people)."""
     options = ["--out", str(tmp_path / "out"), "--steps", "4", "--chunk", "7", *SMALL]
-    script = ("import sys; from facenet_ext import train\n"
+    script = ("import sys; from facenet_ext import cli, train\n"
               "end = train.Run.train\n"
               "def report(self):\n"
               "    end(self); print('SUM', self.rank, sum(p.double().sum().item() for p in self.model.parameters()))\n"
-              "train.Run.train = report; train.main(sys.argv[1:])")
+              "train.Run.train = report; cli.main(['train', *sys.argv[1:]])")
     (tmp_path / "ranks.py").write_text(script)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            str(tmp_path / "ranks.py"), *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    sums = dict(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("SUM"))
+    sums = dict(re.findall(r"SUM (\d) (-?[\d.]+)", done.stdout))  # two ranks may print into one line
     assert set(sums) == {"0", "1"} and sums["0"] == sums["1"]
     assert weights(tmp_path / "out")["step"] == 4 and done.stdout.count("before: accuracy") == 1
-    train.main(["--out", str(tmp_path / "alone"), "--steps", "4", "--chunk", "7", *SMALL])
+    cli.main(["train", "--out", str(tmp_path / "alone"), "--steps", "4", "--chunk", "7", *SMALL])
     assert any(not torch.equal(v, weights(tmp_path / "alone")["model"][k])
                for k, v in weights(tmp_path / "out")["model"].items())
+
+
+def test_sizes_of_the_command_line():
+    def size(*argv):
+        return train.complete(train.parse([*argv, "--device", "cpu"])).size
+
+    assert size() == (16, 16) and size("--data", "x") == (64, 64) and size("--data", "x", "--size", "70x50") == (70, 50)
+    assert size("--data", "x", "--network", "nns2") == (140, 116)
+    assert size("--data", "x", "--network", "nn4", "--size", "64") == (64, 64)
+
+
+def test_a_folder_with_every_kind_of_bad_file_trains(tmp_path):
+    root = faces(tmp_path / "faces", people=6)
+    victim = root / "p00"
+    (victim / "text.jpg").write_text("no image")
+    (victim / "empty.jpg").touch()
+    (victim / "cut.png").write_bytes((victim / "p00_0001.png").read_bytes()[:60])
+    (victim / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "loop").symlink_to(root)
+    with pytest.warns(UserWarning) as warned:
+        cli.main(["train", "--data", str(root), "--out", str(tmp_path / "out"), "--steps", "2", *SMALL])
+    said = [str(w.message) for w in warned]
+    for name in ("text.jpg", "empty.jpg", "cut.png", "gone.jpg", "loop"):
+        assert sum(f"{name}: skipped" in text for text in said) == 1
+    assert weights(tmp_path / "out")["step"] == 2

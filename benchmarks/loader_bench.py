@@ -1,0 +1,62 @@
+"""Does reading starve the step? Images per second of each stage on the way to the network, and of the step itself.
+
+    python benchmarks/loader_bench.py --data FOLDER [--device cuda] [--network nn4] [--size 96]
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+
+from facenet_ext import SemiHardTripletLoss, data, models
+
+
+def rate(function, images, seconds=3.0, device="cpu"):
+    """Median images per second of calls over at least ``seconds``."""
+    times = []
+    while sum(times) < seconds or len(times) < 3:
+        start = time.perf_counter()
+        function(len(times))
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return images / float(np.median(times))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, metavar="FOLDER")
+    parser.add_argument("--network", default="mini")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=180)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    size = (options.size, options.size)
+    images = data.Images(*data.scan(options.data), size)
+    draw = np.random.default_rng(0)
+
+    start = time.perf_counter()
+    images.paths, images.labels = images.paths[:4000], images.labels[:4000]
+    good = images.preload()
+    first = len(images) / (time.perf_counter() - start)
+    batches = [draw.choice(good, options.batch) for _ in range(16)]
+    cached = rate(lambda i: images.batch(batches[i % 16]), options.batch)
+    pixels, labels = images.batch(batches[0])
+    changed = rate(lambda i: data.augment(pixels, size, i, options.device), options.batch, device=options.device)
+    model = models.create(options.network, input_size=size).to(options.device, memory_format=torch.channels_last)
+    x, criterion = data.augment(pixels, size, 0, options.device), SemiHardTripletLoss()
+
+    def step(_):
+        model.zero_grad()
+        criterion(model(x), labels.to(options.device)).backward()
+
+    stepped = rate(step, options.batch, device=options.device)
+    print(f"{options.batch} images of {size[0]} x {size[1]}, {torch.get_num_threads()} threads, {options.device}")
+    for name, value in (("first touch: read, decode, resize", first), ("cached: a batch of uint8", cached),
+                        ("augment, on the device", changed), (f"step of {options.network}", stepped)):
+        print(f"{name:>36} {value:10.0f} images/s")
+
+
+if __name__ == "__main__":
+    main()

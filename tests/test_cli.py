@@ -1,0 +1,161 @@
+"""Every command on a small trained model: the figures it prints are recomputed here from the embeddings it writes."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from faces import faces
+from PIL import Image
+
+from facenet_ext import cli, train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder of people, and a run on part of them."""
+    top = tmp_path_factory.mktemp("cli")
+    root = faces(top / "faces", people=40, singletons=0)
+    threads = torch.get_num_threads()
+    cli.main(["train", "--data", str(root), "--out", str(top / "run"), "--steps", "60", "--size", "16", "--dim", "16",
+              "--threads", "1", "--people-per-batch", "8", "--images-per-person", "4"])
+    yield root, top / "run"
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def some(trained, tmp_path):
+    """Three of the people, in a folder of their own."""
+    for name in ("p01", "p02", "p03"):
+        shutil.copytree(trained[0] / name, tmp_path / "some" / name)
+    return tmp_path / "some"
+
+
+def embedded(folder, run, tmp_path):
+    cli.main(["embed", str(folder), "--model", str(run), "--out", str(tmp_path / "e.npz")])
+    return np.load(tmp_path / "e.npz")
+
+
+def test_embed(trained, some, tmp_path, capsys):
+    (some / "p01" / "broken.jpg").write_text("no image")
+    with pytest.warns(UserWarning, match="broken.jpg: skipped"):
+        found = embedded(some, trained[1], tmp_path)
+    assert found["embeddings"].shape == (15, 16) and found["names"].tolist() == ["p01"] * 5 + ["p02"] * 5 + ["p03"] * 5
+    np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, rtol=1e-5)
+    assert found["paths"][0].endswith("p01/p01_0001.png") and "wrote 15 embeddings" in capsys.readouterr().out
+
+
+def test_compare_prints_the_distances_of_the_embeddings(trained, some, tmp_path, capsys):
+    vectors = embedded(some, trained[1], tmp_path)["embeddings"]
+    files = [str(some / name) for name in ("p01/p01_0001.png", "p01/p01_0002.png", "p02/p02_0001.png")]
+    cli.main(["compare", *files, "--model", str(trained[1]), "--threshold", "0.7", "--plot", str(tmp_path / "c.png")])
+    text = capsys.readouterr().out
+    for (i, j), (a, b) in {(0, 1): (0, 1), (0, 2): (0, 5), (1, 2): (1, 5)}.items():
+        distance, verdict = re.search(rf"^\[{i}\] \[{j}\] (\S+) (\w+)$", text, re.M).groups()
+        expected = np.square(vectors[a] - vectors[b]).sum()
+        assert float(distance) == pytest.approx(expected, abs=2e-3)
+        assert verdict == ("same" if float(distance) <= 0.7 else "different")
+    assert Image.open(tmp_path / "c.png").size[0] > 300
+
+
+def test_cluster_counts_pairs(trained, some, tmp_path, capsys):
+    out = tmp_path / "c.json"
+    cli.main(["cluster", str(some), "--model", str(trained[1]), "--threshold", "0.7", "--json", str(out)])
+    result = json.loads(out.read_text())
+    truth = np.array([path.split("/")[-2] for path in result["groups"]])
+    group = np.array([*result["groups"].values()])
+    together, same = group[:, None] == group, truth[:, None] == truth
+    off = ~np.eye(len(truth), dtype=bool)
+    assert result["precision"] == pytest.approx((together & same & off).sum() / (together & off).sum())
+    assert result["recall"] == pytest.approx((together & same & off).sum() / (same & off).sum())
+    assert result["people"] == 3 and result["recall"] > 0.6 and "nmi" in capsys.readouterr().out
+    everything = ["cluster", str(some), "--model", str(trained[1]), "--threshold"]
+    cli.main([*everything, "5", "--json", str(out)])
+    assert json.loads(out.read_text())["clusters"] == 1
+    cli.main([*everything, "0", "--json", str(out)])
+    assert json.loads(out.read_text())["clusters"] == 15
+    with pytest.raises(SystemExit):
+        cli.main([*everything, "-1"])
+    assert "--threshold: -1 is not" in capsys.readouterr().err
+
+
+def test_cluster_of_a_folder_without_people_lists_the_groups(trained, some, capsys):
+    cli.main(["cluster", str(some / "p01"), "--model", str(trained[1])])
+    text = capsys.readouterr().out
+    assert "group 0: " in text and "nmi" not in text
+
+
+def test_identify_names_the_nearest_or_nobody(trained, some, tmp_path, capsys):
+    probe = shutil.move(some / "p02" / "p02_0005.png", tmp_path / "who.png")
+    arguments = ["identify", str(some), str(probe), "--model", str(trained[1]), "--threshold"]
+    cli.main([*arguments, "4"])
+    path, name, _ = capsys.readouterr().out.strip().split("\t")
+    assert path.endswith("who.png") and name == "p02"
+    cli.main([*arguments, "0"])
+    assert "\tunknown\t" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["identify", str(probe), str(some), "--model", str(trained[1])])
+    assert "gallery needs people" in capsys.readouterr().err
+
+
+def test_triplets_finds_the_image_under_the_wrong_name(trained, some, tmp_path, capsys):
+    shutil.copy(some / "p03" / "p03_0001.png", some / "p01" / "wrong.png")
+    cli.main(["triplets", str(some), "--model", str(trained[1]), "--count", "4", "--out", str(tmp_path / "t.png")])
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines() if line.count("\t") == 3]
+    assert len(rows) == 4 and "wrong.png" in rows[0][1] + rows[0][2]
+    distances = [float(row[0].split()[0]) for row in rows]
+    assert distances == sorted(distances, reverse=True) and Image.open(tmp_path / "t.png").size[1] > 400
+
+
+@pytest.mark.filterwarnings("ignore:VAL at FAR")
+def test_evaluate_on_a_list_and_on_random_pairs(trained, some, tmp_path, capsys):
+    lines = [f"p{p:02d}\t1\t2" for p in range(30)] + [f"p{p:02d}\t1\tp{p + 1:02d}\t1" for p in range(30)]
+    (tmp_path / "pairs.txt").write_text("30\n" + "\n".join(lines) + "\n")
+    out = tmp_path / "e.json"
+    cli.main(["evaluate", "--model", str(trained[1]), "--pairs", str(tmp_path / "pairs.txt"), "--far", "0.1",
+              "--json", str(out), "--plot", str(tmp_path / "e.png")])
+    result = json.loads(out.read_text())
+    assert result["pairs"] == 60 and result["accuracy"] > 0.7 and len(result["thresholds"]) == 10
+    assert f"accuracy          {100 * result['accuracy']:6.2f} %" in capsys.readouterr().out
+    assert Image.open(tmp_path / "e.png").size[0] > 800
+    lists = "2\t15\n" + "\n".join(lines[:15] + lines[30:45] + lines[15:30] + lines[45:]) + "\n"
+    (tmp_path / "view2.txt").write_text(lists)
+    cli.main(["evaluate", "--model", *[str(trained[1])] * 2, "--pairs", str(tmp_path / "view2.txt"), "--far", "0.1",
+              "--json", str(out), "--plot", str(tmp_path / "e2.png")])
+    assert len(json.loads(out.read_text())["thresholds"]) == 2 and (tmp_path / "e2.png").exists()
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--model", *[str(trained[1])] * 3, "--pairs", str(tmp_path / "view2.txt")])
+    assert "3 models for 2 folds" in capsys.readouterr().err
+    cli.main(["evaluate", "--model", str(trained[1] / "best.pt"), "--data", str(some), "--far", "0.5", "--flip"])
+    assert "equal error rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["embed", "nowhere"], "no such folder"), (["compare", "nowhere.jpg"], "no such folder"),
+])
+def test_errors_are_one_line(trained, tmp_path, capsys, arguments, said):
+    with pytest.raises(SystemExit) as left:
+        cli.main([*arguments, "--model", str(trained[1])])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and said in error and "Traceback" not in error
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--model", str(tmp_path)])
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_every_command_has_help(capsys):
+    for name in ("train", "evaluate", "embed", "compare", "cluster", "identify", "triplets"):
+        with pytest.raises(SystemExit) as left:
+            cli.main([name, "--help"])
+        assert left.value.code == 0 and len(capsys.readouterr().out) > 200
+
+
+def test_the_view_2_option_leaves_out_one_set(tmp_path):
+    root = faces(tmp_path / "faces", people=6, singletons=0)
+    (tmp_path / "people.txt").write_text("3\n" + "".join(f"2\np{k:02d}\t5\np{k + 1:02d}\t5\n" for k in (0, 2, 4)))
+    options = train.parse(["--data", str(root), "--people", str(tmp_path / "people.txt"), "--without-set", "2",
+                           "--size", "16", "--hold-out", "0"])
+    images, indices, _ = train.load_data(train.complete(options))
+    assert {images.names[images.labels[i]] for i in indices} & {"p02", "p03"} == set()
