@@ -214,14 +214,20 @@ struct Buckets {
     const V s = S::set1(scale), add = S::set1(bias), most = S::set1(kMost);
     int32_t from[S::W], to[S::W];
     uint32_t mask[S::W];
+    Key tail[S::W];
     int current = 0;
     uint32_t bits = 0;
     for (int b = 0; b < K; b += S::W) {
+      const int n = K - b < S::W ? K - b : S::W;
+      const Key* best = key + b + 1;
+      if (n < S::W) {  // beyond stand the next anchor's buckets, which another thread may be filling
+        for (int i = 0; i < S::W; ++i) tail[i] = i < n ? best[i] : kNoKey<T>;
+        best = tail;
+      }
       const V lower = S::load(t + b);
-      V upper = S::smaller(S::key_values(key + b + 1), S::smaller(S::load(t + b + 1), most));
+      V upper = S::smaller(S::key_values(best), S::smaller(S::load(t + b + 1), most));
       if (prune) upper = S::smaller(limit.template of<S>(lower), upper);
       S::band_masks(lower, upper, s, add, cells(), from, to, mask);
-      const int n = K - b < S::W ? K - b : S::W;
       for (int i = 0; i < n; ++i) {
         const int first = from[i] >> 5, last = to[i] >> 5;
         bits = first == current ? bits : 0;

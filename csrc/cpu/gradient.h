@@ -111,7 +111,7 @@ void gradient(Call<S>& c, int64_t begin, int64_t end) {
           const int64_t row0 = w.class_row[k], K = class_end - class_begin - 1;
           if (K > 0 && w.class_row[k + 1] - row0 == K + 1 && in_pass(row0) && in_pass(row0 + K)) {
             // The whole class is in hand: its anchors' weights are a K + 1 by K block, rows `pitch` apart.
-            const int64_t pitch = round_up(K + 1, kSlotPad), me = j - class_begin;
+            const int64_t pitch = slot_pitch(K), me = j - class_begin;
             const T* block = w.weight + w.rows[row0].slot;
             const T* own = block + me * pitch;
             for (int64_t p = 0; p < me; ++p) {

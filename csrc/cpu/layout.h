@@ -34,6 +34,9 @@ constexpr int kMaxWords = 512;  // 32-bit words of an anchor's filter at most
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Slots of an anchor with K positives: K + 1 buckets.
+constexpr int64_t slot_pitch(int64_t K) { return round_up(K + 1, kSlotPad); }
+
 // Everything about an anchor that the sweep touches in one cache line.
 template <class T>
 struct Row {
@@ -156,11 +159,11 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
 
   using Key = typename KeyOf<T>::Key;
   const int64_t slot_bytes = 2 * sizeof(T) + sizeof(Key) + 2 * sizeof(uint32_t);
-  const int64_t one = round_up(C + 1, kSlotPad);  // an anchor's slots at most
+  const int64_t one = slot_pitch(C);  // an anchor's slots at most
   const int64_t bound = (3072 * A + (int64_t{16} << 20)) / slot_bytes * static_cast<int64_t>(sizeof(T) / 4);
   w.slots = A * one < bound ? A * one : (one > bound ? one : bound);
-  take(w.t, w.slots + kSlotPad);  // whole vectors are read from one place further on
-  take(w.key, w.slots + kSlotPad);
+  take(w.t, w.slots + kSlotPad);  // the last anchor's thresholds are read in whole vectors from the second on
+  take(w.key, w.slots);
   take(w.rank, w.slots);
   take(w.weight, w.slots);
   take(w.words, w.slots);

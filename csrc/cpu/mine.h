@@ -26,7 +26,7 @@ int64_t plan_pass(Call<S>& c, int64_t begin) {
   for (; row < c.classes.live; ++row) {
     const int32_t k = w.aclass[row];
     const int64_t K = w.class_begin[k + 1] - w.class_begin[k] - (w.aself[row] >= 0);
-    const int64_t slots = round_up(K + 1, kSlotPad);
+    const int64_t slots = slot_pitch(K);
     if (used + slots > w.slots) break;
     w.rows[row].positives = static_cast<uint32_t>(K);
     w.rows[row].slot = used;
@@ -72,7 +72,7 @@ void thresholds(Call<S>& c, int64_t begin, int64_t end) {
       const int K = static_cast<int>(buckets.row.positives);
       T* t = buckets.t;
       uint32_t* rank = w.rank + buckets.row.slot;
-      for (int64_t i = K; i < round_up(K + 1, kSlotPad); ++i) t[i] = std::numeric_limits<T>::infinity();
+      for (int64_t i = K; i < slot_pitch(K); ++i) t[i] = std::numeric_limits<T>::infinity();
       if (K <= 64) {  // by counting: K^2 / W comparisons and no branch
         T* sorted = scratch.strip;
         uint64_t taken = 0;
