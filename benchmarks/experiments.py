@@ -167,7 +167,7 @@ def main():
                 "machine": torch.cuda.get_device_name() if options.device.startswith("cuda") else
                 f"{platform.machine()}, {torch.get_num_threads()} threads",
                 "protocol": "trained on LFW peopleDevTrain.txt alone, verified on pairsDevTest.txt",
-                "base": base.stored, "results": results}, indent=1, default=str).encode())
+                "base": {k: v for k, v in base.stored.items() if k not in ("data", "people", "pairs", "out")}, "results": results}, indent=1, default=str).encode())
 
 
 if __name__ == "__main__":
