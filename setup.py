@@ -1,9 +1,10 @@
 """Builds facenet_ext._C: CMake configures, Ninja compiles. Everything else about the package stands in pyproject.toml.
 
-torch is not imported here and not needed to build: no source under csrc/ includes a torch header (see csrc/triplet.h), so
-`pip install .` works with build isolation, and one wheel serves every torch. Two environment variables are the only switches:
+torch is not imported here and not needed to build: no source under csrc/ includes a torch header (see csrc/triplet.h),
+so `pip install .` works with build isolation, and one wheel serves every torch. Two environment variables are the only
+switches:
 
-    FACENET_EXT_CUDA=AUTO|ON|OFF    AUTO (default): with CUDA if a working nvcc is found; ON: fail without one; OFF: CPU only
+    FACENET_EXT_CUDA=AUTO|ON|OFF    AUTO (default): CUDA if a working nvcc is found; ON: fail without one; OFF: CPU only
     CMAKE_CUDA_ARCHITECTURES=...    for example "90" or "80;90"; default: see csrc/CMakeLists.txt
 """
 
@@ -58,8 +59,8 @@ class CMakeBuild(build_ext):
         build_dir = (ROOT / self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         cmake = find_tool("cmake", "CMAKE_BIN_DIR")
-        # Every path is given anew: under build isolation cmake, ninja and pybind11 stand in another folder at each build,
-        # and a cache of the last one must not be believed.
+        # Every path is given anew: under build isolation cmake, ninja and pybind11 stand in another folder at each
+        # build, and a cache of the last one must not be believed.
         subprocess.run(
             [
                 cmake,
@@ -82,6 +83,16 @@ class CMakeBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         jobs = ["--parallel", str(self.parallel)] if self.parallel else []
         subprocess.run([cmake, "--build", str(build_dir), "--target", "_C", *jobs], check=True)
+        self.serve_checkout(target)
+
+    @staticmethod
+    def serve_checkout(target: Path) -> None:
+        """Beside the sources too: Python started in the checkout finds those first, not the installed package."""
+        beside_sources = ROOT / "facenet_ext" / target.name
+        if beside_sources != target:
+            partial = beside_sources.with_name(beside_sources.name + ".partial")
+            shutil.copy2(target, partial)
+            os.replace(partial, beside_sources)
 
     @staticmethod
     def announce_cuda(report: str) -> None:

@@ -28,6 +28,8 @@ The way of the data, for one call of the loss and its backward:
               backward: the saved gradient times the upstream scalar, rounded to the input's dtype
 
     reference.py stands beside all this: the same functions in plain PyTorch, the oracle of the tests.
+    models/ holds the paper's networks; they and the loss know nothing of each other. train.py, evaluate.py, data.py and
+    cli.py bring them together.
 """
 
 import torch  # noqa: F401  first, so that its libgomp.so.1 is the one that _C finds: one thread pool for both

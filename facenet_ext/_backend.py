@@ -1,20 +1,28 @@
-"""The only caller of the compiled module: allocates outputs and workspace, hands over pointers, the stream, the thread count.
+"""The only caller of the compiled module: allocates outputs and workspace, hands over pointers, stream, thread count.
 
-    embeddings, labels (checked) --> rows with unit inner stride, int64 labels --> torch.empty outputs --> _C.launch_triplet
+    embeddings, labels (checked) --> unit inner stride, int64 labels --> torch.empty outputs --> _C.launch_triplet
 
-The same lines serve the CPU and CUDA; on a GPU nothing here waits for the device, and every size is known from shapes alone,
-so that a CUDA graph can capture a call.
+The same lines serve the CPU and CUDA; on a GPU nothing here waits for the device, and every size is known from shapes
+alone, so that a CUDA graph can capture a call.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import threading
 
 import torch
 from torch import Tensor
 
-from . import _C
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"facenet_ext in {os.path.dirname(__file__)} has no compiled module for this Python: in a checkout, build it "
+        "with 'pip install .' or 'python setup.py build_ext --inplace'"
+    ) from error
 
 _DTYPE_CODES = {getattr(torch, name): code for name, code in _C.dtypes.items()}
 _INFO = _C.build_info()
@@ -25,9 +33,9 @@ _NO_STREAM = contextlib.nullcontext()
 def build_info() -> dict:
     """What was compiled in, and what of it this machine can run.
 
-    Returns a dict: ``version`` (str), ``cuda`` (bool: CUDA backend compiled in), ``cuda_archs`` (list of str), ``cuda_reason``
-    (str: nvcc's version, or why CUDA is off), ``cpu_isa`` (list of str, best first: the paths this machine can run),
-    ``compiler`` (str). Needs no GPU and looks for none.
+    Returns a dict: ``version`` (str), ``cuda`` (bool: CUDA backend compiled in), ``cuda_archs`` (list of str),
+    ``cuda_reason`` (str: nvcc's version, or why CUDA is off), ``cpu_isa`` (list of str, best first: the paths this
+    machine can run), ``compiler`` (str). Needs no GPU and looks for none.
     """
     return _C.build_info()
 
@@ -53,9 +61,9 @@ def triplet_loss(
     need_grad: bool,
     need_stats: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """loss [], its gradient [N, D] before the upstream factor, counts [3] int64 and d2 [3]; None for what is not needed.
+    """loss [], its gradient [N, D] before the upstream factor, counts [3] int64, d2 [3]; None for what is not needed.
 
-    All but the counts are in ``loss_dtype``. Without the counts the kernels may stop looking at the margin, which is faster.
+    All but the counts are in ``loss_dtype``. Without the counts the kernels may stop at the margin, which is faster.
     """
     x, y = _rows(embeddings), _labels(labels)
     dtype, device = loss_dtype(x.dtype), x.device
@@ -112,7 +120,7 @@ def mine_triplets(embeddings: Tensor, labels: Tensor, normalize: bool) -> tuple[
 
 
 def _launch(x: Tensor, y: Tensor, options: tuple, loss_outputs: tuple, mining_outputs: tuple) -> None:
-    """Runs the kernels of x's device on the batch as its own candidates; the groups are those of TripletArgs (csrc/triplet.h)."""
+    """Runs the kernels of x's device, the batch being its own candidates; groups as in TripletArgs (csrc/triplet.h)."""
     rows, dim = x.shape
     dtype, device = _DTYPE_CODES[x.dtype], x.device
     on_cuda = device.type == "cuda"
@@ -143,6 +151,21 @@ def _launch(x: Tensor, y: Tensor, options: tuple, loss_outputs: tuple, mining_ou
         )
 
 
+# Each thread keeps its last CPU workspace, if small: memory fresh from the system costs a page fault per 4 KiB touched, which at
+# N = 1800 is a twentieth of the whole call. torch caches GPU memory itself.
+_KEPT_BYTES = 64 << 20
+_kept = threading.local()
+
+
+def _cpu_workspace(size: int) -> Tensor:
+    workspace = getattr(_kept, "workspace", None)
+    if workspace is None or workspace.numel() < size:
+        workspace = torch.empty(size, dtype=torch.uint8)
+        if size <= _KEPT_BYTES:
+            _kept.workspace = workspace
+    return workspace
+
+
 # A training loop asks for the same few sizes again and again.
 _workspace_bytes = functools.lru_cache(maxsize=64)(_C.workspace_bytes)
 
@@ -153,8 +176,8 @@ def _cuda_device(index: int) -> tuple[int, int]:
     if not _HAS_CUDA:
         raise RuntimeError(
             f"embeddings is on cuda:{index}, but this facenet_ext has no CUDA backend ({_INFO['cuda_reason']}); "
-            "install it anew where nvcc is on PATH, with FACENET_EXT_CUDA=ON pip install --no-cache-dir --force-reinstall "
-            "--no-deps, or move embeddings and labels to the cpu"
+            "install it anew where nvcc is on PATH, with FACENET_EXT_CUDA=ON pip install --no-cache-dir "
+            "--force-reinstall --no-deps, or move embeddings and labels to the cpu"
         )
     properties = torch.cuda.get_device_properties(index)
     return properties.multi_processor_count, 10 * properties.major + properties.minor

@@ -1,7 +1,7 @@
-"""Every precondition of the public functions. Each failure has a message of its own: the argument, what came, what is accepted.
+"""Every precondition of the public functions. Each failure has its own message: argument, what came, what is accepted.
 
-TypeError: the kind of thing is wrong (no tensor, a dtype). ValueError: the kind is right, the value is not (shape, length, device,
-option, margin). Only metadata is looked at, so nothing here waits for a device.
+TypeError: the kind of thing is wrong (no tensor, a dtype). ValueError: the kind is right, the value is not (shape,
+length, device, option, margin). Only metadata is looked at, so nothing here waits for a device.
 """
 
 from __future__ import annotations

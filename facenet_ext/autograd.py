@@ -1,11 +1,11 @@
-"""How autograd and torch.compile see the loss: one forward that already yields the gradient, one backward that scales it.
+"""How autograd and torch.compile see the loss: one forward that already yields the gradient, one backward to scale it.
 
-    eager       _TripletLoss.apply ---> _backend.triplet_loss       backward: scale_gradient ---> its own backward raises
-    compiled    facenet_ext::triplet_loss (custom op, opaque)       backward: facenet_ext::triplet_loss_backward, no derivative
+    eager       _TripletLoss.apply                  backward: _backend.scale_gradient, whose own backward raises
+    compiled    op facenet_ext::triplet_loss        backward: op facenet_ext::triplet_loss_backward, likewise
 
-The eager path calls the autograd.Function itself, not the custom op: the dispatcher's way round costs more than a small batch.
-The selection is a constant of the loss, so a second derivative would leave out how the selection moves, and the saved first one
-does not know its own slope: asking for it is an error in both ways.
+The eager path calls the autograd.Function itself, not the custom op: the dispatcher's way round costs more than a small
+batch. The selection is a constant of the loss, so a second derivative would leave out how the selection moves, and the
+saved first one does not know its own slope: asking for it is an error in both ways.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from . import _backend
 
 _SECOND_DERIVATIVE = (
-    "facenet_ext.triplet_loss has no second derivative: its gradient is computed in the forward pass, with the selection of "
-    "negatives as a constant; use facenet_ext.reference.triplet_loss where one is needed"
+    "facenet_ext.triplet_loss has no second derivative: its gradient is computed in the forward pass, with the "
+    "selection of negatives as a constant; use facenet_ext.reference.triplet_loss where one is needed"
 )
 
 
@@ -56,7 +56,7 @@ class _TripletLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if need_stats:
             ctx.mark_non_differentiable(counts, d2)
-        # embeddings carries no value into backward, only the link that lets a second derivative be noticed, and the dtype.
+        # embeddings brings no value into backward, only its dtype and the link by which a second derivative is noticed
         ctx.save_for_backward(grad, embeddings)
         return loss, counts, d2
 
@@ -80,8 +80,8 @@ class _ScaledGradient(torch.autograd.Function):
         raise RuntimeError(_SECOND_DERIVATIVE)
 
 
-# ---- custom ops: what torch.compile and torch.export keep in their graphs -------------------------------------------------
-# A custom op returns tensors only: what is not needed comes as an empty one. Sizes follow from N and D, never from data.
+# ---- custom ops: what torch.compile and torch.export keep in their graphs --------------------------------------------
+# A custom op returns tensors only: what is not needed comes as an empty one. Sizes follow from N and D alone.
 
 
 @torch.library.custom_op("facenet_ext::triplet_loss", mutates_args=())

@@ -40,8 +40,8 @@ def triplet_loss(
         return_stats: also return a ``TripletStats``.
 
     Returns:
-        The loss, 0-d, float32 (float64 for float64 input); with ``return_stats`` a pair of it and the stats, 0-d tensors on
-        the same device. The gradient has the dtype of ``embeddings``.
+        The loss, 0-d, float32 (float64 for float64 input); with ``return_stats`` a pair of it and the stats, 0-d
+        tensors on the same device. The gradient has the dtype of ``embeddings``.
 
     Raises:
         TypeError: an argument is not of an accepted type or dtype.
@@ -50,16 +50,16 @@ def triplet_loss(
             a second derivative is asked for.
 
     Notes:
-        Distances have float32 accuracy (float64 for float64 input), also of half-precision input, whose gradient is rounded
-        once, at the end. Rows that are identical are at distance exactly 0.
+        Distances have float32 accuracy (float64 for float64 input), also of half-precision input, whose gradient is
+        rounded once, at the end. Rows that are identical are at distance exactly 0.
         Of equally close negatives the one of lowest index is taken. A hinge of exactly 0 has gradient 0, and so has the
         Euclidean distance at 0.
-        An anchor with no negative counts no pair. Where nothing counts (an empty batch, one class, all labels different) the
-        loss is 0, attached to the graph, with a gradient of 0. Any non-finite embedding makes the loss and the whole
-        gradient NaN.
+        An anchor with no negative counts no pair. Where nothing counts (an empty batch, one class, all labels
+        different) the loss is 0, attached to the graph, with a gradient of 0. Any non-finite embedding makes the loss
+        and the whole gradient NaN.
         The selection is a constant: the gradient goes through d(a, p) and d(a, n) only.
-        Memory grows with N·D, never with N². The result does not depend on the number of threads and is the same from run to
-        run, bit for bit. On a GPU nothing waits for the device.
+        Memory grows with N·D, never with N². The result does not depend on the number of threads and is the same from
+        run to run, bit for bit. On a GPU nothing waits for the device.
         On the CPU Ctrl-C ends a running call.
 
     Source: Schroff, Kalenichenko, Philbin, "FaceNet", CVPR 2015, equations 3 (loss) and 4 (semi-hard).
@@ -94,7 +94,7 @@ def mine_triplets(
     fallback: str = "farthest",
     normalize: bool = False,
 ) -> Triplets:
-    """Every counted (a, p), a != p, of equal labels, with  n = argmin { d2(a, n) : label of n differs, d2(a, n) > d2(a, p) }.
+    """Every ordered (a, p), a != p, of equal labels, with  n = argmin { d2(a, n) : other label, d2(a, n) > d2(a, p) }.
 
     Args:
         embeddings: [N, D], as for ``triplet_loss``.
@@ -105,8 +105,8 @@ def mine_triplets(
         normalize: distances of the rows divided by max(L2 norm, 1e-12).
 
     Returns:
-        ``Triplets``: anchor, positive, negative [T] int64; d2_ap, d2_an [T] squared distances, float32 (float64 for float64
-        input); fallback [T] bool. In order of anchor, then positive. On the device of ``embeddings``.
+        ``Triplets``: anchor, positive, negative [T] int64; d2_ap, d2_an [T] squared distances, float32 (float64 for
+        float64 input); fallback [T] bool. In order of anchor, then positive. On the device of ``embeddings``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``triplet_loss``.

@@ -14,8 +14,8 @@ class SemiHardTripletLoss(nn.Module):
     """mean over all ordered pairs (a, p), a != p, of equal labels, of  max(0, d(a, p) - d(a, n) + margin),
     where n is the closest row of another label with d(a, n) > d(a, p).
 
-    Arguments, results, errors and edges are those of :func:`facenet_ext.triplet_loss`. The module has no parameters and no
-    state. Options are checked here, at construction.
+    Arguments, results, errors and edges are those of :func:`facenet_ext.triplet_loss`. The module has no parameters and
+    no state. Options are checked here, at construction.
 
         criterion = SemiHardTripletLoss(margin=0.2)
         loss = criterion(embeddings, labels)

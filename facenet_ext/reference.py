@@ -1,8 +1,8 @@
-"""The semi-hard triplet loss in plain PyTorch, in its plainest form: the definition that the kernels are tested against.
+"""The semi-hard triplet loss in plain PyTorch, in its plainest form: the definition that the kernels are held to.
 
-It imports nothing of this package and is written to be read, not to be fast: one anchor at a time, distances as the sum of
-squared differences, the selection under no_grad, the gradient left to autograd. Time O(N² (D + K)) in Python steps of one anchor,
-memory O((N + T) D) for T triplets.
+It imports nothing of this package and is written to be read, not to be fast: one anchor at a time, distances as the sum
+of squared differences, the selection under no_grad, the gradient left to autograd. Time O(N² (D + K)) in Python steps
+of one anchor, memory O((N + T) D) for T triplets.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class TripletStats(dict):
 
     pairs      int64   counted (anchor, positive) pairs
     active     int64   those with a loss above 0
-    fallback   int64   pairs without a negative farther than the positive: counted under "farthest", left out under "skip"
+    fallback   int64   pairs without a negative farther than the positive: counted if "farthest", left out if "skip"
     mean_d2_ap         mean squared distance of anchor and positive over the counted pairs
     mean_d2_an         the same of anchor and negative
-    max_d2_ap          the largest squared distance of anchor and positive; near 0 beside a loss near the margin: collapse
+    max_d2_ap          the largest squared distance of a pair; near 0, with a loss near the margin, is collapse
 
     The last three have the loss's dtype and are 0 where no pair counts, NaN where an embedding is not finite.
     """
@@ -70,7 +70,7 @@ def mine_triplets(
             d2 = (x - x[a]).square().sum(dim=1)  # [N]
             d2_ap, d2_an = d2[positive], d2[negative]
             farther = d2_an > d2_ap[:, None]  # [K, M]; strictly
-            closest_farther = torch.where(farther, d2_an, torch.inf).argmin(dim=1)  # [K]; argmin takes the first of equals
+            closest_farther = torch.where(farther, d2_an, torch.inf).argmin(dim=1)  # [K], first of equals
             is_fallback = ~farther.any(dim=1)
             chosen = torch.where(is_fallback, d2_an.nan_to_num(nan=-1.0, posinf=torch.inf).argmax(), closest_farther)
             found.append(
@@ -99,7 +99,7 @@ def triplet_loss(
 ) -> Tensor | tuple[Tensor, TripletStats]:
     """reduction over the triplets of ``mine_triplets`` of max(0, d(a, p) - d(a, n) + margin).
 
-    The selection is a constant; the gradient goes through both distances. See facenet_ext.triplet_loss for the arguments.
+    The selection is a constant; the gradient goes through both distances. Arguments: facenet_ext.triplet_loss.
     """
     x = _prepared(embeddings, normalize)
     mined = mine_triplets(embeddings, labels, negatives=negatives, normalize=normalize)

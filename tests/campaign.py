@@ -1,11 +1,11 @@
 """The correctness campaign: many random batches, larger than the test suite's, and the figures that come out.
 
-    python tests/campaign.py                          2,000 cases, seed 0: N up to 600, D up to 600, classes up to a few hundred
+    python tests/campaign.py                          2,000 cases from seed 0, N and D up to 600
     python tests/campaign.py --cases 20000 --seed 7
     python tests/campaign.py --device cuda
 
-Both parts of tests/oracle.py: the selection by float64 distances, and loss and gradient in float64 with the op's own selection.
-Ends with status 1 if any case is beyond the bounds of the tests, and names it; its seed repeats it.
+Both parts of tests/oracle.py: the selection by float64 distances, and loss and gradient in float64 with the op's own
+selection. Ends with status 1 if any case is beyond the bounds of the tests, and names it; its seed repeats it.
 """
 
 from __future__ import annotations
@@ -73,22 +73,23 @@ def main() -> int:
     where = facenet_ext.cpu_isa_active() if arguments.device == "cpu" else torch.cuda.get_device_name(arguments.device)
     print(f"{arguments.cases} cases from seed {arguments.seed} on {where}, {time.perf_counter() - begin:.0f} s")
     print(
-        f"{'dtype':>9} {'cases':>6} {'pairs':>9} {'illegal':>8} {'not best':>9} {'excess':>9} {'gradient':>9} {'loss':>9} "
-        f"{'d2':>9} {'uncertain':>9}"
+        f"{'dtype':>9} {'cases':>6} {'pairs':>9} {'illegal':>8} {'not best':>9} {'excess':>9} {'gradient':>9} "
+        f"{'loss':>9} {'d2':>9} {'uncertain':>9}"
     )
     for dtype in DTYPES:
         total, bound = totals[dtype], worst[dtype]
         print(
-            f"{str(dtype)[6:]:>9} {total['cases']:>6} {total['pairs']:>9} {total['illegal']:>8} {total['suboptimal']:>9} "
-            f"{bound['excess']:>9.1e} {bound['gradient']:>9.1e} {bound['loss']:>9.1e} {bound['d2']:>9.1e} "
-            f"{total['uncertain']:>9}"
+            f"{str(dtype)[6:]:>9} {total['cases']:>6} {total['pairs']:>9} {total['illegal']:>8} "
+            f"{total['suboptimal']:>9} {bound['excess']:>9.1e} {bound['gradient']:>9.1e} {bound['loss']:>9.1e} "
+            f"{bound['d2']:>9.1e} {total['uncertain']:>9}"
         )
     print(
-        "illegal, not best: negatives beyond rounding (1e-6 of |a|² + |n|² in float32, 4e-15 in float64) of legal, of the best.\n"
-        "excess: worst distance beyond the best legal negative, in |a|² + |n|².\n"
-        "gradient: worst max|g - g64| / max|g64| with the op's own selection, beyond the one rounding to half precision;\n"
-        "  with normalize, in units of what cancels between unit rows. loss: of the largest term of a hinge. d2: relative, of the\n"
-        "  mined distances and the stats. uncertain: pairs whose hinge is within rounding of 0; either gradient is accepted."
+        "illegal, not best: negatives beyond rounding (1e-6 of |a|² + |n|² in float32, 4e-15 in float64) of legal, of\n"
+        "  the best. excess: worst distance beyond the best legal negative, in |a|² + |n|².\n"
+        "gradient: worst max|g - g64| / max|g64| with the op's own selection, beyond the rounding to half precision;\n"
+        "  with normalize, in units of what cancels between unit rows. loss: of the largest term of a hinge.\n"
+        "  d2: relative, of the mined distances and the stats.\n"
+        "uncertain: pairs whose hinge is within rounding of 0; either gradient is accepted."
     )
     for failure in failures[:20]:
         print("FAILED", failure)

@@ -6,14 +6,29 @@ import torch
 import facenet_ext
 
 
+def why_not_cuda() -> str | None:
+    info = facenet_ext.build_info()
+    if not info["cuda"]:
+        return f"CUDA backend not compiled in: {info['cuda_reason']}"
+    return None if torch.cuda.is_available() else "no GPU"
+
+
+def pytest_report_header() -> list[str]:
+    info = facenet_ext.build_info()
+    reason = why_not_cuda()
+    return [
+        f"facenet_ext {info['version']} from {facenet_ext.__file__}, torch {torch.__version__}",
+        f"CPU paths: {', '.join(info['cpu_isa'])}; CUDA: {'skipped: ' + reason if reason else 'tested'}",
+    ]
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request) -> torch.device:
-    """Every test of what the op computes runs on both backends; the CUDA one is skipped, with the reason, where it cannot."""
-    if request.param == "cuda":
-        if not facenet_ext.build_info()["cuda"]:
-            pytest.skip(f"CUDA backend not compiled in: {facenet_ext.build_info()['cuda_reason']}")
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU")
+    """Every test of what the op computes runs on both backends; the CUDA one is skipped, with the reason, where it
+    cannot."""
+    reason = why_not_cuda() if request.param == "cuda" else None
+    if reason:
+        pytest.skip(reason)
     return torch.device(request.param)
 
 

@@ -1,8 +1,8 @@
-"""What the fused op is held against. Selection is discontinuous: one near-tie resolved the other way moves the gradient by a
-percent, so one tolerance on the whole would fail at random or hide bugs. The two parts are therefore tested apart:
+"""What the fused op is held against. Selection is discontinuous: one near-tie resolved the other way moves the gradient
+by a percent, so one tolerance on the whole would fail at random or hide bugs. The two parts are therefore tested apart:
 
-    check_selection   every negative the op chose is legal, and its float64 distance is within rounding of the best legal one
-    loss_and_gradient loss and gradient in float64 for the op's own selection, to be met tightly
+    check_selection     every chosen negative is legal, and its float64 distance within rounding of the best legal one
+    loss_and_gradient   loss and gradient in float64 for the op's own selection, to be met tightly
 
 The embeddings' stored (rounded) values, read as float64, are the truth for every dtype.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 import facenet_ext
 from facenet_ext import Triplets
 
-# Error of a distance in units of |a|² + |n|²: what float32 (float64) can do for an expanded square, see check_selection.
+# Error of a distance in units of |a|² + |n|²: what float32 (float64) can do for an expanded square.
 SELECTION_TOLERANCE = {torch.float64: 4e-15, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 # Distances of the winners are recomputed in direct form: relative error.
 DIRECT_TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
@@ -33,7 +33,7 @@ def pairwise_d2(x64: Tensor) -> Tensor:
     return torch.cdist(x64, x64, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
-# ---- the selection ------------------------------------------------------------------------------------------------------
+# ---- the selection ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class SelectionReport:
     """Counts of what is wrong, and the worst distance beyond the best legal choice in units of |a|² + |n|²."""
 
     pairs: int = 0
-    illegal: int = 0  # wrong label, not farther than the positive beyond rounding, or a flag that contradicts the distances
+    illegal: int = 0  # wrong label, surely not farther than the positive, or a flag that contradicts the distances
     suboptimal: int = 0  # legal, but beyond rounding of the best
     worst_excess: float = 0.0
 
@@ -59,9 +59,11 @@ def expected_pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
     return anchor, positive
 
 
-def check_selection(x64: Tensor, labels: Tensor, triplets: Triplets, tolerance: float, chunk: int = 256) -> SelectionReport:
-    """Judges a selection by float64 distances. A negative at rounding distance of the border may fall on either side of it;
-    `tolerance` times |a|² + |n|² is what rounding may move a distance by."""
+def check_selection(
+    x64: Tensor, labels: Tensor, triplets: Triplets, tolerance: float, chunk: int = 256
+) -> SelectionReport:
+    """Judges a selection by float64 distances. A negative at rounding distance of the border may fall on either side of
+    it; `tolerance` times |a|² + |n|² is what rounding may move a distance by."""
     anchor, positive, negative, _, _, fallback = (column.cpu() for column in triplets)
     x64, labels = x64.cpu(), labels.cpu()
     want_anchor, want_positive = expected_pairs(labels)
@@ -97,20 +99,20 @@ def check_selection(x64: Tensor, labels: Tensor, triplets: Triplets, tolerance: 
     return report
 
 
-# ---- loss and gradient with a given selection ---------------------------------------------------------------------------
+# ---- loss and gradient with a given selection ------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Exact:
-    """float64 values for one selection. Pairs whose hinge is within rounding of its corner have no certain gradient: their
-    contributions stand apart, and either choice is right."""
+    """float64 values for one selection. Pairs whose hinge is within rounding of its corner have no certain gradient:
+    their contributions stand apart, and either choice is right."""
 
     loss: Tensor
     grad: Tensor  # [N, D], without the uncertain pairs
     uncertain: list[Tensor]  # [N, D] each
     likely: Tensor  # [uncertain] bool: active, going by the distances that the op reports
     loss_unit: float  # the size of what cancels inside the hinges: an error of eps times this is unavoidable
-    grad_unit: float  # with normalize, the size of what cancels between unit rows; else 0, for differences of inputs are exact
+    grad_unit: float  # with normalize, the size of what cancels between unit rows; else 0
     counts: tuple[int, int, int]  # pairs, surely active, fallbacks
     d2_stats: tuple[float, float, float]
 
@@ -127,7 +129,7 @@ def loss_and_gradient(
     corner: float = 1e-6,
     active: int | None = None,
 ) -> Exact:
-    """`corner`: a hinge smaller than this times the distances in it may be active or not. `active`: the op's own count, which
+    """`corner`: a hinge smaller than this times its distances may be active or not. `active`: the op's own count, which
     "mean_active" divides by."""
     x = embeddings.detach().cpu().double().requires_grad_()
     rows = torch.nn.functional.normalize(x, dim=1, eps=1e-12) if normalize else x
@@ -140,7 +142,7 @@ def loss_and_gradient(
     d2_an = (rows[anchor] - rows[negative]).square().sum(dim=1)
     d_ap, d_an = (_sqrt(d2_ap), _sqrt(d2_an)) if distance == "euclidean" else (d2_ap, d2_an)
     hinge = d_ap - d_an + margin
-    # Normalising rounds each unit row once more, so near-duplicates are known to eps of the row, not of their difference.
+    # Normalising rounds each unit row: near-duplicates are then known to eps of the row, not of their difference.
     size = (d_ap + d_an + margin + (1.0 if normalize else 0.0)).detach()
     pairs = len(hinge)
     uncertain = hinge.detach().abs() <= corner * size
@@ -156,13 +158,15 @@ def loss_and_gradient(
         factor = 1.0 / max(active, 1)
     total = (hinge * sure_active).sum() * factor + (rows * 0).sum()
     (grad,) = torch.autograd.grad(total, x, retain_graph=True)
-    contributions = [torch.autograd.grad(hinge[i] * factor, x, retain_graph=True)[0] for i in uncertain.nonzero().flatten()]
+    doubtful = uncertain.nonzero().flatten()
+    contributions = [torch.autograd.grad(hinge[i] * factor, x, retain_graph=True)[0] for i in doubtful]
     own_ap, own_an = (_sqrt(d2.double()) if distance == "euclidean" else d2.double() for d2 in (own_ap, own_an))
     likely = (own_ap - own_an + margin > 0)[uncertain]
     summed = torch.relu(hinge.detach()).sum() * factor
     grad_unit = 0.0
     if normalize and pairs:
-        pull_p, pull_n = (_slope(d, distance) * (sure_active | uncertain) * factor for d in (d_ap.detach(), d_an.detach()))
+        pulling = (sure_active | uncertain) * factor
+        pull_p, pull_n = _slope(d_ap.detach(), distance) * pulling, _slope(d_an.detach(), distance) * pulling
         total_pull = torch.zeros(len(x), dtype=torch.float64)
         for index, pull in ((anchor, pull_p + pull_n), (positive, pull_p), (negative, pull_n)):
             total_pull.index_add_(0, index, pull)
@@ -208,7 +212,7 @@ def _gradient_error(got: Tensor, truth: Tensor, unit: float, dtype: torch.dtype)
 
 
 def _closest_subset(parts: Tensor, target: Tensor) -> Tensor:
-    """The sum of those parts [k, N, D] that comes closest to the target: all 2^k of them for few, rounded least squares else."""
+    """The sum of some of the parts [k, N, D] that comes closest to the target: of few, all 2^k sums are tried."""
     k = len(parts)
     flat, aim = parts.reshape(k, -1), target.reshape(-1)
     if not bool(target.isfinite().all()):
@@ -238,7 +242,7 @@ def _slope(d: Tensor, distance: str) -> Tensor:
     return torch.full_like(d, 2.0) if distance == "sqeuclidean" else torch.where(d > 0, 1 / d, 0.0)
 
 
-# ---- both parts, for one batch ------------------------------------------------------------------------------------------
+# ---- both parts, for one batch ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -280,7 +284,7 @@ def run_case(embeddings: Tensor, labels: Tensor, *, normalize: bool = False, **o
 
 
 def relative(value: Tensor, exact: Tensor, row_rounding: float = 0.0) -> float:
-    """Largest error of squared distances, each relative to its own exact value, beyond what `row_rounding` of the rows does."""
+    """Largest error of squared distances, each relative to itself, beyond what `row_rounding` of the rows does."""
     if value.numel() == 0:
         return 0.0
     difference = (value - exact).abs() - row_rounding * (2 * exact.sqrt() + row_rounding)

@@ -124,7 +124,7 @@ def test_fake_tensors(device):
         assert loss.shape == () and stats.pairs.dtype == torch.int64 and loss.requires_grad
 
 
-# ---- gradcheck and second derivatives -----------------------------------------------------------------------------------
+# ---- gradcheck and second derivatives --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -144,7 +144,10 @@ def test_gradcheck(device, distance, reduction, normalize):
 def test_second_derivative_raises(device, call):
     x, y = batch(device)
     x.requires_grad_()
-    loss = triplet_loss(x, y) if call == "eager" else torch.ops.facenet_ext.triplet_loss(x, y, *OP_OPTIONS, True, False)[0]
+    if call == "eager":
+        loss = triplet_loss(x, y)
+    else:
+        loss = torch.ops.facenet_ext.triplet_loss(x, y, *OP_OPTIONS, True, False)[0]
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)  # that alone is fine: others in the graph may need it
     assert grad.requires_grad
     for options in ({}, {"allow_unused": True}):
@@ -154,7 +157,7 @@ def test_second_derivative_raises(device, call):
         (grad.square().sum() + x.sum()).backward()
 
 
-# ---- autocast and loss scaling ------------------------------------------------------------------------------------------
+# ---- autocast and loss scaling ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,5 +1,5 @@
-"""Every CPU path that this machine can run goes through the same battery, in a process of its own: FACENET_EXT_ISA is read once,
-at the first call."""
+"""Every CPU path that this machine can run goes through the same battery, in a process of its own: FACENET_EXT_ISA is
+read once, at the first call."""
 
 from __future__ import annotations
 
@@ -97,4 +97,4 @@ print(t.negative.tolist(), t.d2_an.tolist(), facenet_ext.triplet_loss(x, y, marg
 """
     answers = {isa: run(code, isa) for isa in ISAS}
     assert all(done.returncode == 0 for done in answers.values())
-    assert len({done.stdout for done in answers.values()}) == 1  # small integers: every sum is exact, so here bit for bit
+    assert len({done.stdout for done in answers.values()}) == 1  # small integers: every sum is exact

@@ -15,7 +15,7 @@ def loss_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# ---- accuracy -----------------------------------------------------------------------------------------------------------
+# ---- accuracy --------------------------------------------------------------------------------------------------------
 
 
 def test_random_cases(device):
@@ -28,7 +28,9 @@ def test_random_cases(device):
             raise AssertionError(f"{case.name}: {error}") from error
 
 
-@pytest.mark.parametrize("n,dim,per_class", [(300, 128, 3), (257, 100, 40), (512, 17, 200), (190, 600, 2), (400, 64, 400)])
+@pytest.mark.parametrize(
+    ("n", "dim", "per_class"), [(300, 128, 3), (257, 100, 40), (512, 17, 200), (190, 600, 2), (400, 64, 400)]
+)
 @pytest.mark.parametrize("regime", ["init", "mid", "separated", "offset"])
 def test_larger_batches(device, n, dim, per_class, regime):
     import random
@@ -47,7 +49,7 @@ def test_larger_batches(device, n, dim, per_class, regime):
 @pytest.mark.parametrize("fallback", OPTIONS["fallback"])
 def test_equals_reference(device, dtype, normalize, reduction, distance, fallback):
     """Every combination of options, values away from ties: selection and all, this is the plain definition."""
-    options = {"normalize": normalize, "reduction": reduction, "distance": distance, "fallback": fallback, "margin": 0.3}
+    options = dict(normalize=normalize, reduction=reduction, distance=distance, fallback=fallback, margin=0.3)
     x = torch.randn(60, 12, dtype=torch.float64).to(device=device, dtype=dtype).requires_grad_()
     y = torch.randint(0, 9, (60,), device=device)
     loss, stats = triplet_loss(x, y, return_stats=True, **options)
@@ -88,7 +90,9 @@ def test_half_precision_rounds_once(device):
         assert torch.equal(x.grad, wide.grad.to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64], ids=str
+)
 def test_label_dtypes(device, dtype):
     x = torch.randn(30, 8, device=device)
     y = torch.arange(30, device=device) % 5
@@ -96,7 +100,7 @@ def test_label_dtypes(device, dtype):
     assert torch.equal(mine_triplets(x, y.to(dtype)).negative, mine_triplets(x, y).negative)
 
 
-# ---- by hand ------------------------------------------------------------------------------------------------------------
+# ---- by hand ---------------------------------------------------------------------------------------------------------
 
 
 def test_three_points_by_hand(device):
@@ -152,7 +156,7 @@ def test_stats_by_key_and_by_attribute(device):
         _ = stats.nothing
 
 
-# ---- edges --------------------------------------------------------------------------------------------------------------
+# ---- edges -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -176,7 +180,8 @@ def test_nothing_to_count(device, labels, distance, normalize):
 
 @pytest.mark.parametrize("distance", OPTIONS["distance"])
 def test_collapse_is_the_margin(device, distance):
-    """All embeddings equal: every pair falls back on a negative at distance 0; the loss is the margin and pulls nowhere."""
+    """All embeddings equal: every pair falls back on a negative at distance 0; the loss is the margin and pulls
+    nowhere."""
     x = torch.full((24, 9), 0.3, device=device, requires_grad=True)
     loss, stats = triplet_loss(x, torch.arange(24, device=device) // 4, distance=distance, return_stats=True)
     loss.backward()
@@ -218,7 +223,7 @@ def test_non_finite_is_seen(device, value, normalize, labels):
             assert all(stats[name].isnan() for name in ("mean_d2_ap", "mean_d2_an", "max_d2_ap"))
 
 
-# ---- autograd -----------------------------------------------------------------------------------------------------------
+# ---- autograd --------------------------------------------------------------------------------------------------------
 
 
 def test_upstream_gradient_multiplies(device):
@@ -256,7 +261,7 @@ def test_gradient_survives_two_backwards(device):
 
 
 def test_module_is_the_function(device):
-    options = {"margin": 0.5, "fallback": "skip", "distance": "euclidean", "reduction": "mean_active", "normalize": True}
+    options = dict(margin=0.5, fallback="skip", distance="euclidean", reduction="mean_active", normalize=True)
     criterion = SemiHardTripletLoss(**options)
     x, y = torch.randn(20, 4, device=device), torch.arange(20, device=device) // 4
     assert torch.equal(criterion(x, y), triplet_loss(x, y, **options))

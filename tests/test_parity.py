@@ -1,7 +1,7 @@
 """The values of other libraries' semi-hard losses, from their description (not their code), in plain float64 loops.
 
-Both take, for every ordered pair (a, p) of one label, the closest negative with D_an > D_ap, without an upper bound, or the
-farthest one where there is none, and average [D_ap - D_an + margin]+ over all pairs, zeros included:
+Both take, for every ordered pair (a, p) of one label, the closest negative with D_an > D_ap, without an upper bound, or
+the farthest one where there is none, and average [D_ap - D_an + margin]+ over all pairs, zeros included:
 
     TensorFlow Addons triplet_semihard_loss                 margin 1, L2 ("squared-L2" selectable), no normalisation
     sentence-transformers BatchSemiHardTripletLoss          margin 5, L2
@@ -86,7 +86,8 @@ def test_semihard_of_others(device, margin, squared, dtype, seed):
 
 @pytest.mark.parametrize("squared", [False, True], ids=["L2", "squared L2"])
 def test_where_we_part_from_them(device, squared):
-    """On purpose: one class only is 0 here (they give mean(D_ap + margin)); all different is 0 (TensorFlow Addons: NaN)."""
+    """On purpose: one class only is 0 here (they give mean(D_ap + margin)); all different is 0 (TensorFlow Addons:
+    NaN)."""
     x = torch.randn(6, 4, device=device)
     distance = "sqeuclidean" if squared else "euclidean"
     for labels in (torch.zeros(6, dtype=torch.int64), torch.arange(6)):

@@ -73,7 +73,8 @@ def test_relabelling_changes_no_bit(device, batch, start):
     for a, b in zip(value_and_grad(x, y, **options), value_and_grad(x, names[class_of], **options), strict=True):
         assert torch.equal(a, b)
     normalize = options.get("normalize", False)
-    for a, b in zip(mine_triplets(x, y, normalize=normalize), mine_triplets(x, names[class_of], normalize=normalize), strict=True):
+    renamed = mine_triplets(x, names[class_of], normalize=normalize)
+    for a, b in zip(mine_triplets(x, y, normalize=normalize), renamed, strict=True):
         assert torch.equal(a, b)
 
 
@@ -106,8 +107,8 @@ def test_translation_changes_nothing(device, batch):
 @given(batches, st.sampled_from([2.0**-100, 2.0**-40, 2.0**-3, 2.0**7, 2.0**40, 2.0**60]))
 @QUICK
 def test_scaling_by_a_power_of_two(device, batch, factor):
-    """Scaling rows and margin alike changes no choice: the loss scales with the distance, exactly, while nothing under- or
-    overflows. float32, distances down to 1e-60 and up to 1e36: inside the kernel's range by its own rescaling."""
+    """Scaling rows and margin alike changes no choice: the loss scales with the distance, exactly, while nothing under-
+    or overflows. float32, distances down to 1e-60 and up to 1e36: inside the kernel's range by its own rescaling."""
     x, y, options, _ = make({**batch, "kind": "init"}, device)
     options = {**options, "normalize": False, "distance": "euclidean"}
     loss, grad = value_and_grad(x, y, **options)
@@ -207,11 +208,12 @@ def test_antipodes(device, distance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("exponent", [-140, -120, -70, -40, 40, 60])
 def test_huge_and_tiny_norms(device, dtype, exponent):
-    """Squares of 2^-140 (denormal in float32) underflow and of 2^60 reach 2^120: the choice must be that of the shape."""
+    """Squares of 2^-140 (denormal in float32) underflow and of 2^60 reach 2^120: the choice must be that of the
+    shape."""
     x = torch.randn(24, 10)
     y = torch.arange(24) // 4
     small = (x * 2.0**exponent).to(dtype)
-    shape = (small.double() * 2.0**-exponent).to(torch.float64)  # denormals have lost bits; these are those that are left
+    shape = (small.double() * 2.0**-exponent).to(torch.float64)  # with the bits that denormals have left
     got = mine_triplets(small.to(device), y.to(device))
     want = mine_triplets(shape, y)
     assert torch.equal(got.negative.cpu(), want.negative) and torch.equal(got.fallback.cpu(), want.fallback)

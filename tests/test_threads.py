@@ -1,4 +1,5 @@
-"""Threads: the result does not depend on their number, torch's setting is obeyed, one OpenMP pool, Ctrl-C ends a call."""
+"""Threads: the result does not depend on their number, torch's setting is obeyed, one OpenMP pool, Ctrl-C ends a
+call."""
 
 from __future__ import annotations
 

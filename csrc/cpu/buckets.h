@@ -1,13 +1,13 @@
-// From rows to selection state: packing, squared distances by register blocks, and the filter that decides which few distances
-// touch an anchor's buckets.
+// From rows to selection state: packing, squared distances by register blocks, and the filter that decides which few
+// distances touch an anchor's buckets.
 //
-// An anchor with K positives keeps their sorted distances t[0 .. K) and, for each of the K + 1 buckets between them, the least
-// (distance, index) of a negative seen there. Bucket b holds t[b-1] < d <= t[b]. Only a distance inside
+// An anchor with K positives keeps their sorted distances t[0 .. K) and, for each of the K + 1 buckets between them, the
+// least (distance, index) of a negative seen there. Bucket b holds t[b-1] < d <= t[b]. Only a distance inside
 //     t[b-1] < d <= best[b]
 // can change anything: K narrow bands, narrower with every hit, so that about K ln(N / K) of N negatives pass. To test one
-// distance against all K bands at once, the range of d is cut into 256 or more equal cells and a bit says whether a band touches
-// the cell. The map from d to cell is monotone and the same for thresholds and negatives: a cleared bit is proof, a set bit only
-// a hint, and what passes is compared exactly. A dozen vector instructions filter W distances.
+// distance against all K bands at once, the range of d is cut into 256 or more equal cells and a bit says whether a band
+// touches the cell. The map from d to cell is monotone and the same for thresholds and negatives: a cleared bit is proof, a
+// set bit only a hint, and what passes is compared exactly. A dozen vector instructions filter W distances.
 #pragma once
 
 #include <cmath>
@@ -18,8 +18,9 @@
 namespace facenet_ext::cpu {
 namespace {
 
-constexpr int kDepth = 256;  // products are summed over at most this many dimensions before the partial sums are added: a panel
-                             // of candidates stays in L1, and the rounding error grows with kDepth and D / kDepth, not with D
+constexpr int kDepth =
+    256;  // products are summed over at most this many dimensions before the partial sums are added: a panel
+          // of candidates stays in L1, and the rounding error grows with kDepth and D / kDepth, not with D
 
 // The squared length of a row, by the very chain of operations that products() applies to a pair of rows.
 template <class V, class Madd, class Get>
@@ -39,13 +40,13 @@ V squared_norm(int64_t dim, V zero, Madd madd, Get get) {
 
 // One register block: out[MR, NR] of squared distances (last) or of partial products.
 template <class S, bool kFirst, bool kLast>
-void block(const typename S::T* a,      // [MR, lda]
+void block(const typename S::T* a,  // [MR, lda]
            int64_t lda,
-           const typename S::T* b,      // [depth, NR]
+           const typename S::T* b,  // [depth, NR]
            int64_t depth,
            const typename S::T* anorm,  // [MR]
            const typename S::T* bnorm,  // [NR]
-           typename S::T* out,          // [MR, ldo]
+           typename S::T* out,  // [MR, ldo]
            int64_t ldo) {
   using V = typename S::V;
   constexpr int MR = S::MR, W = S::W, NV = S::NR / W;
@@ -78,13 +79,13 @@ void block(const typename S::T* a,      // [MR, lda]
     }
 }
 
-// out[rows, cols] = max(0, |a|^2 + |b|^2 - 2 a.b) for rows a multiple of MR and cols a multiple of NR. FLOPs: 2 rows cols dim.
-// d(a, b) == d(b, a) to the bit: each product is one chain over k in which the factors commute. With `upper`, blocks that lie
-// wholly below the diagonal are left out.
+// out[rows, cols] = max(0, |a|^2 + |b|^2 - 2 a.b) for rows a multiple of MR and cols a multiple of NR. FLOPs: 2 rows cols
+// dim. d(a, b) == d(b, a) to the bit: each product is one chain over k in which the factors commute. With `upper`, blocks
+// that lie wholly below the diagonal are left out.
 template <class S>
-void squared_distances(const typename S::T* a, int64_t lda, const typename S::T* anorm,
-                       const typename S::T* panels, int64_t panel_size, const typename S::T* bnorm,
-                       int64_t dim, int rows, int cols, bool upper, typename S::T* out, int64_t ldo) {
+void squared_distances(const typename S::T* a, int64_t lda, const typename S::T* anorm, const typename S::T* panels,
+                       int64_t panel_size, const typename S::T* bnorm, int64_t dim, int rows, int cols, bool upper,
+                       typename S::T* out, int64_t ldo) {
   for (int64_t k0 = 0; k0 < dim; k0 += kDepth) {
     const bool first = k0 == 0, last = k0 + kDepth >= dim;
     const int64_t depth = last ? dim - k0 : kDepth;
@@ -119,12 +120,14 @@ T key_value(Key key) {
   return d;
 }
 template <class Key>
-uint32_t key_index(Key key) { return static_cast<uint32_t>(key); }
+uint32_t key_index(Key key) {
+  return static_cast<uint32_t>(key);
+}
 
 // Beyond limit(t) a negative of a positive at distance t has hinge 0 for certain, whichever way both distances were rounded.
 template <class T>
 struct Limit {
-  T margin, slack;   // in scaled units
+  T margin, slack;  // in scaled units
   bool euclidean, on;
   static constexpr T kUp = 1 + 8 * std::numeric_limits<T>::epsilon();
   T operator()(T t) const {
@@ -150,14 +153,6 @@ void set_bits(uint32_t* words, int from, int to) {
     words[word] |= bits;
   }
 }
-void clear_bits(uint32_t* words, int from, int to) {
-  for (int word = from >> 5; word <= to >> 5; ++word) {
-    uint32_t bits = ~0u;
-    if (word == from >> 5) bits &= ~0u << (from & 31);
-    if (word == to >> 5) bits &= ~0u >> (31 - (to & 31));
-    words[word] &= ~bits;
-  }
-}
 
 // An anchor's selection state and the three things that happen to it.
 template <class S>
@@ -167,8 +162,8 @@ struct Buckets {
   using Key = typename KeyOf<T>::Key;
   static constexpr T kMost = std::numeric_limits<T>::max();  // finite: 0 * kMost stays a number
   Row<T>& row;
-  T* t;             // [K], padded with +inf to a multiple of kSlotPad
-  Key* key;         // [K + 1]
+  T* t;  // [K], padded with +inf to a multiple of kSlotPad
+  Key* key;  // [K + 1]
   uint32_t* words;  // [row.words]
 
   int cells() const { return static_cast<int>(row.words) * 32; }
@@ -197,7 +192,8 @@ struct Buckets {
     row.fresh = false;
     row.top_empty = !top;
     row.track_far &= row.top_empty;
-    const T low = t[0];
+    // Cells below the first that matters are not told apart: the farthest so far may lie below all thresholds.
+    const T low = row.track_far && row.far && key_value<T>(row.far) < t[0] ? key_value<T>(row.far) : t[0];
     // A negative beyond all positives exists: nobody needs the fallback, and the hinge closes every band at its limit.
     const bool prune = limit.on && top;
     T high = t[K - 1];
@@ -260,32 +256,48 @@ struct Buckets {
   }
 
   // Takes in the distances d[0 .. n) to the candidates index[0 .. n); NaN marks those that are no negatives.
-  void take(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue, uint32_t* changed) {
+  void take(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue) {
     int done = 0;
     for (; row.fresh && done < n; done += kColumnPad)  // without a filter everything passes: draw it early
-      take_some(d + done, n - done < kColumnPad ? n - done : kColumnPad, index + done, limit, queue, changed);
-    if (done < n) take_some(d + done, n - done, index + done, limit, queue, changed);
+      take_some(d + done, n - done < kColumnPad ? n - done : kColumnPad, index + done, limit, queue);
+    if (done < n) take_some(d + done, n - done, index + done, limit, queue);
   }
 
  private:
-  void take_some(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue, uint32_t* changed) {
+  void take_some(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue) {
     const int passed = S::filter(words, row.words, row.scale, row.bias, d, n, queue);
     if (passed == 0) return;
     const int K = static_cast<int>(row.positives);
     int changes = 0;
     if (K <= S::kMaxHeld * S::W) {
       switch ((K + S::W - 1) / S::W) {
-        case 1: changes = drain<1>(d, index, queue, passed, changed); break;
-        case 2: changes = drain<2>(d, index, queue, passed, changed); break;
-        case 3: changes = drain<3>(d, index, queue, passed, changed); break;
-        case 4: changes = drain<4>(d, index, queue, passed, changed); break;
-        case 5: changes = drain<5>(d, index, queue, passed, changed); break;
-        case 6: changes = drain<6>(d, index, queue, passed, changed); break;
-        case 7: changes = drain<7>(d, index, queue, passed, changed); break;
-        default: changes = drain<8>(d, index, queue, passed, changed); break;
+        case 1:
+          changes = drain<1>(d, index, queue, passed);
+          break;
+        case 2:
+          changes = drain<2>(d, index, queue, passed);
+          break;
+        case 3:
+          changes = drain<3>(d, index, queue, passed);
+          break;
+        case 4:
+          changes = drain<4>(d, index, queue, passed);
+          break;
+        case 5:
+          changes = drain<5>(d, index, queue, passed);
+          break;
+        case 6:
+          changes = drain<6>(d, index, queue, passed);
+          break;
+        case 7:
+          changes = drain<7>(d, index, queue, passed);
+          break;
+        default:
+          changes = drain<8>(d, index, queue, passed);
+          break;
       }
     } else {
-      changes = drain<0>(d, index, queue, passed, changed);
+      changes = drain<0>(d, index, queue, passed);
     }
     if (row.track_far) {
       const Key before = row.far;
@@ -298,23 +310,16 @@ struct Buckets {
       if (changes || far != before) rebuild(limit);
       return;
     }
-    if (4 * changes > K || (row.top_empty && key[K] != kNoKey<T>)) {
-      rebuild(limit);
-      return;
-    }
-    for (int i = 0; i < changes; ++i) {  // the band above the new best is closed
-      const int b = static_cast<int>(changed[i]);
-      const int from = S::cell(key_value<T>(key[b]), row.scale, row.bias, cells()) + 1;
-      const int to = (b < K ? S::cell(t[b], row.scale, row.bias, cells()) : cells()) - 1;
-      if (from <= to) clear_bits(words, from, to);
-    }
+    // A stale filter only lets more pass. Closing the bands one by one costs more than it saves (measured), so all are drawn
+    // anew once a quarter of them has moved in one go: early, and then hardly ever.
+    if (4 * changes > K || (row.top_empty && key[K] != kNoKey<T>)) rebuild(limit);
   }
 
-  // Every distance in the queue into its bucket; the numbers of the buckets that improved into `changed`. No branch on the
+  // Every distance in the queue into its bucket. Returns how often one improved. No branch on the
   // outcome: it is a coin toss early on, and a misprediction costs more than the work. The thresholds stay in NV registers
   // (0: in memory).
   template <int NV>
-  int drain(const T* d, const int32_t* index, const uint32_t* queue, int passed, uint32_t* changed) {
+  int drain(const T* d, const int32_t* index, const uint32_t* queue, int passed) {
     constexpr int kHeld = NV <= S::kMaxHeld ? NV : 0;  // larger NV are never called
     V held[kHeld > 0 ? kHeld : 1];
     for (int i = 0; i < kHeld; ++i) held[i] = S::load(t + i * S::W);
@@ -327,7 +332,6 @@ struct Buckets {
       const Key candidate = make_key(d[j], static_cast<uint32_t>(index[j])), old = key[b];
       const bool better = candidate < old;
       key[b] = better ? candidate : old;
-      changed[changes] = static_cast<uint32_t>(b);
       changes += better;
     }
     return changes;

@@ -53,13 +53,12 @@ struct Call {
   }
 
   struct Scratch {
-    T* tile;            // [kT, kT]
-    T* strip;           // [W, kT]
-    T* list_weight;     // [kList]
-    T* row;             // [Dp]
-    uint32_t* queue;    // [2 kQueue]
-    uint32_t* changed;  // [kQueue]
-    const T** list;     // [kList]
+    T* tile;  // [kT, kT]
+    T* strip;  // [W, kT]
+    T* list_weight;  // [kList]
+    T* row;  // [Dp]
+    uint32_t* queue;  // [2 kQueue]
+    const T** list;  // [kList]
   };
   Scratch scratch(int thread) const {
     Scratch s;
@@ -68,8 +67,7 @@ struct Call {
     s.list_weight = s.strip + 16 * kT;
     s.row = s.list_weight + kList;
     s.queue = reinterpret_cast<uint32_t*>(s.row + Dp);
-    s.changed = s.queue + 2 * kQueue;
-    s.list = reinterpret_cast<const T**>(s.changed + kQueue);
+    s.list = reinterpret_cast<const T**>(s.queue + 2 * kQueue);
     return s;
   }
 };

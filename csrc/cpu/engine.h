@@ -5,17 +5,17 @@
 //                      │
 //        ┌─ for each pass: anchors whose positives fit the slots (nearly always all anchors at once)
 //        │    thresholds   block-diagonal distances, sorted                      mine.h       2 N K D FLOP
-//        │    sweep        tiles of distances -> filter -> buckets               buckets.h    N^2 D FLOP, half of the full product
-//        │    select       suffix minimum, direct distances, hinge, weights      finish.h     up to 6 N K D FLOP
-//        │    reverse      candidate -> anchors that took it                     gradient.h
-//        └─   gradient     one gather per row                                    gradient.h   up to 9 N K D FLOP
+//        │    sweep        tiles of distances -> filter -> buckets               buckets.h    N^2 D FLOP, half of the full
+//        product │    select       suffix minimum, direct distances, hinge, weights      finish.h     up to 6 N K D FLOP │
+//        reverse      candidate -> anchors that took it                     gradient.h └─   gradient     one gather per row
+//        gradient.h   up to 9 N K D FLOP
 //   loss, statistics: sums of per-anchor float64 values in anchor order          finish.h
 //
 // Memory: two copies of the rows, and per anchor its K thresholds and buckets: O(N D), never N x N. A class so large that its
 // anchors' slots exceed their bound (layout.h) is worked off in several passes.
-// Reproducible: buckets take minima of (distance, index), and minima do not depend on order; every floating-point sum is made by
-// one thread in an order that depends on the data alone. So any number of threads gives the same bits.
-// Interruptible: the calling thread polls between tiles.
+// Reproducible: buckets take minima of (distance, index), and minima do not depend on order; every floating-point sum is made
+// by one thread in an order that depends on the data alone. So any number of threads gives the same bits. Interruptible: the
+// calling thread polls between tiles.
 #pragma once
 
 #include "gradient.h"

@@ -14,9 +14,8 @@ struct Run {
 };
 static_assert(sizeof(Run<float>) <= sizeof(KeyOf<float>::Key) && sizeof(Run<double>) <= sizeof(KeyOf<double>::Key), "");
 
-
-// An anchor's own share of the gradient that selection has at hand: its negatives, whose rows are in the near caches just now,
-// and, where anchors are no candidates, its positives. Unscaled, into the output row (see gradient.h for the formula).
+// An anchor's own share of the gradient that selection has at hand: its negatives, whose rows are in the near caches just
+// now, and, where anchors are no candidates, its positives. Unscaled, into the output row (see gradient.h for the formula).
 template <class S>
 void own_gradient(const Call<S>& c, int64_t row, bool first) {
   using T = typename S::T;
@@ -42,152 +41,171 @@ void own_gradient(const Call<S>& c, int64_t row, bool first) {
     for (int64_t k = 0; k < c.D; ++k) out[k] += scratch.row[k];
 }
 
-// Selection and loss of every anchor of the pass. The buckets only choose; distances that enter the loss are summed directly,
-// so near-duplicates keep full relative accuracy.
+// Up to kBatch pairs of one anchor, in order of their positives' distances; only pairs whose distances are needed.
+constexpr int kBatch = 64;
+template <class T>
+struct Pairs {
+  int count = 0, distinct = 0;
+  uint32_t place[kBatch];    // the positive, by position inside the class
+  int32_t negative[kBatch];  // sorted position
+  uint8_t fallback[kBatch];
+  uint8_t fresh[kBatch];     // not the negative of the pair before
+  int32_t run_of[kBatch];    // [distinct] the fresh negatives
+  T d2_ap[kBatch], d2_an[kBatch];
+};
+
+// One anchor's selection and loss. The buckets only choose; distances that enter the loss are summed directly, so
+// near-duplicates keep full relative accuracy.
 template <class S>
-void select(Call<S>& c, int64_t begin, int64_t end) {
+struct Selection {
   using T = typename S::T;
   using Key = typename KeyOf<T>::Key;
-  const auto& w = c.w;
-  const TripletArgs& args = c.args;
-  const bool euclidean = args.distance == Distance::euclidean;
-  const bool stats = args.stat_counts != nullptr;
-  constexpr int kBatch = 64;
-#pragma omp parallel for num_threads(c.threads) schedule(dynamic, 16)
-  for (int64_t row = begin; row < end; ++row) {
-    Buckets<S> buckets = c.buckets(row);
-    const int K = static_cast<int>(buckets.row.positives);
+  const Call<S>& c;
+  const int64_t row;
+  const Buckets<S> buckets;
+  const int K;
+  const T* x;            // [Dp] the anchor
+  const uint32_t* rank;  // [K] order of distance -> position inside the class
+  const int64_t class_begin, self;
+  int64_t farthest = -1;  // the fallback's negative, found only where some positive needs it
+  int32_t last = -1;      // the negative of the pair before, and its distance
+  T last_d2 = 0;
+  RowSum sum{};
+  uint32_t runs = 0;
+
+  Selection(const Call<S>& call, int64_t r)
+      : c(call),
+        row(r),
+        buckets(call.buckets(r)),
+        K(static_cast<int>(buckets.row.positives)),
+        x(c.w.ax + r * c.Dp),
+        rank(c.w.rank + buckets.row.slot),
+        class_begin(c.w.class_begin[c.w.aclass[r]]),
+        self(c.w.aself[r]) {}
+
+  int64_t positive(uint32_t place) const {  // position inside the class, self left out -> sorted candidate
+    const int64_t at = class_begin + place;
+    return at + (self >= 0 && at >= self);
+  }
+
+  // Suffix minimum, in place: key[r + 1] becomes the negative of the positive of rank r. Tied positives share one.
+  void nearest_farther() {
     const T* t = buckets.t;
     Key* key = buckets.key;
-    const uint32_t* rank = w.rank + buckets.row.slot;
-    T* weight = w.weight + buckets.row.slot;
-    const T* x = w.ax + row * c.Dp;
-    const int64_t class_begin = w.class_begin[w.aclass[row]];
-    const int64_t self = w.aself[row];
-    const auto candidate_of = [&](uint32_t place) {  // position inside the class, self left out -> sorted candidate
-      const int64_t at = class_begin + place;
-      return at + (self >= 0 && at >= self);
-    };
-
-    // Suffix minimum, in place: key[r + 1] becomes the negative of the positive of rank r. Tied positives share one.
     Key nearest = kNoKey<T>;
     for (int r = K - 1; r >= 0; --r) {
       if (r == K - 1 || t[r] < t[r + 1]) nearest = key[r + 1] < nearest ? key[r + 1] : nearest;
       key[r + 1] = nearest;
     }
-    // The farthest negative, for positives without a farther one. Where every distance is NaN: the first of another class.
-    int64_t farthest = -1;
-    if (key[K] == kNoKey<T> && buckets.row.track_far) {
-      if (buckets.row.far) {
-        farthest = w.position[~key_index(buckets.row.far)];
-      } else {
-        farthest = 0;
-        for (int64_t i = 0; i < c.C; ++i)
-          if (w.class_of[w.position[i]] != w.aclass[row]) {
-            farthest = w.position[i];
-            break;
-          }
-      }
+    if (key[K] != kNoKey<T> || !buckets.row.track_far) return;
+    if (buckets.row.far) {
+      farthest = c.w.position[~key_index(buckets.row.far)];
+      return;
     }
+    for (int64_t i = 0; farthest < 0; ++i)  // every distance is NaN: the first candidate of another class
+      if (c.w.class_of[c.w.position[i]] != c.w.aclass[row]) farthest = c.w.position[i];
+  }
 
-    RowSum sum{};
-    int64_t pairs = 0, active = 0, fallbacks = 0;
-    double loss = 0;
-    Run<T>* runs = reinterpret_cast<Run<T>*>(key);
-    uint32_t run_count = 0;
-    int32_t last = -1;  // the negative of the last pair, and its distance
-    T last_d2 = 0;
-    for (int r0 = 0; r0 < K; r0 += kBatch) {
-      const int n = K - r0 < kBatch ? K - r0 : kBatch;
-      // Which pairs need their distances: those with a negative that the hinge may not reach need none.
-      int32_t negative[kBatch];
-      uint32_t place[kBatch];    // of the needed pairs' positives, inside the class
-      uint8_t fallback[kBatch];
-      uint8_t fresh[kBatch];     // not the negative of the pair before
-      int32_t run_of[kBatch];    // the distinct negatives in order
-      T d2_ap[kBatch], d2_an[kBatch], distinct_d2[kBatch];
-      int needed = 0, distinct = 0;
+  // The pairs of ranks r0 .. r0 + n. Those whose negative lies beyond the hinge's reach are only counted.
+  void choose(int r0, int n, Pairs<T>& pairs) {
+    pairs.count = pairs.distinct = 0;
+    T* weight = c.w.weight + buckets.row.slot;
+    for (int i = 0; i < n; ++i) {
+      const Key chosen = buckets.key[r0 + i + 1];
+      const uint32_t place = rank[r0 + i];
+      const bool none = chosen == kNoKey<T>;
+      weight[place] = 0;
+      sum.fallback += none;
+      if (none && farthest < 0) continue;  // fallback = skip
+      ++sum.pairs;
+      if (!none && c.limit.on && key_value<T>(chosen) > c.limit(buckets.t[r0 + i])) continue;
+      const int32_t negative = none ? static_cast<int32_t>(farthest) : c.w.position[key_index(chosen)];
+      const int at = pairs.count++;
+      pairs.fresh[at] = negative != last;
+      if (negative != last) {
+        pairs.run_of[pairs.distinct++] = negative;
+        prefetch_row(c.w.x + negative * c.Dp, c.Dp);
+      }
+      pairs.negative[at] = last = negative;
+      pairs.place[at] = place;
+      pairs.fallback[at] = none;
+    }
+    T distinct_d2[kBatch];
+    direct_distances<S>(x, c.w.x, c.Dp, pairs.count, [&](int i) { return positive(pairs.place[i]); }, pairs.d2_ap);
+    direct_distances<S>(x, c.w.x, c.Dp, pairs.distinct, [&](int i) { return pairs.run_of[i]; }, distinct_d2);
+    for (int i = 0, at = -1; i < pairs.count; ++i) {
+      at += pairs.fresh[i];
+      pairs.d2_an[i] = last_d2 = at < 0 ? last_d2 : distinct_d2[at];
+    }
+  }
+
+  // Mining: the pairs as they are.
+  void list(const Pairs<T>& pairs) const {
+    const TripletArgs& args = c.args;
+    for (int i = 0; i < pairs.count; ++i) {
+      const int64_t pair = args.pair_begin[c.w.arow[row]] + pairs.place[i];
+      args.positive[pair] = c.w.order[positive(pairs.place[i])];
+      args.negative[pair] = c.w.order[pairs.negative[i]];
+      static_cast<T*>(args.d2_ap)[pair] = static_cast<T>(pairs.d2_ap[i] * c.unscale);
+      static_cast<T*>(args.d2_an)[pair] = static_cast<T>(pairs.d2_an[i] * c.unscale);
+      args.is_fallback[pair] = pairs.fallback[i];
+    }
+  }
+
+  // Hinge, sums, and the weights of d2_ap (by place) and d2_an (one run per distinct negative, over buckets already read).
+  void hinge(const Pairs<T>& pairs) {
+    const int n = pairs.count;
+    if (c.args.stat_counts)
       for (int i = 0; i < n; ++i) {
-        const Key chosen = key[r0 + i + 1];
-        const uint32_t at = rank[r0 + i];
-        const bool none = chosen == kNoKey<T>;
-        if (!c.mining) weight[at] = 0;
-        fallbacks += none;
-        if (none && farthest < 0) continue;  // fallback = skip
-        ++pairs;
-        if (!none && c.limit.on && key_value<T>(chosen) > c.limit(t[r0 + i])) continue;
-        const int32_t n_at = none ? static_cast<int32_t>(farthest) : w.position[key_index(chosen)];
-        fresh[needed] = n_at != last;
-        if (n_at != last) {
-          run_of[distinct++] = n_at;
-          prefetch_row(w.x + n_at * c.Dp, c.Dp);
-        }
-        last = n_at;
-        negative[needed] = n_at;
-        place[needed] = at;
-        fallback[needed] = none;
-        ++needed;
+        const double ap = pairs.d2_ap[i] * c.unscale;
+        sum.d2_ap += ap;
+        sum.d2_an += pairs.d2_an[i] * c.unscale;
+        sum.max_d2_ap = ap > sum.max_d2_ap ? ap : sum.max_d2_ap;
       }
-      direct_distances<S>(x, w.x, c.Dp, needed, [&](int i) { return candidate_of(place[i]); }, d2_ap);
-      direct_distances<S>(x, w.x, c.Dp, distinct, [&](int i) { return run_of[i]; }, distinct_d2);
-      for (int i = 0, at = -1; i < needed; ++i) {
-        at += fresh[i];
-        d2_an[i] = at < 0 ? last_d2 : distinct_d2[at];
+    // In scaled units first: two distances beyond the number range may still have a difference.
+    double loss[kBatch];
+    T push[kBatch], pull[kBatch];
+    if (c.args.distance == Distance::euclidean) {
+      for (int i = 0; i < n; ++i) {
+        const double ap = std::sqrt(static_cast<double>(pairs.d2_ap[i])), an = std::sqrt(static_cast<double>(pairs.d2_an[i]));
+        loss[i] = (ap - an) / c.scale + c.args.margin;
+        push[i] = static_cast<T>(ap > 0 ? 1 / ap : 0);
+        pull[i] = static_cast<T>(an > 0 ? 1 / an : 0);
       }
-      if (needed > 0) last_d2 = d2_an[needed - 1];
-
-      if (c.mining) {
-        for (int i = 0; i < needed; ++i) {
-          const int64_t pair = args.pair_begin[w.arow[row]] + place[i];
-          args.positive[pair] = w.order[candidate_of(place[i])];
-          args.negative[pair] = w.order[negative[i]];
-          static_cast<T*>(args.d2_ap)[pair] = static_cast<T>(d2_ap[i] * c.unscale);
-          static_cast<T*>(args.d2_an)[pair] = static_cast<T>(d2_an[i] * c.unscale);
-          args.is_fallback[pair] = fallback[i];
-        }
-        continue;
-      }
-      if (stats)
-        for (int i = 0; i < needed; ++i) {
-          sum.d2_ap += d2_ap[i] * c.unscale;
-          sum.d2_an += d2_an[i] * c.unscale;
-          sum.max_d2_ap = d2_ap[i] * c.unscale > sum.max_d2_ap ? d2_ap[i] * c.unscale : sum.max_d2_ap;
-        }
-      // In scaled units first: two distances beyond the number range may still have a difference.
-      double hinge[kBatch];
-      T push[kBatch], pull[kBatch];
-      if (euclidean) {
-        for (int i = 0; i < needed; ++i) {
-          const double ap = std::sqrt(static_cast<double>(d2_ap[i])), an = std::sqrt(static_cast<double>(d2_an[i]));
-          hinge[i] = (ap - an) / c.scale + args.margin;
-          push[i] = static_cast<T>(ap > 0 ? 1 / ap : 0);
-          pull[i] = static_cast<T>(an > 0 ? 1 / an : 0);
-        }
-      } else {
-        for (int i = 0; i < needed; ++i) {
-          hinge[i] = (static_cast<double>(d2_ap[i]) - static_cast<double>(d2_an[i])) * c.unscale + args.margin;
-          push[i] = pull[i] = 1;
-        }
-      }
-      for (int i = 0; i < needed; ++i) {
-        if (!(hinge[i] > 0)) continue;
-        loss += hinge[i];
-        ++active;
-        weight[place[i]] = push[i];
-        if (run_count > 0 && runs[run_count - 1].candidate == static_cast<uint32_t>(negative[i])) {
-          runs[run_count - 1].weight += pull[i];
-        } else {
-          runs[run_count].weight = pull[i];
-          runs[run_count++].candidate = static_cast<uint32_t>(negative[i]);
-        }
+    } else {
+      for (int i = 0; i < n; ++i) {
+        loss[i] = (static_cast<double>(pairs.d2_ap[i]) - static_cast<double>(pairs.d2_an[i])) * c.unscale + c.args.margin;
+        push[i] = pull[i] = 1;
       }
     }
-    sum.loss = loss;
-    sum.pairs = pairs;
-    sum.active = active;
-    sum.fallback = fallbacks;
-    buckets.row.runs = run_count;
-    w.sums[row] = sum;
+    T* weight = c.w.weight + buckets.row.slot;
+    Run<T>* run = reinterpret_cast<Run<T>*>(buckets.key);
+    for (int i = 0; i < n; ++i) {
+      if (!(loss[i] > 0)) continue;
+      sum.loss += loss[i];
+      ++sum.active;
+      weight[pairs.place[i]] = push[i];
+      const uint32_t negative = static_cast<uint32_t>(pairs.negative[i]);
+      if (runs > 0 && run[runs - 1].candidate == negative) run[runs - 1].weight += pull[i];
+      else run[runs++] = {pull[i], negative};
+    }
+  }
+};
+
+template <class S>
+void select(Call<S>& c, int64_t begin, int64_t end) {
+#pragma omp parallel for num_threads(c.threads) schedule(dynamic, 16)
+  for (int64_t row = begin; row < end; ++row) {
+    Selection<S> selection(c, row);
+    Pairs<typename S::T> pairs;
+    selection.nearest_farther();
+    for (int r0 = 0; r0 < selection.K; r0 += kBatch) {
+      selection.choose(r0, selection.K - r0 < kBatch ? selection.K - r0 : kBatch, pairs);
+      if (c.mining) selection.list(pairs);
+      else selection.hinge(pairs);
+    }
+    c.w.rows[row].runs = selection.runs;
+    c.w.sums[row] = selection.sum;
     if (c.wants_gradient()) own_gradient(c, row, begin == 0);
   }
 }

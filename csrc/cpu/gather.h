@@ -76,7 +76,8 @@ struct Gather {
     prefetch_row(base + neighbour * dim, dim);
     push(neighbour, w);
   }
-  // Two neighbours and four vectors of the row at a time: eight independent chains hide the latency of the fused multiply-add.
+  // Two neighbours and four vectors of the row at a time: eight independent chains hide the latency of the fused
+  // multiply-add.
   void flush() {
     int64_t k = 0;
     for (; k + 4 * S::W <= dim; k += 4 * S::W) part<4>(k);

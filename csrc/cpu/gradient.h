@@ -1,11 +1,12 @@
 // The gradient, without atomics.
 //
-// Every active pair (a, p) puts weight w on (a, p) and -w' on (a, n): w = w' = 1 for the squared distance, 1 / d for the Euclidean
-// one. The gradient of any row i is then one sum over its neighbours j,
+// Every active pair (a, p) puts weight w on (a, p) and -w' on (a, n): w = w' = 1 for the squared distance, 1 / d for the
+// Euclidean one. The gradient of any row i is then one sum over its neighbours j,
 //     grad_i = f * sum_j w_ij (x_i - x_j),    f = 2 / count or 1 / count,
-// over i's own negatives (finish.h has summed those), the positives both ways (i as anchor, i as positive), and the anchors that
-// took i as their negative, which the reverse lists give. Differences, not x_i * sum w - sum w x_j: rows far from the origin lose nothing.
-// Up to 3 neighbours a pair, each D loads from L2 and 2 D FLOP more than the floor: N K D * 3 * 4 bytes in all.
+// over i's own negatives (finish.h has summed those), the positives both ways (i as anchor, i as positive), and the anchors
+// that took i as their negative, which the reverse lists give. Differences, not x_i * sum w - sum w x_j: rows far from the
+// origin lose nothing. Up to 3 neighbours a pair, each D loads from L2 and 2 D FLOP more than the floor: N K D * 3 * 4 bytes
+// in all.
 #pragma once
 
 #include "finish.h"
@@ -13,8 +14,8 @@
 namespace facenet_ext::cpu {
 namespace {
 
-// Candidate -> (anchor row, weight) of the anchors that took it, by ascending row: a stable counting sort whose parts, one a bin,
-// cover ascending ranges of anchors. The lists take the memory of the thresholds and ranks, which selection has used up.
+// Candidate -> (anchor row, weight) of the anchors that took it, by ascending row: a stable counting sort whose parts, one a
+// bin, cover ascending ranges of anchors. The lists take the memory of the thresholds and ranks, which selection has used up.
 template <class S>
 void reverse(Call<S>& c, int64_t begin, int64_t end) {
   using T = typename S::T;
@@ -122,12 +123,12 @@ void gradient(Call<S>& c, int64_t begin, int64_t end) {
               if (weight != 0) gather.push(class_begin + p, weight);
             }
           } else
-          for (int64_t p = class_begin; p < class_end; ++p) {
-            if (p == j) continue;
-            const T weight = (own_part ? weight_of(w.row_of[j], p, class_begin) : T(0)) +
-                             (in_pass(w.row_of[p]) ? weight_of(w.row_of[p], j, class_begin) : T(0));
-            if (weight != 0) gather.push(p, weight);
-          }
+            for (int64_t p = class_begin; p < class_end; ++p) {
+              if (p == j) continue;
+              const T weight = (own_part ? weight_of(w.row_of[j], p, class_begin) : T(0)) +
+                               (in_pass(w.row_of[p]) ? weight_of(w.row_of[p], j, class_begin) : T(0));
+              if (weight != 0) gather.push(p, weight);
+            }
         } else {
           for (int64_t row = w.class_row[k]; row < w.class_row[k + 1]; ++row) {
             const T weight = in_pass(row) ? weight_of(row, j, class_begin) : T(0);

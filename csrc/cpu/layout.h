@@ -13,30 +13,40 @@ namespace facenet_ext::cpu {
 
 // (distance, candidate index) packed so that an integer comparison orders by distance, then by index. Distances are >= +0,
 // whose bit patterns order like the numbers.
-template <class T> struct KeyOf;
-template <> struct KeyOf<float> { using Key = uint64_t; using Bits = uint32_t; };
+template <class T>
+struct KeyOf;
+template <>
+struct KeyOf<float> {
+  using Key = uint64_t;
+  using Bits = uint32_t;
+};
 __extension__ typedef unsigned __int128 uint128;
-template <> struct KeyOf<double> { using Key = uint128; using Bits = uint64_t; };
+template <>
+struct KeyOf<double> {
+  using Key = uint128;
+  using Bits = uint64_t;
+};
 
-constexpr int kColumnPad = 48;   // candidates are padded to a multiple of every register block's width
-constexpr int kSlotPad = 16;     // an anchor's thresholds are padded to a multiple of every vector width
-constexpr int kMaxBins = 8;      // parts in which the reverse lists are built; more threads than that share them
-constexpr int kMaxWords = 512;   // 32-bit words of an anchor's filter at most
+constexpr int kColumnPad = 48;  // candidates are padded to a multiple of every register block's width
+constexpr int kSlotPad = 16;  // an anchor's thresholds are padded to a multiple of every vector width
+constexpr int kMaxBins = 8;  // parts in which the reverse lists are built; more threads than that share them
+constexpr int kMaxWords = 512;  // 32-bit words of an anchor's filter at most
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Everything about an anchor that the sweep touches in one cache line.
 template <class T>
 struct Row {
-  T scale, bias;         // cell(d) = min(d * scale + bias, cells - 1), 2 at the least threshold
-  uint32_t positives;    // K: how many
-  uint32_t words;        // of the filter, a power of two
-  int64_t slot;          // first of its slots in t, key, rank, weight, words
-  typename KeyOf<T>::Key far;  // farthest negative so far: (bits << 32) | ~index, 0 = none; kept while no negative is beyond all positives
-  bool fresh;            // the filter was never drawn
-  bool top_empty;        // no negative beyond the farthest positive seen yet
-  bool track_far;        // top_empty and the fallback wants the farthest negative
-  uint32_t runs;         // after selection: distinct (negative, weight) entries at its slots
+  T scale, bias;  // cell(d) = min(d * scale + bias, cells - 1), 2 at the least threshold
+  uint32_t positives;  // K: how many
+  uint32_t words;  // of the filter, a power of two
+  int64_t slot;  // first of its slots in t, key, rank, weight, words
+  typename KeyOf<T>::Key
+      far;  // farthest negative so far: (bits << 32) | ~index, 0 = none; kept while no negative is beyond all positives
+  bool fresh;  // the filter was never drawn
+  bool top_empty;  // no negative beyond the farthest positive seen yet
+  bool track_far;  // top_empty and the fallback wants the farthest negative
+  uint32_t runs;  // after selection: distinct (negative, weight) entries at its slots
 };
 
 // One anchor's share of the result.
@@ -45,55 +55,55 @@ struct RowSum {
   int64_t pairs, active, fallback;
 };
 
-// All arrays of one call. Sorted order: classes with two or more candidates first, in order of first appearance, inside a class by
-// index. It depends on which labels are equal, never on their values: relabelling changes no bit of the result.
+// All arrays of one call. Sorted order: classes with two or more candidates first, in order of first appearance, inside a
+// class by index. It depends on which labels are equal, never on their values: relabelling changes no bit of the result.
 template <class T>
 struct Workspace {
   // candidates, sorted
-  T* x;                // [Cp, Dp] rows, zero padded
-  T* panels;           // [Cp / NR, Dp, NR]
-  T* norm;             // [Cp] squared, NaN in the padding: no padded candidate passes any comparison
-  T* inverse_length;   // [C] sorted, only if normalize; negative: shorter than 1e-12, the divisor is a constant
-  int32_t* order;      // [C] sorted position -> candidate index
-  int32_t* position;   // [C] candidate index -> sorted position
-  int32_t* class_of;   // [C] sorted position -> class
+  T* x;  // [Cp, Dp] rows, zero padded
+  T* panels;  // [Cp / NR, Dp, NR]
+  T* norm;  // [Cp] squared, NaN in the padding: no padded candidate passes any comparison
+  T* inverse_length;  // [C] sorted, only if normalize; negative: shorter than 1e-12, the divisor is a constant
+  int32_t* order;  // [C] sorted position -> candidate index
+  int32_t* position;  // [C] candidate index -> sorted position
+  int32_t* class_of;  // [C] sorted position -> class
   int32_t* class_begin;  // [classes + 1] first sorted position
   // anchors, sorted; the same memory as above where anchors and candidates are the same rows
-  T* ax;                 // [Ap, Dp]
-  T* anorm;              // [Ap]
-  T* ainverse_length;    // [A]
-  int32_t* arow;         // [A] sorted row -> anchor index
-  int32_t* aclass;       // [A] sorted row -> class or -1
-  int32_t* aself;        // [A] sorted row -> its own sorted candidate position or -1
-  int32_t* row_of;       // [C] sorted candidate position -> its sorted row as an anchor or -1
-  int32_t* class_row;    // [classes + 1] first sorted row of a class
-  Row<T>* rows;          // [A]
-  RowSum* sums;          // [A]
+  T* ax;  // [Ap, Dp]
+  T* anorm;  // [Ap]
+  T* ainverse_length;  // [A]
+  int32_t* arow;  // [A] sorted row -> anchor index
+  int32_t* aclass;  // [A] sorted row -> class or -1
+  int32_t* aself;  // [A] sorted row -> its own sorted candidate position or -1
+  int32_t* row_of;  // [C] sorted candidate position -> its sorted row as an anchor or -1
+  int32_t* class_row;  // [classes + 1] first sorted row of a class
+  Row<T>* rows;  // [A]
+  RowSum* sums;  // [A]
   // slots of the pass in hand: an anchor's K thresholds and K + 1 buckets
-  int64_t slots;         // capacity
-  T* t;                  // thresholds: sorted distances of the positives; afterwards the reverse lists' weights
+  int64_t slots;  // capacity
+  T* t;  // thresholds: sorted distances of the positives; afterwards the reverse lists' weights
   typename KeyOf<T>::Key* key;  // least (distance, index) per bucket; afterwards the anchor's runs
-  uint32_t* rank;        // sorted rank -> position inside the class; afterwards the reverse lists' anchors
-  T* weight;             // by position inside the class: d loss / d d2_ap
-  uint32_t* words;       // filters
+  uint32_t* rank;  // sorted rank -> position inside the class; afterwards the reverse lists' anchors
+  T* weight;  // by position inside the class: d loss / d d2_ap
+  uint32_t* words;  // filters
   // reverse lists: candidate -> anchors that took it as negative
   int64_t* reverse_begin;  // [C + 1]
-  int32_t* bins;           // [kMaxBins, C]
+  int32_t* bins;  // [kMaxBins, C]
   // label hashing, then row locks
-  int32_t* table;        // [hash_size]
+  int32_t* table;  // [hash_size]
   int64_t hash_size;
   int32_t* scratch_index;  // [max(A, C) + 1]
-  int32_t* locks;        // [tiles]
+  int32_t* locks;  // [tiles]
   char* thread_scratch;  // [threads] of scratch_bytes each
   int64_t scratch_bytes;
-  int64_t total;         // bytes
+  int64_t total;  // bytes
 };
 
 template <class T>
 constexpr int kTile = sizeof(T) == 4 ? 192 : 96;  // anchors and candidates of a tile; its distances stay in L2
 
-constexpr int kQueue = 256;        // column indices a filter hands on at most (a tile's width)
-constexpr int kList = 64;          // neighbours gathered at a time: bounds the error of a float32 sum of thousands
+constexpr int kQueue = 256;  // column indices a filter hands on at most (a tile's width)
+constexpr int kList = 64;  // neighbours gathered at a time: bounds the error of a float32 sum of thousands
 
 namespace {
 
@@ -103,8 +113,8 @@ int64_t hash_capacity(int64_t n) {
   return size;
 }
 
-// Divides `base` (null: only counts). Slots are bounded by 3 KiB an anchor plus 16 MiB, whatever the labels are; a batch whose
-// classes need more is worked off in passes over its anchors.
+// Divides `base` (null: only counts). Slots are bounded by 3 KiB an anchor plus 16 MiB, whatever the labels are; a batch
+// whose classes need more is worked off in passes over its anchors.
 template <class T>
 Workspace<T> divide(const TripletArgs& args, void* base) {
   Workspace<T> w{};
@@ -146,7 +156,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
 
   using Key = typename KeyOf<T>::Key;
   const int64_t slot_bytes = 2 * sizeof(T) + sizeof(Key) + 2 * sizeof(uint32_t);
-  const int64_t one = round_up(C + 1, kSlotPad);                       // an anchor's slots at most
+  const int64_t one = round_up(C + 1, kSlotPad);  // an anchor's slots at most
   const int64_t bound = (3072 * A + (int64_t{16} << 20)) / slot_bytes * static_cast<int64_t>(sizeof(T) / 4);
   w.slots = A * one < bound ? A * one : (one > bound ? one : bound);
   take(w.t, w.slots + kSlotPad);  // whole vectors are read from one place further on
@@ -162,8 +172,8 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.scratch_index, (A > C ? A : C) + 1);
   take(w.locks, (A + kTile<T> - 1) / kTile<T> + 1);
   // per thread: a tile of distances, a transposed strip, the queues, a gather list, one gradient row
-  w.scratch_bytes = round_up(static_cast<int64_t>(sizeof(T)) * (kTile<T> * kTile<T> + 16 * kTile<T>) +
-                                 4 * 3 * kQueue + 8 * kList + static_cast<int64_t>(sizeof(T)) * (kList + Dp) + 1024,
+  w.scratch_bytes = round_up(static_cast<int64_t>(sizeof(T)) * (kTile<T> * kTile<T> + 16 * kTile<T>)+4 * 2 * kQueue +
+                                 8 * kList + static_cast<int64_t>(sizeof(T)) * (kList + Dp) + 1024,
                              64);
   take(w.thread_scratch, w.scratch_bytes * args.num_threads);
   w.total = used;
@@ -174,13 +184,13 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
 
 // What does not depend on the instruction set: label classes, orders, sorting. In triplet.cpp.
 struct Classes {
-  int64_t count;       // classes among the candidates
-  int64_t live;        // sorted rows 0 .. live have at least one positive and one negative
+  int64_t count;  // classes among the candidates
+  int64_t live;  // sorted rows 0 .. live have at least one positive and one negative
 };
 Classes sort_labels(const TripletArgs& args, int32_t* table, int64_t hash_size, int32_t* scratch_index, int32_t* order,
-                    int32_t* position, int32_t* class_of, int32_t* class_begin, int32_t* arow, int32_t* aclass, int32_t* aself,
-                    int32_t* row_of, int32_t* class_row);
-void sort_thresholds(float* t, uint32_t* rank, int64_t n);    // ascending, rank = original place, stable
+                    int32_t* position, int32_t* class_of, int32_t* class_begin, int32_t* arow, int32_t* aclass,
+                    int32_t* aself, int32_t* row_of, int32_t* class_row);
+void sort_thresholds(float* t, uint32_t* rank, int64_t n);  // ascending, rank = original place, stable
 void sort_thresholds(double* t, uint32_t* rank, int64_t n);
 
 // One instruction set's entry points.

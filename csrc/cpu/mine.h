@@ -3,7 +3,8 @@
 //             candidates J
 //           ┌────┬────┬────┬────┐   Symmetric case: tile (I, J) serves the anchors of I (its rows) and, transposed strip by
 //   anchors │ ◥  │ ██ │ ██ │    │   strip, the anchors of J (its columns), so every product is made once. The tiles of a pass
-//      I    ├────┼────┼────┼────┤   are dealt diagonal by diagonal, (i, i + s), so that neighbours in time share no anchors and
+//      I    ├────┼────┼────┼────┤   are dealt diagonal by diagonal, (i, i + s), so that neighbours in time share no anchors
+//      and
 //           │    │ ◥  │ ██ │ ██ │   rarely wait for each other's lock.
 //           ├────┼────┼────┼────┤   A tile: 192 x 192 float32 distances = 144 KiB, in L2. Bytes from L3 or memory per tile:
 //           │ ██ │    │ ◥  │ ██ │   2 * 192 * D * 4, against 192^2 * D products: below 1 byte a cycle.
@@ -34,8 +35,9 @@ int64_t plan_pass(Call<S>& c, int64_t begin) {
   return row;
 }
 
-// Sorted distances of every anchor's positives, by the block products of the sweep: a positive and a negative at the same true
-// distance differ by rounding of the same kind, and identical rows do not differ at all. 2 N K D FLOP and up to N NR D wasted.
+// Sorted distances of every anchor's positives, by the block products of the sweep: a positive and a negative at the same
+// true distance differ by rounding of the same kind, and identical rows do not differ at all. 2 N K D FLOP and up to N NR D
+// wasted.
 template <class S>
 void thresholds(Call<S>& c, int64_t begin, int64_t end) {
   using T = typename S::T;
@@ -99,8 +101,8 @@ struct Lock {
   Lock(const Lock&) = delete;
 };
 
-// One tile: anchors' rows [r0, ..) of tile I against candidates [c0, ..) of tile J; anchors outside [begin, end) are not of this
-// pass. `both`: the candidates of J are anchors of this pass too.
+// One tile: anchors' rows [r0, ..) of tile I against candidates [c0, ..) of tile J; anchors outside [begin, end) are not of
+// this pass. `both`: the candidates of J are anchors of this pass too.
 template <class S>
 void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int64_t end, int64_t first_tile) {
   using T = typename S::T;
@@ -137,8 +139,7 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
     Lock lock(w.locks + I - first_tile);
     for (int64_t row = from; row < to; ++row) {
       const int skip = both && I == J ? static_cast<int>((row - r0) / S::W * S::W) : 0;
-      c.buckets(row).take(tile + (row - r0) * kT + skip, cols - skip, w.order + c0 + skip, c.limit, scratch.queue,
-                          scratch.changed);
+      c.buckets(row).take(tile + (row - r0) * kT + skip, cols - skip, w.order + c0 + skip, c.limit, scratch.queue);
     }
   }
   if (both) {
@@ -146,11 +147,11 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
     for (int col = 0; col < cols; col += S::W) {
       const int64_t a = c0 + col > begin ? c0 + col : begin, b = c0 + col + S::W < end ? c0 + col + S::W : end;
       if (a >= b) continue;
-      const int height = I == J ? static_cast<int>(round_up(col + S::W, kColumnPad) < rows ? round_up(col + S::W, kColumnPad) : rows) : rows;
+      const int height =
+          I == J ? static_cast<int>(round_up(col + S::W, kColumnPad) < rows ? round_up(col + S::W, kColumnPad) : rows) : rows;
       S::transpose(tile + col, kT, height, scratch.strip);
       for (int64_t row = a; row < b; ++row)
-        c.buckets(row).take(scratch.strip + (row - c0 - col) * height, height, w.order + r0, c.limit, scratch.queue,
-                            scratch.changed);
+        c.buckets(row).take(scratch.strip + (row - c0 - col) * height, height, w.order + r0, c.limit, scratch.queue);
     }
   }
 }

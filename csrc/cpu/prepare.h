@@ -19,9 +19,15 @@ void convert(const In* in, int64_t n, T* out) {
 template <class T>
 void load_row(DType dtype, const void* source, int64_t begin, int64_t n, T* out) {
   switch (dtype) {
-    case DType::float32: convert(static_cast<const float*>(source) + begin, n, out); break;
-    case DType::float64: convert(static_cast<const double*>(source) + begin, n, out); break;
-    case DType::float16: convert(static_cast<const _Float16*>(source) + begin, n, out); break;
+    case DType::float32:
+      convert(static_cast<const float*>(source) + begin, n, out);
+      break;
+    case DType::float64:
+      convert(static_cast<const double*>(source) + begin, n, out);
+      break;
+    case DType::float16:
+      convert(static_cast<const _Float16*>(source) + begin, n, out);
+      break;
     case DType::bfloat16: {
       const uint16_t* in = static_cast<const uint16_t*>(source) + begin;
       for (int64_t k = 0; k < n; ++k) {
@@ -73,8 +79,8 @@ void inspect(Call<S>& c) {
   }
 }
 
-// One sorted row: converted, scaled or normalised, zero padded. Returns the inverse length, negative where the length is below
-// 1e-12: there the divisor is a constant and no gradient flows through it.
+// One sorted row: converted, scaled or normalised, zero padded. Returns the inverse length, negative where the length is
+// below 1e-12: there the divisor is a constant and no gradient flows through it.
 template <class S>
 typename S::T prepare_row(const Call<S>& c, const void* source, int64_t begin, typename S::T* out) {
   using T = typename S::T;
@@ -125,8 +131,7 @@ void pack(Call<S>& c) {
     for (int i = 0; i < S::NR; i += S::W)
       S::store(norm + i,
                squared_norm(c.D, S::zero(), S::madd, [&](int64_t k) -> V { return S::load(panel + k * S::NR + i); }));
-    for (int i = 0; i < S::NR; ++i)
-      norm[i] = p * S::NR + i < c.C ? guarded(norm[i]) : std::numeric_limits<T>::quiet_NaN();
+    for (int i = 0; i < S::NR; ++i) norm[i] = p * S::NR + i < c.C ? guarded(norm[i]) : std::numeric_limits<T>::quiet_NaN();
   }
   if (!c.symmetric) {
     const bool inside = args.anchor_offset >= 0;
@@ -135,9 +140,9 @@ void pack(Call<S>& c) {
     for (int64_t r = 0; r < padded; ++r) {
       T* row = w.ax + r * Dp;
       if (r < c.A) {
-        const T inverse =
-            inside ? prepare_row(c, args.candidates, (args.anchor_offset + w.arow[r]) * args.candidate_stride, row)
-                   : prepare_row(c, args.anchors, w.arow[r] * args.anchor_stride, row);
+        const T inverse = inside
+                              ? prepare_row(c, args.candidates, (args.anchor_offset + w.arow[r]) * args.candidate_stride, row)
+                              : prepare_row(c, args.anchors, w.arow[r] * args.anchor_stride, row);
         if (args.normalize) w.ainverse_length[r] = inverse;
       } else {
         fill(row, Dp, T(0));

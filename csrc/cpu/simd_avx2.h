@@ -43,8 +43,8 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
 
-  // NaN falls through the comparison (second operand) and converts to INT_MIN, whose low bits are cell 0: never set. Distances
-  // below all thresholds may get any cell, since no band is there: the drain sorts out what passes for nothing.
+  // NaN falls through the comparison (second operand) and converts to INT_MIN, whose low bits are cell 0: never set.
+  // Distances below all thresholds may get any cell, since no band is there: the drain sorts out what passes for nothing.
   static __m256i cells(V d, V scale, V bias, V last) {
     return _mm256_cvttps_epi32(_mm256_min_ps(last, _mm256_fmadd_ps(d, scale, bias)));
   }
@@ -143,8 +143,7 @@ struct Avx2 {
     const V value = set1(v);
     int count = 0;
     for (int i = 0; i < n; i += W)
-      count += __builtin_popcount(
-          static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(load(t + i), value, _CMP_LT_OQ))));
+      count += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(load(t + i), value, _CMP_LT_OQ))));
     return count;
   }
 

@@ -39,17 +39,23 @@ struct Generic {
 
   static V zero() { return V{}; }
   static V set1(T v) { return V{} + v; }
-  static V load(const T* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+  static V load(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
   static void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
   // Fused where the machine fuses. Every dot product and every norm goes through this one function, so that a row's product
   // with itself and its norm agree to the bit and identical rows are at distance exactly 0.
   static V madd(V a, V b, V c) {
 #if defined(__AVX512F__)
     static_assert(sizeof(T) == 8, "float has its own file");
-    return reinterpret_cast<V>(_mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
+    return reinterpret_cast<V>(
+        _mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
 #elif defined(__AVX2__)
     static_assert(sizeof(T) == 8, "float has its own file");
-    return reinterpret_cast<V>(_mm256_fmadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(c)));
+    return reinterpret_cast<V>(
+        _mm256_fmadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(c)));
 #else
     return a * b + c;
 #endif

@@ -75,11 +75,11 @@ void sort_thresholds_impl(T* t, uint32_t* rank, int64_t n) {
 void sort_thresholds(float* t, uint32_t* rank, int64_t n) { sort_thresholds_impl(t, rank, n); }
 void sort_thresholds(double* t, uint32_t* rank, int64_t n) { sort_thresholds_impl(t, rank, n); }
 
-// Counting sort by class; classes are numbered by first appearance (a hash table finds them), those with two or more candidates
-// first. O(A + C). Anchors come in the same order of classes; anchors that can have no pair come last.
+// Counting sort by class; classes are numbered by first appearance (a hash table finds them), those with two or more
+// candidates first. O(A + C). Anchors come in the same order of classes; anchors that can have no pair come last.
 Classes sort_labels(const TripletArgs& args, int32_t* table, int64_t hash_size, int32_t* scratch_index, int32_t* order,
-                    int32_t* position, int32_t* class_of, int32_t* class_begin, int32_t* arow, int32_t* aclass, int32_t* aself,
-                    int32_t* row_of, int32_t* class_row) {
+                    int32_t* position, int32_t* class_of, int32_t* class_begin, int32_t* arow, int32_t* aclass,
+                    int32_t* aself, int32_t* row_of, int32_t* class_row) {
   const int64_t A = args.num_anchors, C = args.num_candidates, offset = args.anchor_offset;
   const int64_t* labels = args.candidate_labels;
   const uint64_t wrap = static_cast<uint64_t>(hash_size - 1);
@@ -178,8 +178,9 @@ int64_t triplet_workspace_bytes(const TripletArgs& args) {
 Status launch_triplet(const TripletArgs& args) {
   const Kernels* kernels = chosen();
   if (!kernels)
-    return {Code::invalid, "FACENET_EXT_ISA", "names no instruction set that is compiled in and runs on this machine; "
-                                              "build_info()['cpu_isa'] lists those that do"};
+    return {Code::invalid, "FACENET_EXT_ISA",
+            "names no instruction set that is compiled in and runs on this machine; "
+            "build_info()['cpu_isa'] lists those that do"};
   if (args.num_candidates >= (int64_t{1} << 31) || args.num_anchors >= (int64_t{1} << 31))
     return {Code::invalid, "triplet", "more than 2^31 - 1 anchors or candidates"};
   if (args.workspace_bytes < triplet_workspace_bytes(args)) return {Code::invalid, "triplet", "the workspace is too small"};

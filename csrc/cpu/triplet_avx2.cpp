@@ -1,4 +1,5 @@
-// The CPU backend compiled for AVX2, FMA and F16C. The flags are this file's alone (csrc/CMakeLists.txt); triplet.cpp picks at run time.
+// The CPU backend compiled for AVX2, FMA and F16C. The flags are this file's alone (csrc/CMakeLists.txt); triplet.cpp picks
+// at run time.
 #include "simd_avx2.h"
 
 #include "engine.h"

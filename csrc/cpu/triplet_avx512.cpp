@@ -1,4 +1,5 @@
-// The CPU backend compiled for AVX-512 F, BW, DQ and VL. The flags are this file's alone (csrc/CMakeLists.txt); triplet.cpp picks at run time.
+// The CPU backend compiled for AVX-512 F, BW, DQ and VL. The flags are this file's alone (csrc/CMakeLists.txt); triplet.cpp
+// picks at run time.
 #include "simd_avx512.h"
 
 #include "engine.h"

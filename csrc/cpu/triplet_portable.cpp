@@ -1,4 +1,5 @@
-// The CPU backend compiled for any machine. The flags are this file's alone (csrc/CMakeLists.txt); triplet.cpp picks at run time.
+// The CPU backend compiled for any machine. The flags are this file's alone (csrc/CMakeLists.txt); triplet.cpp picks at run
+// time.
 #include "simd_generic.h"
 
 #include "engine.h"
