@@ -161,13 +161,14 @@ def main():
                 measure(train_one(options, minutes, extra, value if name == "data" else 1.0))
         show(name, rows, options.out)
         results[name] = {str(value): {**row, "paper": PAPER.get(name, {}).get(value)} for value, row in rows.items()}
+        settings = {k: v for k, v in base.stored.items() if k not in ("data", "people", "pairs", "out")}
         with data.atomic(options.out / "experiments.json") as file:
             file.write(json.dumps({
                 "date": time.strftime("%Y-%m-%d"), "minutes_per_run": minutes, "far": FAR, "torch": torch.__version__,
                 "machine": torch.cuda.get_device_name() if options.device.startswith("cuda") else
                 f"{platform.machine()}, {torch.get_num_threads()} threads",
                 "protocol": "trained on LFW peopleDevTrain.txt alone, verified on pairsDevTest.txt",
-                "base": base.stored, "results": results}, indent=1, default=str).encode())
+                "base": settings, "results": results}, indent=1, default=str).encode())
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ PRESETS = {
 # What the sizes are where the command line does not say: digits (scans of 8 x 8), a CPU, a GPU (the paper's 45 x 40).
 SIZES = {
     "digits": {"network": "mini", "size": (16, 16), "people_per_batch": 16, "images_per_person": 8, "steps": 60},
-    "cpu": {"network": "mini", "size": (64, 64), "people_per_batch": 45, "images_per_person": 4, "steps": 3000},
+    "cpu": {"network": "mini", "size": (48, 48), "people_per_batch": 45, "images_per_person": 4, "steps": 3000},
     "cuda": {"network": "nn4", "size": (96, 96), "people_per_batch": 45, "images_per_person": 40, "steps": 20000},
 }
 SUBSET = 4096  # images that offline mining looks through
@@ -54,7 +54,7 @@ def add_arguments(parser):
         "pairs of people held out")
     add("--hold-out", type=float, default=0.1, metavar="SHARE", help="people held out where no --pairs are given (0.1)")
     add("--crop", type=float, default=1.0, metavar="SHARE", help="central share of each image to use (1.0)")
-    group = parser.add_argument_group("network and batch (defaults: mini at 64 pixels, 45 x 4 on a CPU; nn4 at 96, the "
+    group = parser.add_argument_group("network and batch (defaults: mini at 48 pixels, 45 x 4 on a CPU; nn4 at 96, the "
                                       "paper's 45 x 40, on a GPU)")
     add = group.add_argument
     add("--network", choices=sorted(models.NETWORKS))

@@ -192,7 +192,7 @@ def test_sizes_of_the_command_line():
     def size(*argv):
         return train.complete(train.parse([*argv, "--device", "cpu"])).size
 
-    assert size() == (16, 16) and size("--data", "x") == (64, 64) and size("--data", "x", "--size", "70x50") == (70, 50)
+    assert size() == (16, 16) and size("--data", "x") == (48, 48) and size("--data", "x", "--size", "70x50") == (70, 50)
     assert size("--data", "x", "--network", "nns2") == (140, 116)
     assert size("--data", "x", "--network", "nn4", "--size", "64") == (64, 64)
 

@@ -139,12 +139,12 @@ NNS2 = Table((140, 116), (
     Max("fc1", 544),                                                      #             544
     Max("fc2", 544),                                                      #             544
 ), "ours: the paper prints only the budget, 4.3 M parameters and 20 M multiply-adds; as NNS1")
-MINI = Table((64, 64), (
-    Conv("conv1", 32, 3, 2),                                              #  32 x  32 x 32
-    Conv("conv2", 64, 3, 2),                                              #  16 x  16 x 64
-    Conv("conv3", 128),                                                   #  16 x  16 x 128
-    Conv("conv4", 128, 3, 2),                                             #   8 x   8 x 128
-    Conv("conv5", 256),                                                   #   8 x   8 x 256
-    Conv("conv6", 256, 3, 2),                                             #   4 x   4 x 256
+MINI = Table((48, 48), (
+    Conv("conv1", 32, 3, 2),                                              #  24 x  24 x 32
+    Conv("conv2", 64, 3, 2),                                              #  12 x  12 x 64
+    Conv("conv3", 128),                                                   #  12 x  12 x 128
+    Conv("conv4", 128, 3, 2),                                             #   6 x   6 x 128
+    Conv("conv5", 256),                                                   #   6 x   6 x 256
+    Conv("conv6", 256, 3, 2),                                             #   3 x   3 x 256
 ), "ours, for minutes of training on a CPU: plain 3x3 convolutions, on which a CPU reaches twice the multiply-adds per "
    "second of the inception blocks; also takes scikit-learn's digits")
