@@ -1,0 +1,231 @@
+// One kSide x kSide tile of squared distances: d(a, b) = norm_a + norm_b - 2 a.b, in units of the largest row's scale.
+//
+//            columns: 32 per warp                    A warp (m, n) owns 32 x 32 products, all of them in registers.
+//          n = 0     1     2     3                   The rows stream through shared memory in stages of 64 bytes per row
+//        +-----+-----+-----+-----+                   (16 KB for both operands), kStages deep, copied asynchronously.
+//  m = 0 |w 0  |w 1  |w 2  |w 3  |  32 rows          At the end the distances go to shared memory, part by part
+//        +-----+-----+-----+-----+                   (kPart columns of all rows), where any thread may walk along a row or
+//      1 |w 4  |     |     |     |                   down a column: the fragment layout of the products suits neither.
+//        +-----+-----+-----+-----+
+//      2 |     |     |     |     |                   FLOPs: 2 kSide^2 D per product of the format (split: 3).
+//        +-----+-----+-----+-----+                   Bytes from L2: 2 kSide pitch.
+//      3 |     |     |     |w 15 |                   Rows beyond the end repeat the last one; who reads a distance
+//        +-----+-----+-----+-----+                   must know the true edge.
+#pragma once
+
+#include "prepare.cuh"
+
+namespace facenet_ext::cuda {
+
+// Columns of a part: two warps of floats, one of doubles.
+template <class Acc>
+constexpr int kPartWarps = sizeof(Acc) == 4 ? kWarpsPerSide / 2 : 1;
+template <class Acc>
+constexpr int kPart = 32 * kPartWarps<Acc>;
+template <class Acc>
+constexpr int kParts = kWarpsPerSide / kPartWarps<Acc>;
+
+// What a tile knows of its rows and columns beside their operands.
+template <class Acc>
+struct Edge {
+  Acc norm[kSide];
+  Acc scale[kSide];
+  int32_t index[kSide];       // in the input; -1 beyond the end
+  int32_t mate_begin[kSide];  // the class, as positions among the columns' set
+  int32_t mate_end[kSide];
+  int32_t own[kSide];         // the row's own position among the candidates, or -1
+};
+
+template <class Acc>
+struct TileShared {
+  Edge<Acc>* row;
+  Edge<Acc>* column;
+  uint8_t* ring;  // [kStages][2 kSide][kStageBytes]
+  Acc* part;      // [kSide][kPart + 1], in the ring's memory: the ring is empty when a part is written
+  // The buckets of the rows' and of the columns' anchors, slot-major: lane = anchor reads them without bank conflicts.
+  Acc* row_threshold;     // [shared_slots][kSide]
+  uint64_t* row_best;     // [shared_slots][kSide]
+  Acc* column_threshold;  // [shared_slots][kPart]
+  uint64_t* column_best;  // [shared_slots][kPart]
+};
+
+template <class Acc>
+__host__ __device__ TileShared<Acc> carve_tile(Carver& carver, int32_t shared_slots) {
+  constexpr int64_t kRing = int64_t(kStages) * 2 * kSide * kStageBytes;
+  constexpr int64_t kPartBytes = int64_t(kSide) * (kPart<Acc> + 1) * sizeof(Acc);
+  TileShared<Acc> s;
+  s.row = carver.take<Edge<Acc>>(1);
+  s.column = carver.take<Edge<Acc>>(1);
+  s.ring = carver.take<uint8_t>(kRing > kPartBytes ? kRing : kPartBytes);
+  s.part = reinterpret_cast<Acc*>(s.ring);
+  s.row_threshold = carver.take<Acc>(int64_t(shared_slots) * kSide);
+  s.row_best = carver.take<uint64_t>(int64_t(shared_slots) * kSide);
+  s.column_threshold = carver.take<Acc>(int64_t(shared_slots) * kPart<Acc>);
+  s.column_best = carver.take<uint64_t>(int64_t(shared_slots) * kPart<Acc>);
+  return s;
+}
+
+template <class Acc>
+__device__ __forceinline__ Acc two_to(int32_t e) {
+  return ldexp(Acc(1), e < -126 ? -126 : e);
+}
+
+// Loads an edge; the barrier is the caller's. is_anchor: the rows are anchors, whose class is looked up among the candidates.
+template <class Acc>
+__device__ __forceinline__ void load_edge(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t first, int32_t max_exponent,
+                                          bool are_anchors, int thread, Edge<Acc>& edge) {
+  if (thread < 0 || thread >= kSide) return;
+  const int32_t position = first + thread;
+  const bool inside = position < rows.count;
+  const int32_t source = inside ? position : rows.count - 1;
+  const Acc scale = sizeof(Acc) == 8 ? Acc(1) : two_to<Acc>(rows.exponent[source] - max_exponent);
+  edge.scale[thread] = scale;
+  edge.norm[thread] = rows.norm[source] * (scale * scale);
+  edge.index[thread] = inside ? sorted_index(p, rows)[source] : -1;
+  edge.mate_begin[thread] = are_anchors ? rows.mate_begin[source] : 0;
+  edge.mate_end[thread] = are_anchors ? rows.mate_end[source] : 0;
+  edge.own[thread] = are_anchors ? own_position(p, source) : -1;
+}
+
+// The products of one warp's 32 x 32 and the way to them.
+template <Math M>
+struct Products {  // on tensor cores
+  static constexpr bool kSplit = M == Math::split;
+  float hh[2][4][4];
+  float hl[kSplit ? 2 : 1][kSplit ? 4 : 1][4];
+
+  __device__ __forceinline__ void clear() {
+    for (int m = 0; m < 2; ++m) {
+      for (int n = 0; n < 4; ++n) {
+        for (int i = 0; i < 4; ++i) hh[m][n][i] = hl[kSplit ? m : 0][kSplit ? n : 0][i] = 0;
+      }
+    }
+  }
+  // Eight lanes read 128 contiguous bytes of two neighbouring rows: no bank conflict.
+  __device__ __forceinline__ void add_stage(const uint8_t* rows, const uint8_t* columns) {
+    const int lane = threadIdx.x % 32, at = lane / 4 * kStageBytes + lane % 4 * 16;
+    const auto load = [&](const uint8_t* from, int row) { return *reinterpret_cast<const uint4*>(from + row * kStageBytes + at); };
+    const Fragments<M> a[2] = {Fragments<M>::of(load(rows, 0), load(rows, 8)), Fragments<M>::of(load(rows, 16), load(rows, 24))};
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const uint4 b = load(columns, 8 * n);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) a[m].multiply(b, hh[m][n], hl[kSplit ? m : 0][kSplit ? n : 0]);
+    }
+  }
+  // Calls body(row, column, product) for each product of this lane.
+  template <class Body>
+  __device__ __forceinline__ void for_each(Body body) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float product = kSplit ? combine(hh[m][n][i], hl[kSplit ? m : 0][kSplit ? n : 0][i]) : hh[m][n][i];
+          body(16 * m + lane / 4 + i / 2 * 8, 8 * n + lane % 4 * 2 + i % 2, product);
+        }
+      }
+    }
+  }
+};
+
+template <class Acc>
+struct CoreProducts {  // on CUDA cores: one chain of fused multiply-adds in order of k, so d(a, b) = d(b, a) here too
+  Acc sum[4][8];
+
+  __device__ __forceinline__ void clear() {
+    for (int m = 0; m < 4; ++m) {
+      for (int n = 0; n < 8; ++n) sum[m][n] = 0;
+    }
+  }
+  __device__ __forceinline__ void add_stage(const uint8_t* rows, const uint8_t* columns) {
+    constexpr int kElements = kStageBytes / int(sizeof(Acc));
+    const Acc* a = reinterpret_cast<const Acc*>(rows) + threadIdx.x % 32 / 4 * kElements;
+    const Acc* b = reinterpret_cast<const Acc*>(columns) + threadIdx.x % 4 * kElements;
+#pragma unroll 4
+    for (int k = 0; k < kElements; ++k) {
+      Acc column[8];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) column[n] = b[4 * n * kElements + k];
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const Acc row = a[8 * m * kElements + k];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) sum[m][n] = fma(row, column[n], sum[m][n]);
+      }
+    }
+  }
+  template <class Body>
+  __device__ __forceinline__ void for_each(Body body) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) body(lane / 4 + 8 * m, lane % 4 + 4 * n, sum[m][n]);
+    }
+  }
+};
+template <>
+struct Products<Math::simt32> : CoreProducts<float> {};
+template <>
+struct Products<Math::simt64> : CoreProducts<double> {};
+
+// Computes the tile of rows first_row.. and columns first_column.. and calls body(part) for each part in s.part, between
+// barriers: body may read s.part and the edges freely and must not wait for anything but this block.
+template <Math M, class Acc, class Body>
+__device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t first_row,
+                                             const Rows<Acc>& columns, int32_t first_column, int32_t max_exponent,
+                                             bool columns_are_anchors, const TileShared<Acc>& s, Body body) {
+  const int thread = threadIdx.x, warp = thread / 32, m = warp / kWarpsPerSide, n = warp % kWarpsPerSide;
+  const int32_t stages = p.pitch / kStageBytes;
+
+  const auto copy_stage = [&](int32_t stage) {
+    uint8_t* to = s.ring + int64_t(stage % kStages) * (2 * kSide * kStageBytes);
+#pragma unroll
+    for (int i = 0; i < 2 * kSide * (kStageBytes / 16) / kThreads; ++i) {
+      const int piece = i * kThreads + thread, row = piece / (kStageBytes / 16), byte = piece % (kStageBytes / 16) * 16;
+      const bool is_row = row < kSide;
+      const Rows<Acc>& source = is_row ? rows : columns;
+      const int32_t position = min(is_row ? first_row + row : first_column + row - kSide, source.count - 1);
+      cp_async_16(to + row * kStageBytes + byte, source.operand + int64_t(position) * p.pitch + stage * kStageBytes + byte);
+    }
+  };
+
+  __syncthreads();  // the tile before is done with the ring and the edges
+  for (int32_t stage = 0; stage < kStages - 1; ++stage) {
+    if (stage < stages) copy_stage(stage);
+    cp_async_commit();  // also when empty: the count of groups then does not depend on the stage
+  }
+  load_edge(p, rows, first_row, max_exponent, true, thread, *s.row);
+  load_edge(p, columns, first_column, max_exponent, columns_are_anchors, thread - (kThreads > kSide ? kSide : 0), *s.column);
+
+  Products<M> products;
+  products.clear();
+  for (int32_t stage = 0; stage < stages; ++stage) {
+    cp_async_wait<kStages - 2>();  // this thread's pieces of `stage` have landed
+    __syncthreads();               // everybody's have, and everybody is done with the stage that is overwritten next
+    if (stage + kStages - 1 < stages) copy_stage(stage + kStages - 1);
+    cp_async_commit();
+    const uint8_t* ring = s.ring + int64_t(stage % kStages) * (2 * kSide * kStageBytes);
+    products.add_stage(ring + 32 * m * kStageBytes, ring + (kSide + 32 * n) * kStageBytes);
+  }
+  cp_async_wait<0>();
+
+  for (int part = 0; part < kParts<Acc>; ++part) {
+    __syncthreads();  // the ring, or the part before, has been read
+    if (n / kPartWarps<Acc> == part) {
+      products.for_each([&](int r, int c, Acc product) {
+        const int row = 32 * m + r, column = 32 * n + c;
+        const Acc scaled = product * (s.row->scale[row] * s.column->scale[column]);
+        const Acc d2 = fma(Acc(-2), scaled, s.row->norm[row] + s.column->norm[column]);
+        s.part[row * (kPart<Acc> + 1) + column - part * kPart<Acc>] = d2 < 0 ? Acc(0) : d2;  // NaN stays, -0 does not occur
+      });
+    }
+    __syncthreads();  // the part is complete
+    body(part);
+  }
+}
+
+}  // namespace facenet_ext::cuda

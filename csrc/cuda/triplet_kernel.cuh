@@ -1,0 +1,92 @@
+// The one kernel: every phase of every pass, between grid barriers. See README.md for the way of the data.
+#pragma once
+
+#include "gradient.cuh"
+
+namespace facenet_ext::cuda {
+
+template <Math M, class In>
+__global__ void __launch_bounds__(kThreads, 1) 
+    triplet_kernel(const __grid_constant__ Problem<typename MathTraits<M>::Acc> p) {
+  FACENET_EXT_SHARED_MEMORY(shared_memory);
+
+  prepare<M, In>(p, shared_memory);
+  grid_sync();  // positions, classes and operands of all rows
+  const Facts facts = gather_facts(p, shared_memory);
+  if (facts.has_nonfinite && !p.mining) {
+    write_nan<In>(p);
+    return;
+  }
+
+  // How many anchors' buckets fit at a time. All blocks see the same facts, so all make the same passes.
+  const int32_t stride = max(facts.max_positives, 1);
+  const int32_t anchors_per_pass = min(p.slots / stride, p.anchors.count);
+  for (int32_t begin = 0; begin < p.anchors.count; begin += anchors_per_pass) {
+    const Pass pass{begin, static_cast<int32_t>(min(int64_t(begin) + anchors_per_pass, int64_t(p.anchors.count))), stride,
+                    facts.max_exponent};
+    const bool last_pass = pass.end == p.anchors.count;
+    if (begin > 0) grid_sync();  // the pass before is done with the slots
+    find_positives<M>(p, pass, shared_memory);
+    grid_sync();  // d2_ap
+    sort_thresholds(p, pass);
+    for (int round = 0; round < MathTraits<M>::kRounds; ++round) {
+      grid_sync();  // thresholds, empty buckets; round 1: the least distances
+      sweep<M>(p, pass, round, shared_memory);
+    }
+    grid_sync();  // best, farthest
+    finish<In>(p, pass, shared_memory);
+    if (p.wants_gradient) {
+      grid_sync();  // coefficients, times_chosen, and the counters that scale the gradient
+      reserve_lists(p);
+      grid_sync();  // list_begin
+      fill_lists(p, pass);
+      grid_sync();  // list
+      gather_gradients<In>(p, pass, begin == 0, last_pass);
+    }
+  }
+  if (p.mining) return;
+  if (!p.wants_gradient) grid_sync();  // loss_of_anchor of all anchors
+  __syncthreads();                     // shared memory is free
+  write_loss(p, shared_memory);
+}
+
+// Bytes of shared memory, with as many buckets per anchor as a block may have.
+template <Math M>
+int64_t shared_bytes(int32_t* shared_slots) {
+  using Acc = typename MathTraits<M>::Acc;
+  const auto bytes = [](int32_t slots) {
+    Carver carver{nullptr, 0, true};
+    carve_tile<Acc>(carver, slots);
+    return carver.used;
+  };
+  const int64_t limit = max_shared_bytes();
+  int32_t slots = 0;
+  if (M != Math::simt64) {
+    while (slots < 64 && bytes(slots + 1) <= limit) ++slots;
+  }
+  *shared_slots = slots;
+  return bytes(slots);  // of all phases the tiles take most: write_loss() has 24 bytes per thread, prepare() less
+}
+
+template <Math M, class In>
+Status launch_kernel(const TripletArgs& args, const char* name) {
+  Problem<typename MathTraits<M>::Acc> problem;
+  const int64_t bytes = make_problem<M>(args, static_cast<uint8_t*>(args.workspace), problem);
+  if (args.workspace_bytes < bytes) return {Code::invalid, name, "workspace smaller than triplet_workspace_bytes"};
+  const int64_t shared = shared_bytes<M>(&problem.shared_slots);
+  // One block per multiprocessor: all are resident, as a cooperative launch demands. Small problems take fewer.
+  const int64_t units = divide_up(args.num_candidates, kUnit) + (problem.plain ? 0 : divide_up(args.num_anchors, kUnit));
+  const int64_t tiles = divide_up(args.num_anchors, kSide) * divide_up(args.num_candidates, kSide);
+  const int64_t work = units > tiles ? units : tiles;
+  const int64_t blocks = work < args.multiprocessors ? work : args.multiprocessors;
+  return launch_cooperative(triplet_kernel<M, In>, name, static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared),
+                            args.stream, problem);
+}
+
+// Each is defined in the .cu file that compiles its kernels, so that they compile in parallel.
+Status launch_float32(const TripletArgs& args);   // also half precision that is normalised first
+Status launch_half(const TripletArgs& args);      // float16 and bfloat16
+Status launch_float64(const TripletArgs& args);
+Status launch_without_tensor_cores(const TripletArgs& args);  // every type but float64
+
+}  // namespace facenet_ext::cuda
