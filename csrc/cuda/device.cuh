@@ -28,6 +28,14 @@ __host__ __device__ inline void poison_shared(void*, int64_t, void*) {}
 // All threads of the grid; needs a cooperative launch. Orders every access to global memory before it against those after it.
 __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
 
+// threadIdx.x, read anew: what is derived from it need not wait in registers while a tile's products fill them. (The compiler
+// would hoist every thread's addresses out of the loop over tiles, and spill them.)
+__device__ __forceinline__ int thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // A value that other threads change with atomics meanwhile: some value it had, never torn, never from a stale L1 line.
 template <class T>
 __device__ __forceinline__ T load_relaxed(const T* p) {
@@ -60,7 +68,7 @@ __device__ __forceinline__ void cp_async_wait() {
 //   c: {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)}
 __device__ __forceinline__ void mma_16x8x16_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -70,7 +78,7 @@ __device__ __forceinline__ void mma_16x8x16_half(float (&c)[4], const uint32_t (
 }
 __device__ __forceinline__ void mma_16x8x16_bfloat(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

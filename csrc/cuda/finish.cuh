@@ -57,7 +57,7 @@ __device__ __forceinline__ int32_t farthest_of(const Problem<double>& p, int32_t
 // best[r] = min of best[r ..]: whole warp.
 template <class Acc>
 __device__ __forceinline__ void suffix_minimum(const Problem<Acc>& p, int64_t slot, int32_t count) {
-  const int lane = threadIdx.x % 32;
+  const int lane = thread_index() % 32;
   Winner later{kEmpty, ~0u};
   for (int32_t base = (count - 1) / 32 * 32; base >= 0; base -= 32) {
     Winner mine{kEmpty, ~0u};
@@ -93,7 +93,7 @@ __device__ __forceinline__ void direct_distances(const Problem<Acc>& p, InputRow
                                                  InputRow<In, Acc> negative, Acc& d2_ap, Acc& d2_an) {
   Acc ap = 0, an = 0;
 #pragma unroll 4
-  for (int32_t d = threadIdx.x % 32; d < p.dim; d += 32) {
+  for (int32_t d = thread_index() % 32; d < p.dim; d += 32) {
     const Acc mine = a[d], to_positive = mine - positive[d], to_negative = mine - negative[d];
     ap = fma(to_positive, to_positive, ap);
     an = fma(to_negative, to_negative, an);
@@ -110,8 +110,8 @@ template <class In, class Acc>
 __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   FinishShared& totals = *carver.take<FinishShared>(1);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) totals = FinishShared{};
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  if (thread_index() == 0) totals = FinishShared{};
   __syncthreads();
 
   uint64_t pairs = 0, active = 0, fallback = 0;  // of this warp, in every lane
@@ -205,7 +205,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
     atomic_max(&totals.max_d2_ap, ordered_bits(max_d2_ap));
   }
   __syncthreads();
-  if (threadIdx.x == 0) {  // integers: their sum does not depend on the order
+  if (thread_index() == 0) {  // integers: their sum does not depend on the order
     atomic_add(&p.counters->pairs, totals.pairs);
     atomic_add(&p.counters->active, totals.active);
     atomic_add(&p.counters->fallback, totals.fallback);

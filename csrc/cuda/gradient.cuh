@@ -21,8 +21,8 @@ namespace facenet_ext::cuda {
 
 template <class Acc>
 __device__ void reserve_lists(const Problem<Acc>& p) {
-  const int lane = threadIdx.x % 32;
-  for (int64_t base = int64_t(blockIdx.x) * kThreads + threadIdx.x - lane; base < p.candidates.count;
+  const int lane = thread_index() % 32;
+  for (int64_t base = int64_t(blockIdx.x) * kThreads + thread_index() - lane; base < p.candidates.count;
        base += int64_t(gridDim.x) * kThreads) {
     const int64_t c = base + lane;
     const int32_t length = c < p.candidates.count ? p.times_chosen[c] : 0;
@@ -40,7 +40,7 @@ __device__ void reserve_lists(const Problem<Acc>& p) {
 
 template <class Acc>
 __device__ void fill_lists(const Problem<Acc>& p, const Pass& pass) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
   for (int32_t a = pass.begin + blockIdx.x * kWarps + warp; a < pass.end; a += gridDim.x * kWarps) {
     const int32_t count = count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]);
     const int64_t slot = pass.slot(a);
@@ -59,7 +59,7 @@ constexpr int kGather = 32 * kGatherEach;       // elements per round
 template <class In, class Acc, class Get>
 __device__ __forceinline__ void gather(const Problem<Acc>& p, const Rows<Acc>& others, const Acc (&x)[kGatherEach],
                                        int32_t first_element, int32_t count, Acc (&sum)[kGatherEach], Get get) {
-  const int lane = threadIdx.x % 32;
+  const int lane = thread_index() % 32;
   for (int32_t base = 0; base < count; base += 32) {
     Acc my_coefficient = 0;
     int32_t my_index = 0;
@@ -82,9 +82,9 @@ __device__ __forceinline__ void gather(const Problem<Acc>& p, const Rows<Acc>& o
 // The part of row `index`'s gradient that this pass brings, added to rows.gradient. anchor_position: of the row among the
 // anchors, or -1; position: among the candidates, or -1. `list` is sorted.
 template <class In, class Acc>
-__device__ void gather_row(const Problem<Acc>& p, const Pass& pass, bool first_pass, const Rows<Acc>& rows, int32_t index,
+__device__ void gather_row(const Problem<Acc>& p, const Pass& pass, const Rows<Acc>& rows, int32_t index,
                            int32_t anchor_position, int32_t position, const int32_t* list, int32_t list_count) {
-  const int lane = threadIdx.x % 32;
+  const int lane = thread_index() % 32;
   const auto row = input_row<In>(p, rows, index);
   Acc* out = rows.gradient + int64_t(index) * p.dim;
   for (int32_t first = 0; first < p.dim; first += kGather) {
@@ -93,7 +93,7 @@ __device__ void gather_row(const Problem<Acc>& p, const Pass& pass, bool first_p
     for (int j = 0; j < kGatherEach; ++j) {
       const int32_t d = first + 32 * j + lane;
       x[j] = d < p.dim ? row[d] : Acc(0);
-      sum[j] = d < p.dim && !first_pass ? out[d] : Acc(0);
+      sum[j] = d < p.dim && !pass.is_first() ? out[d] : Acc(0);
     }
     if (anchor_position >= 0 && pass.has(anchor_position)) {
       const int32_t begin = p.anchors.mate_begin[anchor_position];
@@ -135,7 +135,7 @@ __device__ void gather_row(const Problem<Acc>& p, const Pass& pass, bool first_p
 // Scales the finished row and writes it as the input's type; the gradient of x / max(|x|, 1e-12) if the rows were normalised.
 template <class In, class Acc>
 __device__ void write_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t index, Acc scale) {
-  const int lane = threadIdx.x % 32;
+  const int lane = thread_index() % 32;
   const Acc* gradient = rows.gradient + int64_t(index) * p.dim;  // each lane reads what it wrote itself
   In* out = static_cast<In*>(rows.gradient_out) + int64_t(index) * p.dim;
   const auto row = input_row<In>(p, rows, index);
@@ -162,10 +162,10 @@ __device__ __forceinline__ double divisor(const Problem<Acc>& p) {
 
 // Phase 8. Behind it, times_chosen is zero again for the next pass.
 template <class In, class Acc>
-__device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass, bool first_pass, bool last_pass) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass) {
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
   const Acc scale = static_cast<Acc>((p.euclidean ? 1 : 2) / divisor(p));
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.counters->list_end = 0;
+  if (blockIdx.x == 0 && thread_index() == 0) p.counters->list_end = 0;
 
   // Long lists first, each sorted by the block that gathers it. A list holds an anchor at most twice (as semi-hard negative and
   // as farthest), so `list_place` has room for it as scratch.
@@ -192,15 +192,15 @@ __device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass, bool f
     } else if (p.anchors_are_candidates && index >= p.anchor_offset && index - p.anchor_offset < p.anchors.count) {
       anchor_position = p.anchors.position[index - p.anchor_offset];
     }
-    gather_row<In>(p, pass, first_pass, p.candidates, index, anchor_position, static_cast<int32_t>(position),
+    gather_row<In>(p, pass, p.candidates, index, anchor_position, static_cast<int32_t>(position),
                    p.sorted_list + begin, length);
-    if (last_pass && p.candidates.gradient_out != nullptr) write_row<In>(p, p.candidates, index, scale);
+    if (pass.is_last(p.anchors.count) && p.candidates.gradient_out != nullptr) write_row<In>(p, p.candidates, index, scale);
   }
   if (p.anchors_are_candidates || p.anchors.gradient_out == nullptr) return;
   for (int64_t a = int64_t(blockIdx.x) * kWarps + warp; a < p.anchors.count; a += rows_per_turn) {
     const int32_t index = sorted_index(p, p.anchors)[a];
-    gather_row<In>(p, pass, first_pass, p.anchors, index, static_cast<int32_t>(a), -1, nullptr, 0);
-    if (last_pass) write_row<In>(p, p.anchors, index, scale);
+    gather_row<In>(p, pass, p.anchors, index, static_cast<int32_t>(a), -1, nullptr, 0);
+    if (pass.is_last(p.anchors.count)) write_row<In>(p, p.anchors, index, scale);
   }
 }
 
@@ -211,19 +211,19 @@ __device__ void write_loss(const Problem<Acc>& p, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   double* partial = carver.take<double>(3 * kThreads);
   double sum[3] = {0, 0, 0};
-  for (int32_t a = threadIdx.x; a < p.anchors.count; a += kThreads) {
+  for (int32_t a = thread_index(); a < p.anchors.count; a += kThreads) {
     sum[0] += p.loss_of_anchor[a];
     sum[1] += p.sum_d2_ap[a];
     sum[2] += p.sum_d2_an[a];
   }
-  for (int i = 0; i < 3; ++i) partial[i * kThreads + threadIdx.x] = sum[i];
+  for (int i = 0; i < 3; ++i) partial[i * kThreads + thread_index()] = sum[i];
   for (int step = kThreads / 2; step > 0; step /= 2) {
     __syncthreads();  // the sums of the step before are written
-    if (static_cast<int>(threadIdx.x) < step) {
-      for (int i = 0; i < 3; ++i) partial[i * kThreads + threadIdx.x] += partial[i * kThreads + threadIdx.x + step];
+    if (thread_index() < step) {
+      for (int i = 0; i < 3; ++i) partial[i * kThreads + thread_index()] += partial[i * kThreads + thread_index() + step];
     }
   }
-  if (threadIdx.x != 0) return;
+  if (thread_index() != 0) return;
   *static_cast<Acc*>(p.loss) = static_cast<Acc>(partial[0] / divisor(p));
   if (p.stat_counts == nullptr) return;
   p.stat_counts[0] = static_cast<int64_t>(p.counters->pairs);
@@ -244,11 +244,11 @@ __device__ void write_nan(const Problem<Acc>& p) {
     const Rows<Acc>& rows = set == 0 ? p.candidates : p.anchors;
     if (rows.gradient_out == nullptr) continue;
     const int64_t elements = int64_t(rows.count) * p.dim;
-    for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < elements; i += int64_t(gridDim.x) * kThreads) {
+    for (int64_t i = int64_t(blockIdx.x) * kThreads + thread_index(); i < elements; i += int64_t(gridDim.x) * kThreads) {
       narrow(nan, static_cast<In*>(rows.gradient_out)[i]);
     }
   }
-  if (blockIdx.x != 0 || threadIdx.x != 0) return;
+  if (blockIdx.x != 0 || thread_index() != 0) return;
   *static_cast<Acc*>(p.loss) = nan;
   if (p.stat_counts == nullptr) return;
   for (int i = 0; i < 3; ++i) {

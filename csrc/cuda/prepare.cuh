@@ -102,7 +102,7 @@ __device__ __forceinline__ float combine(float hh, float hl) { return fmaf(hl, 1
 // rows with equal bits are at distance exactly 0.
 template <Math M, class Acc>
 __device__ void unit_norms(const Rows<Acc>& rows, int32_t pitch, const int32_t* destination, int count) {
-  const int lane = threadIdx.x % 32;
+  const int lane = thread_index() % 32;
   if constexpr (M == Math::simt32 || M == Math::simt64) {
     if (lane < count) {
       const Acc* row = reinterpret_cast<const Acc*>(rows.operand + int64_t(destination[lane]) * pitch);
@@ -134,7 +134,7 @@ __device__ void unit_norms(const Rows<Acc>& rows, int32_t pitch, const int32_t* 
 // One warp turns row `index` into the operand at `position`.
 template <Math M, class In, class Acc>
 __device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t index, int32_t position, Facts& facts) {
-  const int lane = threadIdx.x % 32;
+  const int lane = thread_index() % 32;
   const In* x = static_cast<const In*>(rows.x) + int64_t(index) * rows.stride;
   Acc largest = 0;
   bool finite = true;
@@ -183,12 +183,13 @@ struct UnitCounts {  // of each row of a unit, among some labels: those smaller,
 // Adds the labels[begin .. end) to the counts, by the whole block; the caller has zeroed them and puts a barrier behind.
 __device__ inline void count_labels(const int64_t* labels, int32_t begin, int32_t end, const int64_t* unit_label,
                                     const int32_t* unit_index, UnitCounts& counts) {
-  const int lane = threadIdx.x % 32;
+  const int lane = thread_index() % 32;
   int32_t less = 0, equal = 0, before = 0;  // lane u counts for row u
   for (int32_t base = begin; base < end; base += kThreads) {
-    const int32_t j = base + static_cast<int32_t>(threadIdx.x);
+    const int32_t j = base + thread_index();
     const bool valid = j < end;
     const int64_t label = valid ? labels[j] : 0;
+#pragma unroll 4
     for (int u = 0; u < kUnit; ++u) {
       const uint32_t smaller = __ballot_sync(kWholeWarp, valid && label < unit_label[u]);
       const uint32_t same = __ballot_sync(kWholeWarp, valid && label == unit_label[u]);
@@ -241,7 +242,7 @@ template <Math M, class In, class Acc>
 __device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   PrepareShared& s = *carver.take<PrepareShared>(1);
-  const int thread = threadIdx.x, warp = thread / 32;
+  const int thread = thread_index(), warp = thread / 32;
   const bool one_chunk = p.merges == 0;
 
   if (blockIdx.x == 0 && thread == 0) *p.counters = Counters{};
@@ -331,11 +332,11 @@ template <class Acc>
 __device__ Facts gather_facts(const Problem<Acc>& p, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   Facts& s = *carver.take<Facts>(1);
-  if (threadIdx.x == 0) s = Facts{0, kNoExponent, 0};
+  if (thread_index() == 0) s = Facts{0, kNoExponent, 0};
   __syncthreads();
   const int32_t units = (p.candidates.count + kUnit - 1) / kUnit + (p.plain ? 0 : (p.anchors.count + kUnit - 1) / kUnit);
   Facts mine{0, kNoExponent, 0};
-  for (int32_t unit = threadIdx.x; unit < units; unit += kThreads) {
+  for (int32_t unit = thread_index(); unit < units; unit += kThreads) {
     const Facts facts = p.facts[unit];
     mine.max_positives = max(mine.max_positives, facts.max_positives);
     mine.max_exponent = max(mine.max_exponent, facts.max_exponent);
@@ -344,7 +345,7 @@ __device__ Facts gather_facts(const Problem<Acc>& p, uint8_t* shared_memory) {
   mine.max_positives = warp_max(mine.max_positives);
   mine.max_exponent = warp_max(mine.max_exponent);
   mine.has_nonfinite = warp_max(mine.has_nonfinite);
-  if (threadIdx.x % 32 == 0) {
+  if (thread_index() % 32 == 0) {
     atomicMax(&s.max_positives, mine.max_positives);
     atomicMax(&s.max_exponent, mine.max_exponent);
     atomicMax(&s.has_nonfinite, mine.has_nonfinite);

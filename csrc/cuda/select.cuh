@@ -18,30 +18,39 @@ constexpr uint64_t kEmpty = ~uint64_t(0);  // a bucket without negative: above e
 
 // ---- phase 2 --------------------------------------------------------------------------------------------------------
 
-// Writes the distances of all positives of the pass. Every tile that holds one is computed; a class of n rows costs about n^2
-// products, rounded up to tiles.
-template <Math M, class Acc>
-__device__ void find_positives(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_memory) {
-  Carver carver{shared_memory, 0, true};
-  const TileShared<Acc> s = carve_tile<Acc>(carver, p.shared_slots);
-  int64_t unit = 0;  // counts tiles over all rows of tiles: the same in every block
-  for (int32_t tile = pass.begin / kSide; tile * kSide < pass.end; ++tile) {
-    const int32_t first_row = tile * kSide;
-    // Positions are sorted by label, so the rows' classes lie in one band of candidates.
-    const int32_t band_begin = p.anchors.mate_begin[max(first_row, pass.begin)];
-    const int32_t band_end = p.anchors.mate_end[min(first_row + kSide, pass.end) - 1];
-    for (int32_t first_column = band_begin / kSide * kSide; first_column < band_end; first_column += kSide) {
-      if (unit++ % gridDim.x != blockIdx.x) continue;
-      compute_tile<M>(p, p.anchors, first_row, p.candidates, first_column, pass.max_exponent, false, s, [&](int part) {
-        for (int i = threadIdx.x; i < kSide * kPart<Acc>; i += kThreads) {
-          const int row = i / kPart<Acc>, column = i % kPart<Acc>;  // a warp writes neighbours
-          const int32_t a = first_row + row, c = first_column + part * kPart<Acc> + column;
-          const int32_t begin = s.row->mate_begin[row], end = s.row->mate_end[row], own = s.row->own[row];
-          if (!pass.has(a) || c < begin || c >= end || c == own || count_positives(p, begin, end) == 0) continue;
-          p.d2_ap[pass.slot(a) + positive_rank(begin, own, c)] = s.part[row * (kPart<Acc> + 1) + column];
-        }
-      });
+// Moves the cursor to this block's next tile that holds positives of the pass. A class of n rows costs about n^2 products,
+// rounded up to tiles. Positions are sorted by label, so the classes of a row of tiles lie in one band of candidates.
+template <class Acc>
+__device__ void next_positive_tile(const Problem<Acc>& p, const Pass& pass, Cursor& c) {
+  for (;;) {
+    if (c.row >= 0) {
+      c.column += kSide;
+    } else {
+      c.row = pass.begin / kSide * kSide - kSide;  // the first call
+      c.column = c.band_end = 0;
     }
+    while (c.column >= c.band_end) {
+      c.row += kSide;
+      if (c.row >= pass.end) {
+        c.row = -1;
+        return;
+      }
+      c.column = p.anchors.mate_begin[max(c.row, pass.begin)] / kSide * kSide;
+      c.band_end = p.anchors.mate_end[min(c.row + kSide, pass.end) - 1];
+    }
+    if (c.unit++ % gridDim.x == blockIdx.x) return;
+  }
+}
+
+template <class Acc>
+__device__ __forceinline__ void store_positives(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s,
+                                                int part) {
+  for (int i = thread_index(); i < kSide * kPart<Acc>; i += kThreads) {
+    const int row = i / kPart<Acc>, column = i % kPart<Acc>;  // a warp writes neighbours
+    const int32_t a = s.cursor->row + row, c = s.cursor->column + part * kPart<Acc> + column;
+    const int32_t begin = s.row->mate_begin[row], end = s.row->mate_end[row], own = s.row->own[row];
+    if (!pass.has(a) || c < begin || c >= end || c == own || count_positives(p, begin, end) == 0) continue;
+    p.d2_ap[pass.slot(a) + positive_rank(begin, own, c)] = s.part[row * (kPart<Acc> + 1) + column];
   }
 }
 
@@ -56,7 +65,7 @@ __device__ __forceinline__ void empty_bucket(const Problem<Acc>& p, int64_t slot
 // Sorts every anchor's distances and empties its buckets: a warp per anchor, a block where there are more than kWarpSort.
 template <class Acc>
 __device__ void sort_thresholds(const Problem<Acc>& p, const Pass& pass) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
   const auto positives = [&](int32_t a) { return count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]); };
   if (pass.stride > kWarpSort) {
     for (int32_t a = pass.begin + blockIdx.x; a < pass.end; a += gridDim.x) {
@@ -66,10 +75,10 @@ __device__ void sort_thresholds(const Problem<Acc>& p, const Pass& pass) {
       // A copy is sorted: d2_ap stays in order of the positive. `best` is free until the buckets are emptied, `coefficient`
       // until finish().
       Acc* keys = reinterpret_cast<Acc*>(p.best + slot);
-      for (int32_t i = threadIdx.x; i < count; i += kThreads) keys[i] = p.d2_ap[slot + i];
+      for (int32_t i = thread_index(); i < count; i += kThreads) keys[i] = p.d2_ap[slot + i];
       __syncthreads();
       block_sort(keys, p.threshold + slot, p.coefficient + slot, count);
-      for (int32_t r = threadIdx.x; r < count; r += kThreads) empty_bucket(p, slot + r);  // behind block_sort's last barrier
+      for (int32_t r = thread_index(); r < count; r += kThreads) empty_bucket(p, slot + r);  // behind block_sort's last barrier
     }
   }
   for (int32_t a = pass.begin + blockIdx.x * kWarps + warp; a < pass.end; a += gridDim.x * kWarps) {
@@ -166,7 +175,7 @@ __device__ __forceinline__ Searcher<Acc> make_searcher(const Problem<Acc>& p, co
 template <class Acc>
 __device__ void load_buckets(const Problem<Acc>& p, const Pass& pass, const Edge<Acc>& edge, int from, int32_t first, int width,
                              Acc* thresholds, uint64_t* bests) {
-  for (int i = threadIdx.x; i < width * pass.stride; i += kThreads) {
+  for (int i = thread_index(); i < width * pass.stride; i += kThreads) {
     const int place = i % width, r = i / width;  // lane = anchor: no bank conflict here, 8 thresholds per sector there
     const int32_t a = first + place;
     if (edge.index[from + place] < 0 || !pass.has(a)) continue;
@@ -178,7 +187,7 @@ __device__ void load_buckets(const Problem<Acc>& p, const Pass& pass, const Edge
 template <class Acc>
 __device__ void store_buckets(const Problem<Acc>& p, const Pass& pass, const Edge<Acc>& edge, int from, int32_t first, int width,
                               const uint64_t* bests) {
-  for (int i = threadIdx.x; i < width * pass.stride; i += kThreads) {
+  for (int i = thread_index(); i < width * pass.stride; i += kThreads) {
     const int place = i / pass.stride, r = i % pass.stride;  // lane = bucket: one atomic per sector of four
     const int32_t a = first + place;
     if (edge.index[from + place] < 0 || !pass.has(a)) continue;
@@ -189,7 +198,7 @@ __device__ void store_buckets(const Problem<Acc>& p, const Pass& pass, const Edg
   }
 }
 
-// The tiles of a sweep, in an order that keeps kTileGroup rows of tiles and the columns they meet in L2.
+// Moves the cursor to this block's next tile of a sweep.
 //
 //   plain: i <= j, each tile serving its rows and its columns,     not plain: all tiles of the pass's rows
 //   where i or j holds an anchor of the pass
@@ -200,94 +209,128 @@ __device__ void store_buckets(const Problem<Acc>& p, const Pass& pass, const Edg
 //     P  |     x  x  x  x          columns of the tiles above.
 //     P  |        x  x  x
 //     .  |           .  .
-struct TileWalk {
-  int32_t row_tiles, column_tiles;  // of the whole problem
-  int32_t pass_begin, pass_end;     // tiles that hold anchors of the pass
-  bool plain;
-  int32_t group;                    // rows of tiles in a group
-
-  // Calls body(i, j) for this block's tiles.
-  template <class Body>
-  __device__ __forceinline__ void walk(Body body) const {
-    int64_t next = blockIdx.x, counted = 0;  // tiles of the groups before this one
-    for (int32_t top = plain ? 0 : pass_begin; top < pass_end; top += group) {
-      const int32_t height = min(group, pass_end - top);
-      // Columns that any row of the group needs. A row above the pass needs those of the pass alone.
-      const int32_t left = plain ? (top + height <= pass_begin ? pass_begin : top) : 0;
-      const int32_t right = plain && top + height <= pass_begin ? pass_end : column_tiles;
-      const int64_t tiles = int64_t(height) * (right - left);
-      for (; next < counted + tiles; next += gridDim.x) {
-        const int32_t i = top + static_cast<int32_t>((next - counted) % height);
-        const int32_t j = left + static_cast<int32_t>((next - counted) / height);
-        const bool i_in = i >= pass_begin, j_in = j >= pass_begin && j < pass_end;
-        if (!plain || (i <= j && (i_in || j_in))) body(i, j);
-      }
-      counted += tiles;
-    }
+//
+// kTileGroup rows of tiles walk along the columns together, so that L2 serves their columns and HBM only every eighth of them.
+// With few tiles one row at a time: then no block's turn falls on the skipped part of a group.
+template <class Acc>
+__device__ void next_sweep_tile(const Problem<Acc>& p, const Pass& pass, Cursor& c) {
+  const auto tiles_of = [](int32_t rows) { return (rows + kSide - 1) / kSide; };
+  const int32_t pass_begin = pass.begin / kSide, pass_end = tiles_of(pass.end);
+  const int32_t group = tiles_of(p.anchors.count) <= 4 * kTileGroup ? 1 : kTileGroup;
+  if (c.row < 0) {  // the first call
+    c.top = p.plain ? 0 : pass_begin;
+    c.next = static_cast<int32_t>(blockIdx.x);
   }
-};
+  for (; c.top < pass_end; c.top += group) {
+    const int32_t height = min(group, pass_end - c.top);
+    // Columns that any row of the group needs. A row above the pass needs those of the pass alone.
+    const bool above = p.plain && c.top + height <= pass_begin;
+    const int32_t left = above ? pass_begin : p.plain ? c.top : 0;
+    const int32_t tiles = height * ((above ? pass_end : tiles_of(p.candidates.count)) - left);
+    while (c.next < tiles) {
+      const int32_t i = c.top + c.next % height, j = left + c.next / height;
+      c.next += static_cast<int32_t>(gridDim.x);
+      const bool i_in = i >= pass_begin, j_in = j >= pass_begin && j < pass_end;
+      if (p.plain && (i > j || !(i_in || j_in))) continue;
+      c.row = i * kSide;
+      c.column = j * kSide;
+      return;
+    }
+    c.next -= tiles;
+  }
+  c.row = -1;
+}
 
+// Offers the negatives of a part to the anchors of its rows and, where the tile serves both sides, of its columns.
+template <class Acc>
+__device__ __forceinline__ void offer_part(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s, int part,
+                                           bool both, int round) {
+  constexpr int kColumnsEach = kPart<Acc> / kWarpsPerSide;  // rows' side: kWarpsPerSide warps share 32 rows
+  constexpr int kRowWarps = kWarps / kPartWarps<Acc>;       // columns' side: so many warps share 32 columns
+  constexpr int kRowsEach = kSide / kRowWarps;
+  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
+  const bool in_shared = sizeof(Acc) == 4 && pass.stride <= p.shared_slots;
+  const int32_t first_row = s.cursor->row, first_column = s.cursor->column, part_column = first_column + part * kPart<Acc>;
+  if (in_shared) {
+    if (part == 0) load_buckets(p, pass, *s.row, 0, first_row, kSide, s.row_threshold, s.row_best);
+    if (both) {
+      load_buckets(p, pass, *s.column, part * kPart<Acc>, part_column, kPart<Acc>, s.column_threshold, s.column_best);
+    }
+    __syncthreads();  // the buckets are there
+  }
+  {  // rows as anchors, lane = row; the warps of a row's group divide the part's columns
+    const int place = warp % kWarpsPerSide * 32 + lane;
+    Searcher<Acc> row =
+        make_searcher(p, pass, *s.row, place, first_row + place, in_shared, s.row_threshold, s.row_best, place, kSide);
+    if (row.live) {
+#pragma unroll 1
+      for (int i = 0; i < kColumnsEach; ++i) {
+        const int column = warp / kWarpsPerSide * kColumnsEach + i;
+        const int32_t c = part_column + column;
+        if (c >= p.candidates.count || (c >= row.mate_begin && c < row.mate_end)) continue;
+        offer(p, row, s.part[place * (kPart<Acc> + 1) + column],
+              static_cast<uint32_t>(s.column->index[part * kPart<Acc> + column]), round);
+      }
+    }
+    offer_farthest(p, row, round);
+  }
+  if (both) {  // columns as anchors, lane = column
+    const int in_part = warp % kPartWarps<Acc> * 32 + lane, place = part * kPart<Acc> + in_part;
+    Searcher<Acc> column = make_searcher(p, pass, *s.column, place, first_column + place, in_shared, s.column_threshold,
+                                         s.column_best, in_part, kPart<Acc>);
+    if (column.live) {
+#pragma unroll 1
+      for (int i = 0; i < kRowsEach; ++i) {
+        const int other = warp / kPartWarps<Acc> * kRowsEach + i;
+        const int32_t r = first_row + other;
+        if (r >= p.anchors.count || (r >= column.mate_begin && r < column.mate_end)) continue;
+        offer(p, column, s.part[other * (kPart<Acc> + 1) + in_part], static_cast<uint32_t>(s.row->index[other]), round);
+      }
+    }
+    offer_farthest(p, column, round);
+  }
+  if (in_shared) {
+    __syncthreads();  // all offers are made
+    if (part == kParts<Acc> - 1) store_buckets(p, pass, *s.row, 0, first_row, kSide, s.row_best);
+    if (both) store_buckets(p, pass, *s.column, part * kPart<Acc>, part_column, kPart<Acc>, s.column_best);
+    // barriers of the next part or tile stand between this and the next load
+  }
+}
+
+// ---- phases 2 and 4 -------------------------------------------------------------------------------------------------
+
+constexpr int kPositives = -1;  // or the round of a sweep
+
+// All tiles of a task that are this block's. One function, one loop over k, for both tasks: d_ap and d_an come from the same
+// instructions.
 template <Math M, class Acc>
-__device__ void sweep(const Problem<Acc>& p, const Pass& pass, int round, uint8_t* shared_memory) {
+__device__ __forceinline__ void visit_tiles(const Problem<Acc>& p, const Pass& pass, int task, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   const TileShared<Acc> s = carve_tile<Acc>(carver, p.shared_slots);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool in_shared = sizeof(Acc) == 4 && pass.stride <= p.shared_slots;
-  constexpr int kColumnsEach = kPart<Acc> / kWarpsPerSide;           // rows' side: kWarpsPerSide warps share 32 rows
-  constexpr int kRowWarps = kWarps / kPartWarps<Acc>;                // columns' side: so many warps share 32 columns
-  constexpr int kRowsEach = kSide / kRowWarps;
-  const auto tiles = [](int32_t count) { return (count + kSide - 1) / kSide; };
-  const TileWalk walk{tiles(p.anchors.count), tiles(p.candidates.count), pass.begin / kSide, tiles(pass.end), p.plain,
-                      // Few tiles: one row at a time wastes none of the skipped triangle on a block.
-                      tiles(p.anchors.count) <= 4 * kTileGroup ? 1 : kTileGroup};
-  walk.walk([&](int32_t i, int32_t j) {
-    const int32_t first_row = i * kSide, first_column = j * kSide;
-    const bool both = p.plain && i != j;
-    const int my_row = warp % kWarpsPerSide * 32 + lane, my_column = warp % kPartWarps<Acc> * 32 + lane;
-    compute_tile<M>(p, p.anchors, first_row, p.candidates, first_column, pass.max_exponent, both, s, [&](int part) {
-      const int32_t part_column = first_column + part * kPart<Acc>;
-      if (in_shared) {
-        if (part == 0) load_buckets(p, pass, *s.row, 0, first_row, kSide, s.row_threshold, s.row_best);
-        if (both) {
-          load_buckets(p, pass, *s.column, part * kPart<Acc>, part_column, kPart<Acc>, s.column_threshold, s.column_best);
-        }
-        __syncthreads();  // the buckets are there
+  if (thread_index() == 0) {
+    s.cursor->row = -1;
+    s.cursor->unit = 0;
+  }
+#pragma unroll 1
+  for (;;) {
+    __syncthreads();  // the tile before is done with the ring, the edges and the cursor
+    if (thread_index() == 0) {
+      if (task == kPositives) {
+        next_positive_tile(p, pass, *s.cursor);
+      } else {
+        next_sweep_tile(p, pass, *s.cursor);
       }
-      // Rows as anchors, lane = row; the warps of a row's group divide the part's columns.
-      Searcher<Acc> row = make_searcher(p, pass, *s.row, my_row, first_row + my_row, in_shared, s.row_threshold, s.row_best,
-                                        my_row, kSide);
-      if (row.live) {
-        for (int n = 0; n < kColumnsEach; ++n) {
-          const int column = warp / kWarpsPerSide * kColumnsEach + n;
-          const int32_t c = part_column + column;
-          if (c >= p.candidates.count || (c >= row.mate_begin && c < row.mate_end)) continue;
-          offer(p, row, s.part[my_row * (kPart<Acc> + 1) + column],
-                static_cast<uint32_t>(s.column->index[part * kPart<Acc> + column]), round);
-        }
-      }
-      offer_farthest(p, row, round);
-      if (both) {  // columns as anchors, lane = column
-        const int place = part * kPart<Acc> + my_column;
-        Searcher<Acc> column = make_searcher(p, pass, *s.column, place, first_column + place, in_shared, s.column_threshold,
-                                             s.column_best, my_column, kPart<Acc>);
-        if (column.live) {
-          for (int n = 0; n < kRowsEach; ++n) {
-            const int other = warp / kPartWarps<Acc> * kRowsEach + n;
-            const int32_t r = first_row + other;
-            if (r >= p.anchors.count || (r >= column.mate_begin && r < column.mate_end)) continue;
-            offer(p, column, s.part[other * (kPart<Acc> + 1) + my_column], static_cast<uint32_t>(s.row->index[other]), round);
-          }
-        }
-        offer_farthest(p, column, round);
-      }
-      if (in_shared) {
-        __syncthreads();  // all offers are made
-        if (part == kParts<Acc> - 1) store_buckets(p, pass, *s.row, 0, first_row, kSide, s.row_best);
-        if (both) store_buckets(p, pass, *s.column, part * kPart<Acc>, part_column, kPart<Acc>, s.column_best);
-        // compute_tile()'s barriers stand between this and the next load
+    }
+    __syncthreads();  // the cursor stands
+    if (s.cursor->row < 0) return;
+    compute_tile<M>(p, pass, task != kPositives && p.plain && s.cursor->row != s.cursor->column, s, [&](int part) {
+      if (task == kPositives) {
+        store_positives(p, pass, s, part);
+      } else {
+        offer_part(p, pass, s, part, p.plain && s.cursor->row != s.cursor->column, task);
       }
     });
-  });
+  }
 }
 
 }  // namespace facenet_ext::cuda

@@ -51,7 +51,7 @@ __device__ __forceinline__ int32_t counted_place(const Key* keys, int32_t begin,
 // One warp sorts keys[0 .. count) into sorted[0 .. count).
 template <class Key>
 __device__ __forceinline__ void warp_sort(const Key* keys, Key* sorted, int32_t count) {
-  for (int32_t i = threadIdx.x % 32; i < count; i += 32) sorted[counted_place(keys, 0, count, i)] = keys[i];
+  for (int32_t i = thread_index() % 32; i < count; i += 32) sorted[counted_place(keys, 0, count, i)] = keys[i];
   __syncwarp();  // the warp reads them next
 }
 
@@ -63,7 +63,7 @@ __device__ void block_sort(Key* keys, Key* sorted, Key* scratch, int32_t count) 
   while ((int64_t(kChunk) << merges) < count) ++merges;
   Key* from = keys;
   Key* to = merges % 2 == 0 ? sorted : scratch;  // so that the last pass writes `sorted`
-  for (int32_t i = threadIdx.x; i < count; i += kThreads) {
+  for (int32_t i = thread_index(); i < count; i += kThreads) {
     const int32_t begin = i / kChunk * kChunk;
     to[counted_place(from, begin, begin + kChunk < count ? begin + kChunk : count, i)] = from[i];
   }
@@ -71,7 +71,7 @@ __device__ void block_sort(Key* keys, Key* sorted, Key* scratch, int32_t count) 
   for (int merge = 0; merge < merges; ++merge) {
     from = to;
     to = from == sorted ? scratch : sorted;
-    for (int32_t i = threadIdx.x; i < count; i += kThreads) {
+    for (int32_t i = thread_index(); i < count; i += kThreads) {
       to[merged_place(from, count, int64_t(kChunk) << merge, i)] = from[i];
     }
     __syncthreads();  // a run is complete before the next pass searches it

@@ -36,8 +36,17 @@ struct Edge {
   int32_t own[kSide];         // the row's own position among the candidates, or -1
 };
 
+// Where a block stands among its tiles. One thread moves it; the others read it, so that no register holds it meanwhile.
+struct Cursor {
+  int32_t row, column;  // first position of the tile; row < 0: no tile is left
+  int32_t top, next;    // sweep: first row of tiles of the group, next tile of this block in the group
+  int32_t band_end;     // positives: end of the candidates that the row of tiles meets
+  int64_t unit;         // positives: tiles passed so far, over all blocks
+};
+
 template <class Acc>
 struct TileShared {
+  Cursor* cursor;
   Edge<Acc>* row;
   Edge<Acc>* column;
   uint8_t* ring;  // [kStages][2 kSide][kStageBytes]
@@ -54,6 +63,7 @@ __host__ __device__ TileShared<Acc> carve_tile(Carver& carver, int32_t shared_sl
   constexpr int64_t kRing = int64_t(kStages) * 2 * kSide * kStageBytes;
   constexpr int64_t kPartBytes = int64_t(kSide) * (kPart<Acc> + 1) * sizeof(Acc);
   TileShared<Acc> s;
+  s.cursor = carver.take<Cursor>(1);
   s.row = carver.take<Edge<Acc>>(1);
   s.column = carver.take<Edge<Acc>>(1);
   s.ring = carver.take<uint8_t>(kRing > kPartBytes ? kRing : kPartBytes);
@@ -102,8 +112,8 @@ struct Products {  // on tensor cores
     }
   }
   // Eight lanes read 128 contiguous bytes of two neighbouring rows: no bank conflict.
-  __device__ __forceinline__ void add_stage(const uint8_t* rows, const uint8_t* columns) {
-    const int lane = threadIdx.x % 32, at = lane / 4 * kStageBytes + lane % 4 * 16;
+  __device__ __forceinline__ void add_stage(const uint8_t* rows, const uint8_t* columns, int lane) {
+    const int at = lane / 4 * kStageBytes + lane % 4 * 16;
     const auto load = [&](const uint8_t* from, int row) { return *reinterpret_cast<const uint4*>(from + row * kStageBytes + at); };
     const Fragments<M> a[2] = {Fragments<M>::of(load(rows, 0), load(rows, 8)), Fragments<M>::of(load(rows, 16), load(rows, 24))};
 #pragma unroll
@@ -113,10 +123,9 @@ struct Products {  // on tensor cores
       for (int m = 0; m < 2; ++m) a[m].multiply(b, hh[m][n], hl[kSplit ? m : 0][kSplit ? n : 0]);
     }
   }
-  // Calls body(row, column, product) for each product of this lane.
+  // Calls body(i, row, column, product) for each of the 32 products of this lane.
   template <class Body>
-  __device__ __forceinline__ void for_each(Body body) const {
-    const int lane = threadIdx.x % 32;
+  __device__ __forceinline__ void for_each(int lane, Body body) const {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -124,7 +133,7 @@ struct Products {  // on tensor cores
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float product = kSplit ? combine(hh[m][n][i], hl[kSplit ? m : 0][kSplit ? n : 0][i]) : hh[m][n][i];
-          body(16 * m + lane / 4 + i / 2 * 8, 8 * n + lane % 4 * 2 + i % 2, product);
+          body(16 * m + 4 * n + i, 16 * m + lane / 4 + i / 2 * 8, 8 * n + lane % 4 * 2 + i % 2, product);
         }
       }
     }
@@ -140,10 +149,10 @@ struct CoreProducts {  // on CUDA cores: one chain of fused multiply-adds in ord
       for (int n = 0; n < 8; ++n) sum[m][n] = 0;
     }
   }
-  __device__ __forceinline__ void add_stage(const uint8_t* rows, const uint8_t* columns) {
+  __device__ __forceinline__ void add_stage(const uint8_t* rows, const uint8_t* columns, int lane) {
     constexpr int kElements = kStageBytes / int(sizeof(Acc));
-    const Acc* a = reinterpret_cast<const Acc*>(rows) + threadIdx.x % 32 / 4 * kElements;
-    const Acc* b = reinterpret_cast<const Acc*>(columns) + threadIdx.x % 4 * kElements;
+    const Acc* a = reinterpret_cast<const Acc*>(rows) + lane / 4 * kElements;
+    const Acc* b = reinterpret_cast<const Acc*>(columns) + lane % 4 * kElements;
 #pragma unroll 4
     for (int k = 0; k < kElements; ++k) {
       Acc column[8];
@@ -158,12 +167,11 @@ struct CoreProducts {  // on CUDA cores: one chain of fused multiply-adds in ord
     }
   }
   template <class Body>
-  __device__ __forceinline__ void for_each(Body body) const {
-    const int lane = threadIdx.x % 32;
+  __device__ __forceinline__ void for_each(int lane, Body body) const {
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n) body(lane / 4 + 8 * m, lane % 4 + 4 * n, sum[m][n]);
+      for (int n = 0; n < 8; ++n) body(8 * m + n, lane / 4 + 8 * m, lane % 4 + 4 * n, sum[m][n]);
     }
   }
 };
@@ -172,55 +180,69 @@ struct Products<Math::simt32> : CoreProducts<float> {};
 template <>
 struct Products<Math::simt64> : CoreProducts<double> {};
 
-// Computes the tile of rows first_row.. and columns first_column.. and calls body(part) for each part in s.part, between
-// barriers: body may read s.part and the edges freely and must not wait for anything but this block.
+// Computes the cursor's tile and calls body(part) for each part in s.part, between barriers: body may read s.part, the edges and
+// the cursor freely and must not wait for anything but this block.
 template <Math M, class Acc, class Body>
-__device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t first_row,
-                                             const Rows<Acc>& columns, int32_t first_column, int32_t max_exponent,
-                                             bool columns_are_anchors, const TileShared<Acc>& s, Body body) {
-  const int thread = threadIdx.x, warp = thread / 32, m = warp / kWarpsPerSide, n = warp % kWarpsPerSide;
+__device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& pass, bool columns_are_anchors,
+                                             const TileShared<Acc>& s, Body body) {
+  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
   const int32_t stages = p.pitch / kStageBytes;
 
-  const auto copy_stage = [&](int32_t stage) {
-    uint8_t* to = s.ring + int64_t(stage % kStages) * (2 * kSide * kStageBytes);
+  // Piece i of this thread in every stage: 16 bytes of a row (i < half of the pieces) or of a column.
+  constexpr int kPieces = 2 * kSide * (kStageBytes / 16) / kThreads;
+  const uint8_t* from[kPieces];
 #pragma unroll
-    for (int i = 0; i < 2 * kSide * (kStageBytes / 16) / kThreads; ++i) {
-      const int piece = i * kThreads + thread, row = piece / (kStageBytes / 16), byte = piece % (kStageBytes / 16) * 16;
-      const bool is_row = row < kSide;
-      const Rows<Acc>& source = is_row ? rows : columns;
-      const int32_t position = min(is_row ? first_row + row : first_column + row - kSide, source.count - 1);
-      cp_async_16(to + row * kStageBytes + byte, source.operand + int64_t(position) * p.pitch + stage * kStageBytes + byte);
+  for (int i = 0; i < kPieces; ++i) {
+    const int piece = i * kThreads + thread, row = piece / (kStageBytes / 16);
+    const Rows<Acc>& source = row < kSide ? p.anchors : p.candidates;
+    const int32_t position = row < kSide ? s.cursor->row + row : s.cursor->column + row - kSide;
+    from[i] = source.operand + int64_t(min(position, source.count - 1)) * p.pitch + piece % (kStageBytes / 16) * 16;
+  }
+  const auto copy_stage = [&](int32_t slot) {  // of the ring
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      cp_async_16(s.ring + slot * (2 * kSide * kStageBytes) + (i * kThreads + thread) * 16, from[i]);
+      from[i] += kStageBytes;
     }
   };
-
-  __syncthreads();  // the tile before is done with the ring and the edges
   for (int32_t stage = 0; stage < kStages - 1; ++stage) {
     if (stage < stages) copy_stage(stage);
     cp_async_commit();  // also when empty: the count of groups then does not depend on the stage
   }
-  load_edge(p, rows, first_row, max_exponent, true, thread, *s.row);
-  load_edge(p, columns, first_column, max_exponent, columns_are_anchors, thread - (kThreads > kSide ? kSide : 0), *s.column);
+  load_edge(p, p.anchors, s.cursor->row, pass.max_exponent, true, thread, *s.row);
+  load_edge(p, p.candidates, s.cursor->column, pass.max_exponent, columns_are_anchors,
+            thread - (kThreads > kSide ? kSide : 0), *s.column);
 
   Products<M> products;
   products.clear();
+  int32_t slot = 0;
+#pragma unroll 1  // unrolled, it would not fit in 128 registers
   for (int32_t stage = 0; stage < stages; ++stage) {
     cp_async_wait<kStages - 2>();  // this thread's pieces of `stage` have landed
     __syncthreads();               // everybody's have, and everybody is done with the stage that is overwritten next
-    if (stage + kStages - 1 < stages) copy_stage(stage + kStages - 1);
+    if (stage + kStages - 1 < stages) copy_stage(slot == 0 ? kStages - 1 : slot - 1);
     cp_async_commit();
-    const uint8_t* ring = s.ring + int64_t(stage % kStages) * (2 * kSide * kStageBytes);
-    products.add_stage(ring + 32 * m * kStageBytes, ring + (kSide + 32 * n) * kStageBytes);
+    const uint8_t* ring = s.ring + slot * (2 * kSide * kStageBytes);
+    products.add_stage(ring + 32 * (warp / kWarpsPerSide) * kStageBytes,
+                       ring + (kSide + 32 * (warp % kWarpsPerSide)) * kStageBytes, lane);
+    slot = slot == kStages - 1 ? 0 : slot + 1;
   }
   cp_async_wait<0>();
 
+  const int after = thread_index(), m = after / 32 / kWarpsPerSide, n = after / 32 % kWarpsPerSide;
+  Acc d2[32];  // half the registers of the accumulators, which end here
+  products.for_each(after % 32, [&](int i, int r, int c, Acc product) {
+    const int row = 32 * m + r, column = 32 * n + c;
+    const Acc scaled = product * (s.row->scale[row] * s.column->scale[column]);
+    const Acc value = fma(Acc(-2), scaled, s.row->norm[row] + s.column->norm[column]);
+    d2[i] = value < 0 ? Acc(0) : value;  // NaN stays, -0 does not occur
+  });
+#pragma unroll 1
   for (int part = 0; part < kParts<Acc>; ++part) {
     __syncthreads();  // the ring, or the part before, has been read
     if (n / kPartWarps<Acc> == part) {
-      products.for_each([&](int r, int c, Acc product) {
-        const int row = 32 * m + r, column = 32 * n + c;
-        const Acc scaled = product * (s.row->scale[row] * s.column->scale[column]);
-        const Acc d2 = fma(Acc(-2), scaled, s.row->norm[row] + s.column->norm[column]);
-        s.part[row * (kPart<Acc> + 1) + column - part * kPart<Acc>] = d2 < 0 ? Acc(0) : d2;  // NaN stays, -0 does not occur
+      products.for_each(after % 32, [&](int i, int r, int c, Acc) {
+        s.part[(32 * m + r) * (kPart<Acc> + 1) + 32 * n + c - part * kPart<Acc>] = d2[i];
       });
     }
     __syncthreads();  // the part is complete

@@ -9,45 +9,47 @@ template <Math M, class In>
 __global__ void __launch_bounds__(kThreads, 1) 
     triplet_kernel(const __grid_constant__ Problem<typename MathTraits<M>::Acc> p) {
   FACENET_EXT_SHARED_MEMORY(shared_memory);
+  // The pass stands in shared memory, not in registers, which the products need; behind it the phases lay out what they use.
+  Carver carver{shared_memory, 0, true};
+  Pass& pass = *carver.take<Pass>(1);
+  uint8_t* const scratch = shared_memory + carver.used;
 
-  prepare<M, In>(p, shared_memory);
+  prepare<M, In>(p, scratch);
   grid_sync();  // positions, classes and operands of all rows
-  const Facts facts = gather_facts(p, shared_memory);
+  const Facts facts = gather_facts(p, scratch);
   if (facts.has_nonfinite && !p.mining) {
     write_nan<In>(p);
     return;
   }
+  if (thread_index() == 0) pass = first_pass(p, facts);
 
-  // How many anchors' buckets fit at a time. All blocks see the same facts, so all make the same passes.
-  const int32_t stride = max(facts.max_positives, 1);
-  const int32_t anchors_per_pass = min(p.slots / stride, p.anchors.count);
-  for (int32_t begin = 0; begin < p.anchors.count; begin += anchors_per_pass) {
-    const Pass pass{begin, static_cast<int32_t>(min(int64_t(begin) + anchors_per_pass, int64_t(p.anchors.count))), stride,
-                    facts.max_exponent};
-    const bool last_pass = pass.end == p.anchors.count;
-    if (begin > 0) grid_sync();  // the pass before is done with the slots
-    find_positives<M>(p, pass, shared_memory);
-    grid_sync();  // d2_ap
-    sort_thresholds(p, pass);
-    for (int round = 0; round < MathTraits<M>::kRounds; ++round) {
-      grid_sync();  // thresholds, empty buckets; round 1: the least distances
-      sweep<M>(p, pass, round, shared_memory);
+#pragma unroll 1
+  for (;;) {
+    __syncthreads();  // the pass stands
+#pragma unroll 1
+    for (int task = kPositives; task < MathTraits<M>::kRounds; ++task) {
+      visit_tiles<M>(p, pass, task, scratch);
+      grid_sync();  // d2_ap; after round 0 the buckets' least distances; after the last all of best and farthest
+      if (task != kPositives) continue;
+      sort_thresholds(p, pass);
+      grid_sync();  // thresholds, empty buckets
     }
-    grid_sync();  // best, farthest
-    finish<In>(p, pass, shared_memory);
+    finish<In>(p, pass, scratch);
+    grid_sync();  // coefficients, times_chosen, the counters that scale the gradient, loss_of_anchor
     if (p.wants_gradient) {
-      grid_sync();  // coefficients, times_chosen, and the counters that scale the gradient
       reserve_lists(p);
       grid_sync();  // list_begin
       fill_lists(p, pass);
       grid_sync();  // list
-      gather_gradients<In>(p, pass, begin == 0, last_pass);
+      gather_gradients<In>(p, pass);
     }
+    if (pass.is_last(p.anchors.count)) break;
+    grid_sync();  // all are done with the slots, and the block with the pass
+    if (thread_index() == 0) pass.advance(p.anchors.count);
   }
   if (p.mining) return;
-  if (!p.wants_gradient) grid_sync();  // loss_of_anchor of all anchors
-  __syncthreads();                     // shared memory is free
-  write_loss(p, shared_memory);
+  __syncthreads();  // shared memory is free
+  write_loss(p, scratch);
 }
 
 // Bytes of shared memory, with as many buckets per anchor as a block may have.
@@ -56,6 +58,7 @@ int64_t shared_bytes(int32_t* shared_slots) {
   using Acc = typename MathTraits<M>::Acc;
   const auto bytes = [](int32_t slots) {
     Carver carver{nullptr, 0, true};
+    carver.take<Pass>(1);
     carve_tile<Acc>(carver, slots);
     return carver.used;
   };

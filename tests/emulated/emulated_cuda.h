@@ -204,6 +204,8 @@ inline void poison_shared([[maybe_unused]] void* array, [[maybe_unused]] int64_t
 #endif
 }
 
+inline int thread_index() { return int(threadIdx.x); }
+
 inline void grid_sync(EMU_WHERE) { emu::sync_grid(EMU_SITE("grid_sync")); }
 
 template <class T>
