@@ -28,12 +28,22 @@ __host__ __device__ inline void poison_shared(void*, int64_t, void*) {}
 // All threads of the grid; needs a cooperative launch. Orders every access to global memory before it against those after it.
 __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
 
-// threadIdx.x, read anew: what is derived from it need not wait in registers while a tile's products fill them. (The compiler
-// would hoist every thread's addresses out of the loop over tiles, and spill them.)
+// threadIdx.x, blockIdx.x and gridDim.x, read anew: what is derived from them need not wait in registers while a tile's products
+// fill them. (The compiler would hoist every phase's addresses out of the loop over passes, and spill them.)
 __device__ __forceinline__ int thread_index() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+__device__ __forceinline__ int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+__device__ __forceinline__ int grid_size() {
+  int size;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(size));
+  return size;
 }
 
 // A value that other threads change with atomics meanwhile: some value it had, never torn, never from a stale L1 line.

@@ -116,7 +116,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
 
   uint64_t pairs = 0, active = 0, fallback = 0;  // of this warp, in every lane
   double max_d2_ap = 0;
-  for (int32_t a = pass.begin + blockIdx.x * kWarps + warp; a < pass.end; a += gridDim.x * kWarps) {
+  for (int32_t a = pass.begin + block_index() * kWarps + warp; a < pass.end; a += grid_size() * kWarps) {
     const int32_t begin = p.anchors.mate_begin[a], end = p.anchors.mate_end[a], own = own_position(p, a);
     const int32_t count = count_positives(p, begin, end);
     double loss = 0, sum_ap = 0, sum_an = 0;

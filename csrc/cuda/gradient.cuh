@@ -22,8 +22,8 @@ namespace facenet_ext::cuda {
 template <class Acc>
 __device__ void reserve_lists(const Problem<Acc>& p) {
   const int lane = thread_index() % 32;
-  for (int64_t base = int64_t(blockIdx.x) * kThreads + thread_index() - lane; base < p.candidates.count;
-       base += int64_t(gridDim.x) * kThreads) {
+  for (int64_t base = int64_t(block_index()) * kThreads + thread_index() - lane; base < p.candidates.count;
+       base += int64_t(grid_size()) * kThreads) {
     const int64_t c = base + lane;
     const int32_t length = c < p.candidates.count ? p.times_chosen[c] : 0;
     int32_t end = length;  // inclusive prefix sum over the warp: one atomic for 32 rows
@@ -41,7 +41,7 @@ __device__ void reserve_lists(const Problem<Acc>& p) {
 template <class Acc>
 __device__ void fill_lists(const Problem<Acc>& p, const Pass& pass) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
-  for (int32_t a = pass.begin + blockIdx.x * kWarps + warp; a < pass.end; a += gridDim.x * kWarps) {
+  for (int32_t a = pass.begin + block_index() * kWarps + warp; a < pass.end; a += grid_size() * kWarps) {
     const int32_t count = count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]);
     const int64_t slot = pass.slot(a);
     for (int32_t r = lane; r < count; r += 32) {
@@ -165,12 +165,12 @@ template <class In, class Acc>
 __device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   const Acc scale = static_cast<Acc>((p.euclidean ? 1 : 2) / divisor(p));
-  if (blockIdx.x == 0 && thread_index() == 0) p.counters->list_end = 0;
+  if (block_index() == 0 && thread_index() == 0) p.counters->list_end = 0;
 
   // Long lists first, each sorted by the block that gathers it. A list holds an anchor at most twice (as semi-hard negative and
   // as farthest), so `list_place` has room for it as scratch.
-  const int32_t rows_per_turn = static_cast<int32_t>(gridDim.x) * kWarps;
-  for (int64_t turn = int64_t(blockIdx.x) * kWarps; turn < p.candidates.count; turn += rows_per_turn) {
+  const int32_t rows_per_turn = grid_size() * kWarps;
+  for (int64_t turn = int64_t(block_index()) * kWarps; turn < p.candidates.count; turn += rows_per_turn) {
     for (int i = 0; i < kWarps && turn + i < p.candidates.count; ++i) {
       const int32_t index = sorted_index(p, p.candidates)[turn + i];
       const int32_t length = p.times_chosen[index];
@@ -180,7 +180,7 @@ __device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass) {
     }
   }
   __syncthreads();  // all have read times_chosen, which is cleared below
-  for (int64_t position = int64_t(blockIdx.x) * kWarps + warp; position < p.candidates.count; position += rows_per_turn) {
+  for (int64_t position = int64_t(block_index()) * kWarps + warp; position < p.candidates.count; position += rows_per_turn) {
     const int32_t index = sorted_index(p, p.candidates)[position];
     const int32_t length = p.times_chosen[index], begin = p.list_begin[index];
     if (length <= kWarpSort) warp_sort(p.list + begin, p.sorted_list + begin, length);
@@ -197,7 +197,7 @@ __device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass) {
     if (pass.is_last(p.anchors.count) && p.candidates.gradient_out != nullptr) write_row<In>(p, p.candidates, index, scale);
   }
   if (p.anchors_are_candidates || p.anchors.gradient_out == nullptr) return;
-  for (int64_t a = int64_t(blockIdx.x) * kWarps + warp; a < p.anchors.count; a += rows_per_turn) {
+  for (int64_t a = int64_t(block_index()) * kWarps + warp; a < p.anchors.count; a += rows_per_turn) {
     const int32_t index = sorted_index(p, p.anchors)[a];
     gather_row<In>(p, pass, p.anchors, index, static_cast<int32_t>(a), -1, nullptr, 0);
     if (pass.is_last(p.anchors.count)) write_row<In>(p, p.anchors, index, scale);
@@ -207,7 +207,7 @@ __device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass) {
 // The scalars, by block 0, in a fixed order: thread t adds anchors t, t + kThreads, …, then the threads' sums are added by a tree.
 template <class Acc>
 __device__ void write_loss(const Problem<Acc>& p, uint8_t* shared_memory) {
-  if (blockIdx.x != 0) return;
+  if (block_index() != 0) return;
   Carver carver{shared_memory, 0, true};
   double* partial = carver.take<double>(3 * kThreads);
   double sum[3] = {0, 0, 0};
@@ -244,11 +244,11 @@ __device__ void write_nan(const Problem<Acc>& p) {
     const Rows<Acc>& rows = set == 0 ? p.candidates : p.anchors;
     if (rows.gradient_out == nullptr) continue;
     const int64_t elements = int64_t(rows.count) * p.dim;
-    for (int64_t i = int64_t(blockIdx.x) * kThreads + thread_index(); i < elements; i += int64_t(gridDim.x) * kThreads) {
+    for (int64_t i = int64_t(block_index()) * kThreads + thread_index(); i < elements; i += int64_t(grid_size()) * kThreads) {
       narrow(nan, static_cast<In*>(rows.gradient_out)[i]);
     }
   }
-  if (blockIdx.x != 0 || thread_index() != 0) return;
+  if (block_index() != 0 || thread_index() != 0) return;
   *static_cast<Acc*>(p.loss) = nan;
   if (p.stat_counts == nullptr) return;
   for (int i = 0; i < 3; ++i) {

@@ -115,6 +115,7 @@ __device__ void unit_norms(const Rows<Acc>& rows, int32_t pitch, const int32_t* 
     const uint8_t* row = rows.operand + int64_t(destination[g < count ? g : 0]) * pitch;
     const uint8_t* row8 = rows.operand + int64_t(destination[g + 8 < count ? g + 8 : 0]) * pitch;
     float hh[2][4] = {}, hl[2][4] = {};
+#pragma unroll 1
     for (int32_t k = 16 * t; k < pitch; k += kStageBytes) {
       const uint4 a = *reinterpret_cast<const uint4*>(row + k), a8 = *reinterpret_cast<const uint4*>(row8 + k);
       const auto fragments = Fragments<M>::of(a, a8);
@@ -216,21 +217,12 @@ struct PrepareShared {
   Facts facts;
 };
 
-// What the classes of a row's label mean for the pass: how many slots an anchor of it needs.
-template <class Acc>
-__device__ __forceinline__ void store_mates(const Problem<Acc>& p, const Rows<Acc>& rows, bool are_anchors, int32_t position,
-                                            int32_t begin, int32_t end, Facts& facts) {
-  rows.mate_begin[position] = begin;
-  rows.mate_end[position] = end;
-  if (are_anchors) atomicMax(&facts.max_positives, count_positives(p, begin, end));
-}
-
 // Calls body(rows, others, are_anchors, unit, first row, rows in the unit) for every unit of this block.
 template <class Acc, class Body>
 __device__ __forceinline__ void for_each_unit(const Problem<Acc>& p, Body body) {
   const int32_t candidate_units = (p.candidates.count + kUnit - 1) / kUnit;
   const int32_t units = candidate_units + (p.plain ? 0 : (p.anchors.count + kUnit - 1) / kUnit);
-  for (int32_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
+  for (int32_t unit = block_index(); unit < units; unit += grid_size()) {
     const bool second = unit >= candidate_units;
     const Rows<Acc>& rows = second ? p.anchors : p.candidates;
     const int32_t first = (second ? unit - candidate_units : unit) * kUnit;
@@ -238,93 +230,88 @@ __device__ __forceinline__ void for_each_unit(const Problem<Acc>& p, Body body) 
   }
 }
 
-template <Math M, class In, class Acc>
-__device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
-  Carver carver{shared_memory, 0, true};
-  PrepareShared& s = *carver.take<PrepareShared>(1);
-  const int thread = thread_index(), warp = thread / 32;
-  const bool one_chunk = p.merges == 0;
-
-  if (blockIdx.x == 0 && thread == 0) *p.counters = Counters{};
-  for (int64_t c = int64_t(blockIdx.x) * kThreads + thread; c < p.candidates.count; c += int64_t(gridDim.x) * kThreads) {
-    p.times_chosen[c] = 0;
-  }
-
-  // Counting: the place of each row inside its chunk.
-  for_each_unit(p, [&](const Rows<Acc>& rows, const Rows<Acc>& others, bool are_anchors, int32_t unit, int32_t first, int count) {
-    __syncthreads();  // the unit before is done with `s`
-    if (thread < kUnit) {
-      s.label[thread] = thread < count ? rows.labels[first + thread] : 0;
-      s.index[thread] = first + thread;
-      s.own.less[thread] = s.own.equal[thread] = s.own.before[thread] = 0;
-      s.other.less[thread] = s.other.equal[thread] = s.other.before[thread] = 0;
-    }
-    if (thread == 0) s.facts = Facts{0, kNoExponent, 0};
-    __syncthreads();
-    const int32_t begin = first / kSortChunk * kSortChunk;
-    count_labels(rows.labels, begin, min(begin + kSortChunk, rows.count), s.label, s.index, s.own);
-    if (one_chunk && !p.plain) count_labels(others.labels, 0, others.count, s.label, s.index, s.other);
-    __syncthreads();
-    if (thread < count) {
-      const int32_t place = begin + s.own.less[thread] + s.own.before[thread];
-      rows.sorted_label[0][place] = s.label[thread];
-      rows.sorted_index[0][place] = first + thread;
-      if (one_chunk) {
-        const UnitCounts& mates = p.plain ? s.own : s.other;
-        rows.position[first + thread] = place;
-        s.destination[thread] = place;
-        store_mates(p, rows, are_anchors, place, mates.less[thread], mates.less[thread] + mates.equal[thread], s.facts);
-      }
-    }
-    if (!one_chunk) return;
-    for (int row = warp; row < count; row += kWarps) {
-      // s.destination is written by warp 0 behind no barrier: recompute it from the counts, which are final.
-      store_row<M, In>(p, rows, first + row, begin + s.own.less[row] + s.own.before[row], s.facts);
-    }
-    __syncthreads();  // operands and facts are complete
-    if (warp == 0) unit_norms<M>(rows, p.pitch, s.destination, count);
-    if (thread == 0) p.facts[unit] = s.facts;
-  });
-  if (one_chunk) return;
-
-  // Merging: one grid barrier per pass, chunks first. An element's place is found by binary search in the sibling run.
+// Merges the sorted chunks, one grid barrier per pass: an element finds its place by binary search in the sibling run.
+template <class Acc>
+__device__ void merge_chunks(const Problem<Acc>& p) {
+#pragma unroll 1
   for (int merge = 0; merge < p.merges; ++merge) {
-    grid_sync();
+    grid_sync();  // the runs are complete
     for (int set = 0; set < (p.plain ? 1 : 2); ++set) {
       const Rows<Acc>& rows = set == 0 ? p.candidates : p.anchors;
       const int64_t* from = rows.sorted_label[merge & 1];
-      for (int64_t i = int64_t(blockIdx.x) * kThreads + thread; i < rows.count; i += int64_t(gridDim.x) * kThreads) {
+      for (int64_t i = int64_t(block_index()) * kThreads + thread_index(); i < rows.count; i += int64_t(grid_size()) * kThreads) {
         const int32_t place = merged_place(from, rows.count, int64_t(kSortChunk) << merge, static_cast<int32_t>(i));
         rows.sorted_label[(merge + 1) & 1][place] = from[i];
         rows.sorted_index[(merge + 1) & 1][place] = rows.sorted_index[merge & 1][i];
       }
     }
   }
-  grid_sync();
+  grid_sync();  // the order is complete
+}
 
-  for_each_unit(p, [&](const Rows<Acc>& rows, const Rows<Acc>& others, bool are_anchors, int32_t unit, int32_t first, int count) {
-    __syncthreads();
-    if (thread == 0) s.facts = Facts{0, kNoExponent, 0};
-    if (thread < count) {
-      s.destination[thread] = first + thread;
-      s.index[thread] = sorted_index(p, rows)[first + thread];
-    }
-    __syncthreads();
-    if (thread < count) {
-      const int32_t position = first + thread;
-      const int64_t label = rows.sorted_label[p.merges & 1][position];
-      const int64_t* labels = others.sorted_label[p.merges & 1];
-      rows.position[s.index[thread]] = position;
-      store_mates(p, rows, are_anchors, position, count_below<false>(labels, others.count, label),
-                  count_below<true>(labels, others.count, label), s.facts);
-    }
-    for (int row = warp; row < count; row += kWarps) {
-      store_row<M, In>(p, rows, s.index[row], first + row, s.facts);
-    }
-    __syncthreads();
-    if (warp == 0) unit_norms<M>(rows, p.pitch, s.destination, count);
-    if (thread == 0) p.facts[unit] = s.facts;
-  });
+template <Math M, class In, class Acc>
+__device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
+  Carver carver{shared_memory, 0, true};
+  PrepareShared& s = *carver.take<PrepareShared>(1);
+  const bool one_chunk = p.merges == 0;
+
+  if (block_index() == 0 && thread_index() == 0) *p.counters = Counters{};
+  for (int64_t c = int64_t(block_index()) * kThreads + thread_index(); c < p.candidates.count; c += int64_t(grid_size()) * kThreads) {
+    p.times_chosen[c] = 0;
+  }
+
+  // One chunk: a row's place is counted and its operand stored in one go. Several: places inside the chunks first (step 0), then
+  // merging, then the operands of rows in their order (step 1).
+#pragma unroll 1
+  for (int step = one_chunk ? 1 : 0; step < 2; ++step) {
+    const bool counts = step == 0 || one_chunk;
+    if (!counts) merge_chunks(p);
+    for_each_unit(p, [&](const Rows<Acc>& rows, const Rows<Acc>& others, bool are_anchors, int32_t unit, int32_t first, int count) {
+      const int thread = thread_index(), row = first + thread;
+      __syncthreads();  // the unit before is done with `s`
+      if (thread == 0) s.facts = Facts{0, kNoExponent, 0};
+      if (counts) {
+        if (thread < kUnit) {
+          s.label[thread] = thread < count ? rows.labels[row] : 0;
+          s.index[thread] = row;
+          s.own.less[thread] = s.own.equal[thread] = s.own.before[thread] = 0;
+          s.other.less[thread] = s.other.equal[thread] = s.other.before[thread] = 0;
+        }
+        __syncthreads();  // the unit's labels, zero counts
+        const int32_t begin = first / kSortChunk * kSortChunk;
+        count_labels(rows.labels, begin, min(begin + kSortChunk, rows.count), s.label, s.index, s.own);
+        if (one_chunk && !p.plain) count_labels(others.labels, 0, others.count, s.label, s.index, s.other);
+        __syncthreads();  // the counts
+        if (thread < count) {
+          const int32_t place = begin + s.own.less[thread] + s.own.before[thread];
+          rows.sorted_label[0][place] = s.label[thread];
+          rows.sorted_index[0][place] = row;
+          s.destination[thread] = place;
+        }
+      } else if (thread < count) {
+        s.label[thread] = rows.sorted_label[p.merges & 1][row];
+        s.index[thread] = sorted_index(p, rows)[row];
+        s.destination[thread] = row;
+      }
+      if (step == 0) return;
+      __syncthreads();  // facts, indices, destinations
+      if (thread < count) {
+        const UnitCounts& mates = p.plain ? s.own : s.other;
+        const int64_t* labels = others.sorted_label[p.merges & 1];
+        const int32_t place = s.destination[thread];
+        const int32_t begin = counts ? mates.less[thread] : count_below<false>(labels, others.count, s.label[thread]);
+        const int32_t end = counts ? begin + mates.equal[thread] : count_below<true>(labels, others.count, s.label[thread]);
+        rows.position[s.index[thread]] = place;
+        rows.mate_begin[place] = begin;
+        rows.mate_end[place] = end;
+        if (are_anchors) atomicMax(&s.facts.max_positives, count_positives(p, begin, end));
+      }
+      for (int u = thread / 32; u < count; u += kWarps) store_row<M, In>(p, rows, s.index[u], s.destination[u], s.facts);
+      __syncthreads();  // operands and facts
+      if (thread < 32) unit_norms<M>(rows, p.pitch, s.destination, count);
+      if (thread == 0) p.facts[unit] = s.facts;
+    });
+  }
 }
 
 // The facts of all rows, in every thread. Behind the grid barrier that ends prepare().

@@ -38,7 +38,7 @@ __device__ void next_positive_tile(const Problem<Acc>& p, const Pass& pass, Curs
       c.column = p.anchors.mate_begin[max(c.row, pass.begin)] / kSide * kSide;
       c.band_end = p.anchors.mate_end[min(c.row + kSide, pass.end) - 1];
     }
-    if (c.unit++ % gridDim.x == blockIdx.x) return;
+    if (c.unit++ % grid_size() == block_index()) return;
   }
 }
 
@@ -68,7 +68,7 @@ __device__ void sort_thresholds(const Problem<Acc>& p, const Pass& pass) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   const auto positives = [&](int32_t a) { return count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]); };
   if (pass.stride > kWarpSort) {
-    for (int32_t a = pass.begin + blockIdx.x; a < pass.end; a += gridDim.x) {
+    for (int32_t a = pass.begin + block_index(); a < pass.end; a += grid_size()) {
       const int32_t count = positives(a);
       if (count <= kWarpSort) continue;
       const int64_t slot = pass.slot(a);
@@ -81,7 +81,7 @@ __device__ void sort_thresholds(const Problem<Acc>& p, const Pass& pass) {
       for (int32_t r = thread_index(); r < count; r += kThreads) empty_bucket(p, slot + r);  // behind block_sort's last barrier
     }
   }
-  for (int32_t a = pass.begin + blockIdx.x * kWarps + warp; a < pass.end; a += gridDim.x * kWarps) {
+  for (int32_t a = pass.begin + block_index() * kWarps + warp; a < pass.end; a += grid_size() * kWarps) {
     const int32_t count = positives(a);
     const int64_t slot = pass.slot(a);
     if (count <= kWarpSort) {
@@ -219,7 +219,7 @@ __device__ void next_sweep_tile(const Problem<Acc>& p, const Pass& pass, Cursor&
   const int32_t group = tiles_of(p.anchors.count) <= 4 * kTileGroup ? 1 : kTileGroup;
   if (c.row < 0) {  // the first call
     c.top = p.plain ? 0 : pass_begin;
-    c.next = static_cast<int32_t>(blockIdx.x);
+    c.next = block_index();
   }
   for (; c.top < pass_end; c.top += group) {
     const int32_t height = min(group, pass_end - c.top);
@@ -229,7 +229,7 @@ __device__ void next_sweep_tile(const Problem<Acc>& p, const Pass& pass, Cursor&
     const int32_t tiles = height * ((above ? pass_end : tiles_of(p.candidates.count)) - left);
     while (c.next < tiles) {
       const int32_t i = c.top + c.next % height, j = left + c.next / height;
-      c.next += static_cast<int32_t>(gridDim.x);
+      c.next += grid_size();
       const bool i_in = i >= pass_begin, j_in = j >= pass_begin && j < pass_end;
       if (p.plain && (i > j || !(i_in || j_in))) continue;
       c.row = i * kSide;
@@ -299,8 +299,6 @@ __device__ __forceinline__ void offer_part(const Problem<Acc>& p, const Pass& pa
 
 // ---- phases 2 and 4 -------------------------------------------------------------------------------------------------
 
-constexpr int kPositives = -1;  // or the round of a sweep
-
 // All tiles of a task that are this block's. One function, one loop over k, for both tasks: d_ap and d_an come from the same
 // instructions.
 template <Math M, class Acc>
@@ -308,6 +306,7 @@ __device__ __forceinline__ void visit_tiles(const Problem<Acc>& p, const Pass& p
   Carver carver{shared_memory, 0, true};
   const TileShared<Acc> s = carve_tile<Acc>(carver, p.shared_slots);
   if (thread_index() == 0) {
+    s.cursor->task = task;
     s.cursor->row = -1;
     s.cursor->unit = 0;
   }
@@ -315,7 +314,7 @@ __device__ __forceinline__ void visit_tiles(const Problem<Acc>& p, const Pass& p
   for (;;) {
     __syncthreads();  // the tile before is done with the ring, the edges and the cursor
     if (thread_index() == 0) {
-      if (task == kPositives) {
+      if (s.cursor->task == kPositives) {
         next_positive_tile(p, pass, *s.cursor);
       } else {
         next_sweep_tile(p, pass, *s.cursor);
@@ -323,11 +322,11 @@ __device__ __forceinline__ void visit_tiles(const Problem<Acc>& p, const Pass& p
     }
     __syncthreads();  // the cursor stands
     if (s.cursor->row < 0) return;
-    compute_tile<M>(p, pass, task != kPositives && p.plain && s.cursor->row != s.cursor->column, s, [&](int part) {
-      if (task == kPositives) {
+    compute_tile<M>(p, pass, s, [&](int part) {
+      if (s.cursor->task == kPositives) {
         store_positives(p, pass, s, part);
       } else {
-        offer_part(p, pass, s, part, p.plain && s.cursor->row != s.cursor->column, task);
+        offer_part(p, pass, s, part, s.cursor->serves_columns(p.plain), s.cursor->task);
       }
     });
   }

@@ -36,12 +36,16 @@ struct Edge {
   int32_t own[kSide];         // the row's own position among the candidates, or -1
 };
 
+constexpr int kPositives = -1;  // a task: the other tasks are the rounds of the sweep, 0 and up
+
 // Where a block stands among its tiles. One thread moves it; the others read it, so that no register holds it meanwhile.
 struct Cursor {
+  int32_t task;         // kPositives or the round of a sweep
   int32_t row, column;  // first position of the tile; row < 0: no tile is left
   int32_t top, next;    // sweep: first row of tiles of the group, next tile of this block in the group
   int32_t band_end;     // positives: end of the candidates that the row of tiles meets
   int64_t unit;         // positives: tiles passed so far, over all blocks
+  __device__ __forceinline__ bool serves_columns(bool plain) const { return task != kPositives && plain && row != column; }
 };
 
 template <class Acc>
@@ -183,8 +187,8 @@ struct Products<Math::simt64> : CoreProducts<double> {};
 // Computes the cursor's tile and calls body(part) for each part in s.part, between barriers: body may read s.part, the edges and
 // the cursor freely and must not wait for anything but this block.
 template <Math M, class Acc, class Body>
-__device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& pass, bool columns_are_anchors,
-                                             const TileShared<Acc>& s, Body body) {
+__device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s,
+                                             Body body) {
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
   const int32_t stages = p.pitch / kStageBytes;
 
@@ -198,34 +202,36 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& 
     const int32_t position = row < kSide ? s.cursor->row + row : s.cursor->column + row - kSide;
     from[i] = source.operand + int64_t(min(position, source.count - 1)) * p.pitch + piece % (kStageBytes / 16) * 16;
   }
-  const auto copy_stage = [&](int32_t slot) {  // of the ring
+  const auto copy_stage = [&](int32_t to) {  // offset in the ring
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      cp_async_16(s.ring + slot * (2 * kSide * kStageBytes) + (i * kThreads + thread) * 16, from[i]);
+      cp_async_16(s.ring + to + (i * kThreads + thread) * 16, from[i]);
       from[i] += kStageBytes;
     }
   };
+#pragma unroll 1
   for (int32_t stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < stages) copy_stage(stage);
+    if (stage < stages) copy_stage(stage * (2 * kSide * kStageBytes));
     cp_async_commit();  // also when empty: the count of groups then does not depend on the stage
   }
   load_edge(p, p.anchors, s.cursor->row, pass.max_exponent, true, thread, *s.row);
-  load_edge(p, p.candidates, s.cursor->column, pass.max_exponent, columns_are_anchors,
+  load_edge(p, p.candidates, s.cursor->column, pass.max_exponent, s.cursor->serves_columns(p.plain),
             thread - (kThreads > kSide ? kSide : 0), *s.column);
 
   Products<M> products;
   products.clear();
-  int32_t slot = 0;
+  constexpr int32_t kStageStep = 2 * kSide * kStageBytes;
+  int32_t at = 0;  // of `stage` in the ring
 #pragma unroll 1  // unrolled, it would not fit in 128 registers
-  for (int32_t stage = 0; stage < stages; ++stage) {
-    cp_async_wait<kStages - 2>();  // this thread's pieces of `stage` have landed
+  for (int32_t left = stages; left > 0; --left) {
+    cp_async_wait<kStages - 2>();  // this thread's pieces of the stage have landed
     __syncthreads();               // everybody's have, and everybody is done with the stage that is overwritten next
-    if (stage + kStages - 1 < stages) copy_stage(slot == 0 ? kStages - 1 : slot - 1);
+    if (left >= kStages) copy_stage(at == 0 ? (kStages - 1) * kStageStep : at - kStageStep);
     cp_async_commit();
-    const uint8_t* ring = s.ring + slot * (2 * kSide * kStageBytes);
+    const uint8_t* ring = s.ring + at;
     products.add_stage(ring + 32 * (warp / kWarpsPerSide) * kStageBytes,
                        ring + (kSide + 32 * (warp % kWarpsPerSide)) * kStageBytes, lane);
-    slot = slot == kStages - 1 ? 0 : slot + 1;
+    at = at == (kStages - 1) * kStageStep ? 0 : at + kStageStep;
   }
   cp_async_wait<0>();
 

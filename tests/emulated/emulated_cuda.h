@@ -205,6 +205,8 @@ inline void poison_shared([[maybe_unused]] void* array, [[maybe_unused]] int64_t
 }
 
 inline int thread_index() { return int(threadIdx.x); }
+inline int block_index() { return int(blockIdx.x); }
+inline int grid_size() { return int(gridDim.x); }
 
 inline void grid_sync(EMU_WHERE) { emu::sync_grid(EMU_SITE("grid_sync")); }
 
