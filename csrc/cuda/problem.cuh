@@ -256,17 +256,21 @@ __device__ __forceinline__ int32_t positive_rank(int32_t begin, int32_t own, int
   return c - begin - (own >= 0 && c > own ? 1 : 0);
 }
 
-// The anchors of one pass. All blocks see the same facts, so all make the same passes.
+constexpr int32_t kPositives = -1;  // a task of a pass; the others are the rounds of the sweep, 0 and up
+
+// The anchors of one pass and what is done with them. All blocks see the same facts, so all make the same passes.
 struct Pass {
   int32_t begin, end;  // positions of anchors
   int32_t width;       // anchors whose slots fit
   int32_t stride;      // slots of each
   int32_t max_exponent;
+  int32_t task;
   __device__ __forceinline__ bool has(int32_t a) const { return a >= begin && a < end; }
   __device__ __forceinline__ int64_t slot(int32_t a) const { return int64_t(a - begin) * stride; }
   __device__ __forceinline__ bool is_first() const { return begin == 0; }
   __device__ __forceinline__ bool is_last(int32_t anchors) const { return end == anchors; }
   __device__ __forceinline__ void advance(int32_t anchors) {
+    task = kPositives;
     begin = end;
     end = end < anchors - width ? end + width : anchors;
   }
@@ -274,7 +278,7 @@ struct Pass {
 template <class Acc>
 __device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, const Facts& facts) {
   const int32_t stride = max(facts.max_positives, 1);
-  Pass pass{0, 0, p.slots / stride, stride, facts.max_exponent};
+  Pass pass{0, 0, p.slots / stride, stride, facts.max_exponent, kPositives};
   pass.advance(p.anchors.count);
   return pass;
 }

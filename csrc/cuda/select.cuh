@@ -299,14 +299,13 @@ __device__ __forceinline__ void offer_part(const Problem<Acc>& p, const Pass& pa
 
 // ---- phases 2 and 4 -------------------------------------------------------------------------------------------------
 
-// All tiles of a task that are this block's. One function, one loop over k, for both tasks: d_ap and d_an come from the same
+// All tiles of the pass's task that are this block's. One function, one loop over k, for both tasks: d_ap and d_an come from the same
 // instructions.
 template <Math M, class Acc>
-__device__ __forceinline__ void visit_tiles(const Problem<Acc>& p, const Pass& pass, int task, uint8_t* shared_memory) {
+__device__ __forceinline__ void visit_tiles(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   const TileShared<Acc> s = carve_tile<Acc>(carver, p.shared_slots);
   if (thread_index() == 0) {
-    s.cursor->task = task;
     s.cursor->row = -1;
     s.cursor->unit = 0;
   }
@@ -314,7 +313,7 @@ __device__ __forceinline__ void visit_tiles(const Problem<Acc>& p, const Pass& p
   for (;;) {
     __syncthreads();  // the tile before is done with the ring, the edges and the cursor
     if (thread_index() == 0) {
-      if (s.cursor->task == kPositives) {
+      if (pass.task == kPositives) {
         next_positive_tile(p, pass, *s.cursor);
       } else {
         next_sweep_tile(p, pass, *s.cursor);
@@ -323,10 +322,10 @@ __device__ __forceinline__ void visit_tiles(const Problem<Acc>& p, const Pass& p
     __syncthreads();  // the cursor stands
     if (s.cursor->row < 0) return;
     compute_tile<M>(p, pass, s, [&](int part) {
-      if (s.cursor->task == kPositives) {
+      if (pass.task == kPositives) {
         store_positives(p, pass, s, part);
       } else {
-        offer_part(p, pass, s, part, s.cursor->serves_columns(p.plain), s.cursor->task);
+        offer_part(p, pass, s, part, serves_columns(p, pass, *s.cursor), pass.task);
       }
     });
   }

@@ -36,17 +36,19 @@ struct Edge {
   int32_t own[kSide];         // the row's own position among the candidates, or -1
 };
 
-constexpr int kPositives = -1;  // a task: the other tasks are the rounds of the sweep, 0 and up
-
 // Where a block stands among its tiles. One thread moves it; the others read it, so that no register holds it meanwhile.
 struct Cursor {
-  int32_t task;         // kPositives or the round of a sweep
   int32_t row, column;  // first position of the tile; row < 0: no tile is left
   int32_t top, next;    // sweep: first row of tiles of the group, next tile of this block in the group
   int32_t band_end;     // positives: end of the candidates that the row of tiles meets
   int64_t unit;         // positives: tiles passed so far, over all blocks
-  __device__ __forceinline__ bool serves_columns(bool plain) const { return task != kPositives && plain && row != column; }
 };
+
+// Whether the tile's columns are anchors too: it stands for its mirror image.
+template <class Acc>
+__device__ __forceinline__ bool serves_columns(const Problem<Acc>& p, const Pass& pass, const Cursor& cursor) {
+  return pass.task != kPositives && p.plain && cursor.row != cursor.column;
+}
 
 template <class Acc>
 struct TileShared {
@@ -157,7 +159,7 @@ struct CoreProducts {  // on CUDA cores: one chain of fused multiply-adds in ord
     constexpr int kElements = kStageBytes / int(sizeof(Acc));
     const Acc* a = reinterpret_cast<const Acc*>(rows) + lane / 4 * kElements;
     const Acc* b = reinterpret_cast<const Acc*>(columns) + lane % 4 * kElements;
-#pragma unroll 4
+#pragma unroll 2
     for (int k = 0; k < kElements; ++k) {
       Acc column[8];
 #pragma unroll
@@ -215,7 +217,7 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& 
     cp_async_commit();  // also when empty: the count of groups then does not depend on the stage
   }
   load_edge(p, p.anchors, s.cursor->row, pass.max_exponent, true, thread, *s.row);
-  load_edge(p, p.candidates, s.cursor->column, pass.max_exponent, s.cursor->serves_columns(p.plain),
+  load_edge(p, p.candidates, s.cursor->column, pass.max_exponent, serves_columns(p, pass, *s.cursor),
             thread - (kThreads > kSide ? kSide : 0), *s.column);
 
   Products<M> products;

@@ -27,12 +27,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (;;) {
     __syncthreads();  // the pass stands
 #pragma unroll 1
-    for (int task = kPositives; task < MathTraits<M>::kRounds; ++task) {
-      visit_tiles<M>(p, pass, task, scratch);
+    for (;;) {
+      visit_tiles<M>(p, pass, scratch);
       grid_sync();  // d2_ap; after round 0 the buckets' least distances; after the last all of best and farthest
-      if (task != kPositives) continue;
-      sort_thresholds(p, pass);
-      grid_sync();  // thresholds, empty buckets
+      if (pass.task == MathTraits<M>::kRounds - 1) break;
+      if (pass.task == kPositives) sort_thresholds(p, pass);
+      grid_sync();  // thresholds, empty buckets; the block is done with pass.task
+      if (thread_index() == 0) ++pass.task;
+      __syncthreads();  // the next task stands
     }
     finish<In>(p, pass, scratch);
     grid_sync();  // coefficients, times_chosen, the counters that scale the gradient, loss_of_anchor
