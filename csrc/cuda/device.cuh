@@ -46,6 +46,7 @@ __device__ __forceinline__ int grid_size() {
   return size;
 }
 
+
 // A value that other threads change with atomics meanwhile: some value it had, never torn, never from a stale L1 line.
 template <class T>
 __device__ __forceinline__ T load_relaxed(const T* p) {

@@ -106,9 +106,9 @@ struct Searcher {
   int32_t mate_begin, mate_end;
   int32_t a;              // position
   int64_t slot;
-  const Acc* threshold;   // [count], `pitch` apart
-  uint64_t* best;         // [count], `pitch` apart
-  int32_t pitch;
+  const Acc* threshold;   // [count], threshold_pitch apart
+  uint64_t* best;         // [count], best_pitch apart
+  int32_t threshold_pitch, best_pitch;
   Acc lowest;             // threshold[0]
   uint64_t farthest = 0;
   uint32_t farthest_index = ~0u;
@@ -123,8 +123,8 @@ __device__ __forceinline__ void offer(const Problem<float>&, Searcher<float>& s,
   }
   if (!(d > s.lowest)) return;  // NaN leaves here
   const uint64_t key = pack(bits, index);
-  if (key >= load_relaxed(s.best + int64_t(s.count - 1) * s.pitch)) return;  // beyond the closest one of the last bucket
-  uint64_t* best = s.best + int64_t(count_below<false>(s.threshold, s.count, d, s.pitch) - 1) * s.pitch;
+  if (key >= load_relaxed(s.best + int64_t(s.count - 1) * s.best_pitch)) return;  // beyond the closest one of the last bucket
+  uint64_t* best = s.best + int64_t(count_below<false>(s.threshold, s.count, d, s.threshold_pitch) - 1) * s.best_pitch;
   if (key < load_relaxed(best)) atomic_min(best, key);
 }
 // double: round 0 finds the least distance of a bucket, round 1 the least index at that distance.
@@ -136,7 +136,7 @@ __device__ __forceinline__ void offer(const Problem<double>& p, Searcher<double>
     if (round == 1 && key == p.farthest[s.a] && index < s.farthest_index) s.farthest_index = index;
   }
   if (!(d > s.lowest)) return;
-  const int64_t bucket = count_below<false>(s.threshold, s.count, d, s.pitch) - 1;
+  const int64_t bucket = count_below<false>(s.threshold, s.count, d) - 1;
   if (round == 0 && bits < load_relaxed(s.best + bucket)) atomic_min(s.best + bucket, bits);
   if (round == 1 && bits == s.best[bucket]) atomicMin(p.best_index + s.slot + bucket, index);
 }
@@ -149,11 +149,10 @@ __device__ __forceinline__ void offer_farthest(const Problem<double>& p, const S
   if (round == 1 && s.farthest_index != ~0u) atomicMin(p.farthest_index + s.a, s.farthest_index);
 }
 
-// Sets up the anchor at position a, whose entry in the edge is i. In shared memory its buckets stand at [slot][i].
+// Sets up the anchor at position a, whose entry in the edge is i. thresholds, bests: its bucket 0 in shared memory, or null.
 template <class Acc>
 __device__ __forceinline__ Searcher<Acc> make_searcher(const Problem<Acc>& p, const Pass& pass, const Edge<Acc>& edge, int i,
-                                                       int32_t a, bool in_shared, const Acc* thresholds, uint64_t* bests,
-                                                       int place, int pitch) {
+                                                       int32_t a, const Acc* thresholds, uint64_t* bests) {
   Searcher<Acc> s;
   s.mate_begin = edge.mate_begin[i];
   s.mate_end = edge.mate_end[i];
@@ -161,17 +160,21 @@ __device__ __forceinline__ Searcher<Acc> make_searcher(const Problem<Acc>& p, co
   s.live = s.count > 0;
   s.a = a;
   s.slot = s.live ? pass.slot(a) : 0;
-  s.threshold = in_shared ? thresholds + place : p.threshold + s.slot;
-  s.best = in_shared ? bests + place : p.best + s.slot;
-  s.pitch = in_shared ? pitch : 1;
+  const bool in_shared = bests != nullptr;
+  s.threshold = in_shared ? thresholds : p.threshold + s.slot;
+  s.best = in_shared ? bests : p.best + s.slot;
+  s.threshold_pitch = in_shared ? int32_t(sizeof(Buckets<Acc>) / sizeof(Acc)) : 1;
+  s.best_pitch = in_shared ? int32_t(sizeof(Buckets<Acc>) / sizeof(uint64_t)) : 1;
+  s.want_farthest = false;
   if (s.live) {
     s.lowest = s.threshold[0];
-    s.want_farthest = !p.skip_fallback && load_relaxed(s.best + int64_t(s.count - 1) * s.pitch) == kEmpty;
+    s.want_farthest = !p.skip_fallback && load_relaxed(s.best + int64_t(s.count - 1) * s.best_pitch) == kEmpty;
   }
   return s;
 }
 
-// Copies the buckets of `width` anchors from position `first` on to shared memory, or back what has become better.
+// Copies the buckets of `width` anchors from position `first` on, entries `from` and up of the edge, to shared memory.
+// thresholds, bests: bucket 0 of the first of them.
 template <class Acc>
 __device__ void load_buckets(const Problem<Acc>& p, const Pass& pass, const Edge<Acc>& edge, int from, int32_t first, int width,
                              Acc* thresholds, uint64_t* bests) {
@@ -180,10 +183,11 @@ __device__ void load_buckets(const Problem<Acc>& p, const Pass& pass, const Edge
     const int32_t a = first + place;
     if (edge.index[from + place] < 0 || !pass.has(a)) continue;
     if (r >= count_positives(p, edge.mate_begin[from + place], edge.mate_end[from + place])) continue;
-    thresholds[r * width + place] = p.threshold[pass.slot(a) + r];
-    bests[r * width + place] = load_relaxed(p.best + pass.slot(a) + r);
+    thresholds[r * (sizeof(Buckets<Acc>) / sizeof(Acc)) + place] = p.threshold[pass.slot(a) + r];
+    bests[r * (sizeof(Buckets<Acc>) / sizeof(uint64_t)) + place] = load_relaxed(p.best + pass.slot(a) + r);
   }
 }
+// And back what has become better.
 template <class Acc>
 __device__ void store_buckets(const Problem<Acc>& p, const Pass& pass, const Edge<Acc>& edge, int from, int32_t first, int width,
                               const uint64_t* bests) {
@@ -192,7 +196,7 @@ __device__ void store_buckets(const Problem<Acc>& p, const Pass& pass, const Edg
     const int32_t a = first + place;
     if (edge.index[from + place] < 0 || !pass.has(a)) continue;
     if (r >= count_positives(p, edge.mate_begin[from + place], edge.mate_end[from + place])) continue;
-    const uint64_t key = bests[r * width + place];
+    const uint64_t key = bests[r * (sizeof(Buckets<Acc>) / sizeof(uint64_t)) + place];
     uint64_t* best = p.best + pass.slot(a) + r;
     if (key < load_relaxed(best)) atomic_min(best, key);
   }
@@ -252,16 +256,18 @@ __device__ __forceinline__ void offer_part(const Problem<Acc>& p, const Pass& pa
   const bool in_shared = sizeof(Acc) == 4 && pass.stride <= p.shared_slots;
   const int32_t first_row = s.cursor->row, first_column = s.cursor->column, part_column = first_column + part * kPart<Acc>;
   if (in_shared) {
-    if (part == 0) load_buckets(p, pass, *s.row, 0, first_row, kSide, s.row_threshold, s.row_best);
+    if (part == 0) load_buckets(p, pass, *s.row, 0, first_row, kSide, s.buckets->row_threshold, s.buckets->row_best);
     if (both) {
-      load_buckets(p, pass, *s.column, part * kPart<Acc>, part_column, kPart<Acc>, s.column_threshold, s.column_best);
+      load_buckets(p, pass, *s.column, part * kPart<Acc>, part_column, kPart<Acc>, s.buckets->column_threshold,
+                   s.buckets->column_best);
     }
     __syncthreads();  // the buckets are there
   }
   {  // rows as anchors, lane = row; the warps of a row's group divide the part's columns
     const int place = warp % kWarpsPerSide * 32 + lane;
     Searcher<Acc> row =
-        make_searcher(p, pass, *s.row, place, first_row + place, in_shared, s.row_threshold, s.row_best, place, kSide);
+        make_searcher(p, pass, *s.row, place, first_row + place, in_shared ? s.buckets->row_threshold + place : nullptr,
+                      in_shared ? s.buckets->row_best + place : nullptr);
     if (row.live) {
 #pragma unroll 1
       for (int i = 0; i < kColumnsEach; ++i) {
@@ -276,8 +282,9 @@ __device__ __forceinline__ void offer_part(const Problem<Acc>& p, const Pass& pa
   }
   if (both) {  // columns as anchors, lane = column
     const int in_part = warp % kPartWarps<Acc> * 32 + lane, place = part * kPart<Acc> + in_part;
-    Searcher<Acc> column = make_searcher(p, pass, *s.column, place, first_column + place, in_shared, s.column_threshold,
-                                         s.column_best, in_part, kPart<Acc>);
+    Searcher<Acc> column = make_searcher(p, pass, *s.column, place, first_column + place,
+                                         in_shared ? s.buckets->column_threshold + in_part : nullptr,
+                                         in_shared ? s.buckets->column_best + in_part : nullptr);
     if (column.live) {
 #pragma unroll 1
       for (int i = 0; i < kRowsEach; ++i) {
@@ -291,8 +298,10 @@ __device__ __forceinline__ void offer_part(const Problem<Acc>& p, const Pass& pa
   }
   if (in_shared) {
     __syncthreads();  // all offers are made
-    if (part == kParts<Acc> - 1) store_buckets(p, pass, *s.row, 0, first_row, kSide, s.row_best);
-    if (both) store_buckets(p, pass, *s.column, part * kPart<Acc>, part_column, kPart<Acc>, s.column_best);
+    if (part == kParts<Acc> - 1) store_buckets(p, pass, *s.row, 0, first_row, kSide, s.buckets->row_best);
+    if (both) {
+      store_buckets(p, pass, *s.column, part * kPart<Acc>, part_column, kPart<Acc>, s.buckets->column_best);
+    }
     // barriers of the next part or tile stand between this and the next load
   }
 }

@@ -50,6 +50,16 @@ __device__ __forceinline__ bool serves_columns(const Problem<Acc>& p, const Pass
   return pass.task != kPositives && p.plain && cursor.row != cursor.column;
 }
 
+// Bucket r of every anchor of the rows and of a part's columns, in shared memory: lane = anchor reads without bank conflicts,
+// whatever buckets the lanes are at.
+template <class Acc>
+struct Buckets {
+  uint64_t row_best[kSide];
+  uint64_t column_best[kPart<Acc>];
+  Acc row_threshold[kSide];
+  Acc column_threshold[kPart<Acc>];
+};
+
 template <class Acc>
 struct TileShared {
   Cursor* cursor;
@@ -57,11 +67,7 @@ struct TileShared {
   Edge<Acc>* column;
   uint8_t* ring;  // [kStages][2 kSide][kStageBytes]
   Acc* part;      // [kSide][kPart + 1], in the ring's memory: the ring is empty when a part is written
-  // The buckets of the rows' and of the columns' anchors, slot-major: lane = anchor reads them without bank conflicts.
-  Acc* row_threshold;     // [shared_slots][kSide]
-  uint64_t* row_best;     // [shared_slots][kSide]
-  Acc* column_threshold;  // [shared_slots][kPart]
-  uint64_t* column_best;  // [shared_slots][kPart]
+  Buckets<Acc>* buckets;  // [shared_slots]
 };
 
 template <class Acc>
@@ -74,10 +80,7 @@ __host__ __device__ TileShared<Acc> carve_tile(Carver& carver, int32_t shared_sl
   s.column = carver.take<Edge<Acc>>(1);
   s.ring = carver.take<uint8_t>(kRing > kPartBytes ? kRing : kPartBytes);
   s.part = reinterpret_cast<Acc*>(s.ring);
-  s.row_threshold = carver.take<Acc>(int64_t(shared_slots) * kSide);
-  s.row_best = carver.take<uint64_t>(int64_t(shared_slots) * kSide);
-  s.column_threshold = carver.take<Acc>(int64_t(shared_slots) * kPart<Acc>);
-  s.column_best = carver.take<uint64_t>(int64_t(shared_slots) * kPart<Acc>);
+  s.buckets = carver.take<Buckets<Acc>>(shared_slots);
   return s;
 }
 

@@ -12,7 +12,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   // The pass stands in shared memory, not in registers, which the products need; behind it the phases lay out what they use.
   Carver carver{shared_memory, 0, true};
   Pass& pass = *carver.take<Pass>(1);
-  uint8_t* const scratch = shared_memory + carver.used;
+  constexpr int kPassBytes = (sizeof(Pass) + 15) / 16 * 16 + kSharedRedzone;
+  uint8_t* const scratch = shared_memory + kPassBytes;
 
   prepare<M, In>(p, scratch);
   grid_sync();  // positions, classes and operands of all rows
