@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +21,12 @@ BANDS = (0, 1e-3, 1e-1, 1, 3, 5)  # of the squared distance of unit rows
 
 def run(command: list[str], timeout: int, **environment: str) -> str:
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
@@ -39,13 +44,17 @@ def build() -> dict:
     begin = time.perf_counter()
     flags = f"-DFACENET_EXT_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={major}{minor}"
     run([sys.executable, "setup.py", "build_ext", "--inplace"], 300, CMAKE_ARGS=flags)
-    info = run([sys.executable, "-c", "import torch, json, facenet_ext; print(json.dumps(facenet_ext.build_info()))"], 60)
+    info = run(
+        [sys.executable, "-c", "import torch, json, facenet_ext; print(json.dumps(facenet_ext.build_info()))"], 60
+    )
     return {"seconds": round(time.perf_counter() - begin, 1), "build_info": json.loads(info.splitlines()[-1])}
 
 
 def tests() -> dict:
     """The package's own tests, those of device="cuda" among them; one that is skipped for want of a GPU is a failure here."""
-    out = run([sys.executable, "-m", "pytest", "-q", "-rs", "tests", "--ignore=tests/emulated", "-k", "cuda or gpu"], 240)
+    out = run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", "tests", "--ignore=tests/emulated", "-k", "cuda or gpu"], 240
+    )
     summary = out.strip().splitlines()[-1]
     if "passed" not in summary:
         raise RuntimeError(f"no test ran: {summary}")
@@ -70,9 +79,8 @@ def accuracy() -> dict:
     """Selection distances are not an output, so their error is seen in what they decide: pairs that choose another negative than
     float64 does, and by how much; beside it the same for the expansion by sgemm. Bias and largest error of the direct-form
     values per band. Duplicates, collapse and antipodes; mirrored and unmirrored tiles must agree bit for bit."""
-    import torch
-
     import facenet_ext
+    import torch
 
     rows = {}
     for d in (64, 128, 512):
@@ -109,21 +117,31 @@ def accuracy() -> dict:
             ours = d64[mined.anchor, mined.negative]
             theirs_best, theirs = selection(expanded)
             both = found & theirs_best.isfinite()
-            error = (mined.d2_an.double() - ours)
+            error = mined.d2_an.double() - ours
             bands = []
             for low, high in zip(BANDS, BANDS[1:], strict=False):
                 inside = (ours >= low) & (ours < high)
                 if inside.any():
-                    bands.append({"from": low, "to": high, "bias": error[inside].mean().item(), "max": error[inside].abs().max().item()})
+                    bands.append(
+                        {
+                            "from": low,
+                            "to": high,
+                            "bias": error[inside].mean().item(),
+                            "max": error[inside].abs().max().item(),
+                        }
+                    )
             rows[f"{d} {name}"] = {
                 "pairs": len(mined.anchor),
                 "other_negative_than_float64": ((ours != best) & found).sum().item() / max(1, found.sum().item()),
-                "sgemm_other_negative": ((d64[mined.anchor, theirs] != best) & both).sum().item() / max(1, both.sum().item()),
+                "sgemm_other_negative": ((d64[mined.anchor, theirs] != best) & both).sum().item()
+                / max(1, both.sum().item()),
                 "largest_excess": (ours - best)[found].max().item() if found.any() else 0.0,
                 "bands": bands,
             }
             if rows[f"{d} {name}"]["largest_excess"] > 4e-6:
-                raise RuntimeError(f"{d} {name}: a negative is {rows[f'{d} {name}']['largest_excess']} farther than the closest legal one")
+                raise RuntimeError(
+                    f"{d} {name}: a negative is {rows[f'{d} {name}']['largest_excess']} farther than the closest legal one"
+                )
         # Rotating the rows by one tile puts every pair of a tile and its mirror image on the other side of the diagonal.
         shift = torch.arange(n, device="cuda").roll(n // 2)
         straight = facenet_ext.mine_triplets(base, labels)
@@ -133,8 +151,12 @@ def accuracy() -> dict:
         differ = sum(negatives[(a, p)] != q for a, p, q in back)
         rows[f"{d} init"]["mirrored_selection_differs"] = differ
         if differ:
-            raise RuntimeError(f"{d}: {differ} of {len(back)} selections depend on which side of the diagonal a pair stands")
-    worst = max(r["other_negative_than_float64"] / max(r["sgemm_other_negative"], 1e-4) for k, r in rows.items() if "init" in k)
+            raise RuntimeError(
+                f"{d}: {differ} of {len(back)} selections depend on which side of the diagonal a pair stands"
+            )
+    worst = max(
+        r["other_negative_than_float64"] / max(r["sgemm_other_negative"], 1e-4) for k, r in rows.items() if "init" in k
+    )
     if worst > 2:
         raise RuntimeError(f"selection disagrees with float64 {worst:.1f} times as often as sgemm's")
     return rows
@@ -142,9 +164,8 @@ def accuracy() -> dict:
 
 def graphs() -> dict:
     """Captures forward and backward, replays on new data, and compares bit for bit with eager."""
-    import torch
-
     import facenet_ext
+    import torch
 
     labels = torch.arange(1800, device="cuda") // 40
     x = torch.nn.functional.normalize(torch.randn(1800, 128, device="cuda")).requires_grad_()
@@ -175,9 +196,8 @@ def graphs() -> dict:
 
 def times() -> dict:
     """Forward and backward, median of 30: eager and graph, hot and cold L2, at initialisation and with separated classes."""
-    import torch
-
     import facenet_ext
+    import torch
 
     flush = torch.empty(256 * 1024 * 1024, dtype=torch.uint8, device="cuda")
     rows = {}
@@ -219,9 +239,8 @@ def times() -> dict:
 
 def small_set() -> None:
     """What compute-sanitizer watches: every input type, several passes, fallback, separate anchors of no label."""
-    import torch
-
     import facenet_ext
+    import torch
 
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for n, d, classes in ((300, 40, 40), (257, 3, 2)):
@@ -239,7 +258,7 @@ def small_set() -> None:
 
 
 def machine() -> dict:
-    facts = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "platform": platform.platform()}
+    facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "platform": platform.platform()}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     facts["commit"] = commit.stdout.strip() or "unknown"
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
@@ -274,7 +293,9 @@ def print_table(steps: dict) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Checks facenet_ext on this machine's GPU.")
     parser.add_argument("--quick", action="store_true", help="build, tests and sanitizers only")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON (default: benchmarks/results)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the JSON (default: benchmarks/results)"
+    )
     parser.add_argument("--small-set", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.small_set:

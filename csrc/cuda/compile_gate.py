@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles every kernel for every architecture and fails on a spill, a stack frame, or a missing mma. Needs nvcc, no GPU.
 
-    python csrc/cuda/compile_gate.py [--architectures 80,86,89,90,100,120]
+python csrc/cuda/compile_gate.py [--architectures 80,86,89,90,100,120]
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ LIMIT = 128  # registers of each of 512 threads
 
 
 def nvcc(*arguments: str) -> str:
-    command = [os.environ.get("NVCC", "nvcc"), "-std=c++17", "-O3", "-DFACENET_EXT_WITH_CUDA", f"-I{HERE.parent}", *arguments]
+    command = [
+        os.environ.get("NVCC", "nvcc"),
+        "-std=c++17",
+        "-O3",
+        "-DFACENET_EXT_WITH_CUDA",
+        f"-I{HERE.parent}",
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
@@ -48,7 +55,9 @@ def check_source(source: Path, architectures: list[str], directory: Path) -> lis
     for part in report.split("Compiling entry function '")[1:]:
         name = kernel_name(part.split("'", 1)[0])
         architecture = re.search(r"for 'sm_(\d+)", part)[1]
-        stack, stores, loads = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+        ).groups()
         registers = int(re.search(r"Used (\d+) registers", part)[1])
         rows.append((int(architecture), name, registers, int(stores) + int(loads), int(stack), mma[name]))
     return rows
@@ -68,7 +77,9 @@ def main() -> int:
         tensor = int(architecture) >= 80
         good = spilled == 0 and stack == 0 and registers <= LIMIT and (mma == MMA[name.split(",")[0]] or not tensor)
         failed += not good
-        print(f"{architecture:>4} {name:20} {registers:>9} {spilled:>8} {stack:>6} {mma:>4}{'' if good else '   <- FAILED'}")
+        print(
+            f"{architecture:>4} {name:20} {registers:>9} {spilled:>8} {stack:>6} {mma:>4}{'' if good else '   <- FAILED'}"
+        )
     expected = 9 * len(architectures)
     if len(rows) != expected:
         print(f"{len(rows)} kernels were compiled, expected {expected}")

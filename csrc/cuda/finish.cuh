@@ -54,7 +54,7 @@ __device__ __forceinline__ int32_t farthest_of(const Problem<double>& p, int32_t
   return static_cast<int32_t>(p.farthest_index[a]);
 }
 
-// best[r] = min of best[r ..]: whole warp.
+// best[r] = min of best[r ..]: whole warp; a barrier must follow before other lanes read it.
 template <class Acc>
 __device__ __forceinline__ void suffix_minimum(const Problem<Acc>& p, int64_t slot, int32_t count) {
   const int lane = thread_index() % 32;
@@ -70,7 +70,6 @@ __device__ __forceinline__ void suffix_minimum(const Problem<Acc>& p, int64_t sl
     if (base + lane < count) store_winner(p, slot + base + lane, mine);
     later = Winner{__shfl_sync(kWholeWarp, mine.bits, 0), __shfl_sync(kWholeWarp, mine.index, 0)};
   }
-  __syncwarp();  // the lanes search the minima next
 }
 
 // The first bucket of the run that bucket r belongs to.
@@ -126,7 +125,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
     if (count > 0) {
       suffix_minimum(p, slot, count);
       for (int32_t r = lane; r < count; r += 32) p.coefficient[slot + r] = 0;
-      __syncwarp();  // lane 0 adds to them
+      __syncwarp();  // minima, which all lanes search, and zeros, which lane 0 adds to
     }
     for (int32_t base = 0; base < count; base += 32) {
       // Each lane looks up one positive's negative; then the whole warp computes one pair at a time.

@@ -184,7 +184,7 @@ __device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass) {
     const int32_t index = sorted_index(p, p.candidates)[position];
     const int32_t length = p.times_chosen[index], begin = p.list_begin[index];
     if (length <= kWarpSort) warp_sort(p.list + begin, p.sorted_list + begin, length);
-    __syncwarp();  // every lane has read the length
+    __syncwarp();  // the list is sorted, and every lane has read its length
     if (lane == 0) p.times_chosen[index] = 0;
     int32_t anchor_position = -1;
     if (p.plain) {

@@ -48,11 +48,10 @@ __device__ __forceinline__ int32_t counted_place(const Key* keys, int32_t begin,
   return place;
 }
 
-// One warp sorts keys[0 .. count) into sorted[0 .. count).
+// One warp sorts keys[0 .. count) into sorted[0 .. count); a barrier must follow before other lanes read it.
 template <class Key>
 __device__ __forceinline__ void warp_sort(const Key* keys, Key* sorted, int32_t count) {
   for (int32_t i = thread_index() % 32; i < count; i += 32) sorted[counted_place(keys, 0, count, i)] = keys[i];
-  __syncwarp();  // the warp reads them next
 }
 
 // One block sorts keys[0 .. count) into sorted[0 .. count); scratch[0 .. count) and the keys themselves are overwritten.

@@ -58,7 +58,18 @@ def make_rows(rng: np.random.Generator, kind: str, labels: np.ndarray, d: int) -
 
 
 LABELS = ("balanced", "balanced", "balanced", "long_tail", "two_classes", "one_class", "all_different")
-ROWS = ("random", "random", "mid", "separated", "duplicates", "collapsed", "nearly_collapsed", "antipodes", "grid", "norms")
+ROWS = (
+    "random",
+    "random",
+    "mid",
+    "separated",
+    "duplicates",
+    "collapsed",
+    "nearly_collapsed",
+    "antipodes",
+    "grid",
+    "norms",
+)
 ROWS += ("some_zero", "wide")
 SIZES = (1, 2, 3, 15, 16, 17, 31, 33, 48, 63, 64, 65, 70, 90, 127, 128, 130)
 DIMS = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100, 128, 130)

@@ -54,7 +54,17 @@ def build(
     sources = sorted(cuda.glob("*.cu")) if sources is None else sources
     flags, emulator_flags = SANITIZERS[sanitizer]
     compiler = os.environ.get("CXX", "g++")
-    common = [compiler, "-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{CSRC}", f"-I{HERE}", "-pthread"]
+    common = [
+        compiler,
+        "-std=c++17",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        f"-I{CSRC}",
+        f"-I{HERE}",
+        "-pthread",
+    ]
     kernels = [optimize, "-ffp-contract=off", "-DFACENET_EXT_EMULATED", "-DFACENET_EXT_WITH_CUDA", f"-I{cuda}"]
     kernels += [f"-DFACENET_EXT_WARPS_PER_SIDE={warps_per_side}", f"-DFACENET_EXT_SORT_CHUNK={sort_chunk}", *flags]
     # The emulator is not instrumented, and its loops must not become calls of memcpy, which the sanitizers intercept.
@@ -174,10 +184,19 @@ def _encode(case: Case, mining: bool) -> bytes:
     loss = not mining
     numbers = [a, c, d, d + case.padding, d + case.padding, -1 if separate else case.offset]
     numbers += [DTYPES.index(case.dtype), DISTANCES.index(case.distance), FALLBACKS.index(case.fallback)]
-    numbers += [REDUCTIONS.index(case.reduction), case.normalize, loss and case.gradient, loss and case.gradient and separate]
+    numbers += [
+        REDUCTIONS.index(case.reduction),
+        case.normalize,
+        loss and case.gradient,
+        loss and case.gradient and separate,
+    ]
     numbers += [loss and case.stats, mining, begin[-1] if mining else 0, case.multiprocessors, case.capability]
     numbers += [SCHEDULES.index(case.schedule), case.seed, case.late_copies, case.shared_kib]
-    parts = [struct.pack("<22qd", *map(int, numbers), case.margin), _padded(case.x, case), case.labels.astype("<i8").tobytes()]
+    parts = [
+        struct.pack("<22qd", *map(int, numbers), case.margin),
+        _padded(case.x, case),
+        case.labels.astype("<i8").tobytes(),
+    ]
     if not (a == c and numbers[5] == 0):
         parts += [_padded(anchors, case), anchor_labels.astype("<i8").tobytes()]
     if mining:
@@ -269,7 +288,12 @@ def check_selection(case: Case, mined: Outputs) -> None:
         slack = rounding(case) * ((xa[a] ** 2).sum() + (xc**2).sum(axis=1))  # per candidate
         negatives = np.flatnonzero(~same)
         for positive, negative, falls_back, d2_ap, d2_an in zip(
-            expected, mined.negative[pairs], mined.is_fallback[pairs], mined.d2_ap[pairs], mined.d2_an[pairs], strict=True
+            expected,
+            mined.negative[pairs],
+            mined.is_fallback[pairs],
+            mined.d2_ap[pairs],
+            mined.d2_an[pairs],
+            strict=True,
         ):
             where = f"anchor {a}, positive {positive}, negative {negative}"
             assert 0 <= negative < len(xc) and not same[negative], where

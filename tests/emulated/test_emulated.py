@@ -82,13 +82,17 @@ def test_ranks_add_up_to_the_whole(programs, tmp_path):
 @pytest.mark.parametrize("anchors", [0, 5])
 def test_nothing_to_compare_with_is_zero(programs, tmp_path, anchors):
     case = simple(4, 8, 2)
-    empty = replace(case, x=case.x[:0], labels=case.labels[:0], anchors=case.x[:anchors], anchor_labels=case.labels[:anchors])
+    empty = replace(
+        case, x=case.x[:0], labels=case.labels[:0], anchors=case.x[:anchors], anchor_labels=case.labels[:anchors]
+    )
     (out,) = run(programs(), [(empty, False)], tmp_path)
     assert out.loss == 0 and (out.grad_anchors == 0).all() and (out.stat_counts == 0).all()
 
 
 def test_workspace_keeps_its_promise(programs, tmp_path):
     """24 N D + 1,024 N bytes: the runner fails if triplet_workspace_bytes asks for more, whatever the labels."""
-    cases = [simple(n, d, 2, dtype=dtype) for n in (1, 2, 3, 17, 40) for d in (1, 5, 64) for dtype in ("float32", "float64")]
+    cases = [
+        simple(n, d, 2, dtype=dtype) for n in (1, 2, 3, 17, 40) for d in (1, 5, 64) for dtype in ("float32", "float64")
+    ]
     for case, out in zip(cases, run(programs(), [(case, False) for case in cases], tmp_path), strict=True):
         assert 0 < out.workspace_bytes <= 24 * case.x.size + 1024 * len(case.x)

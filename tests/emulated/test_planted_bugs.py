@@ -10,37 +10,48 @@ from emulation import CSRC, Finding, build, check, with_schedule
 
 # name: (file, what stands there, what stands there instead, the build that must object)
 BUGS = {
-    "block_barrier_before_products": ("tile.cuh", "    __syncthreads();               // everybody's have", "    // everybody's", "tsan"),
+    "block_barrier_before_products": (
+        "tile.cuh", "    __syncthreads();               // everybody's have", "    // everybody's have", "tsan",
+    ),
     "block_barrier_before_part": ("tile.cuh", "    __syncthreads();  // the part is complete\n", "", "tsan"),
     "block_barrier_before_buckets": ("select.cuh", "    __syncthreads();  // the buckets are there\n", "", "tsan"),
     "block_barrier_in_sum": ("gradient.cuh", "    __syncthreads();  // the sums of the step before are written\n", "", "tsan"),
-    "warp_barrier_after_sort": ("sort.cuh", "  __syncwarp();  // the warp reads them next\n", "", "tsan"),
-    "warp_barrier_after_suffix_minimum": ("finish.cuh", "  __syncwarp();  // the lanes search", "  // the lanes search", "tsan"),
+    "warp_barrier_after_list_sort": ("gradient.cuh", "    __syncwarp();  // the list is sorted", "    // the list", "tsan"),
+    "warp_barrier_after_suffix_minimum": ("finish.cuh", "      __syncwarp();  // minima", "      // minima", "tsan"),
     "grid_barrier_before_fill": ("triplet_kernel.cuh", "      grid_sync();  // list_begin\n", "", "tsan"),
     "grid_barrier_before_gather": ("triplet_kernel.cuh", "      grid_sync();  // list\n", "", "tsan"),
-    "plain_read_of_a_moving_minimum": ("select.cuh", "if (key < load_relaxed(best)) atomic_min(best, key);\n}",
-                                       "if (key < *best) *best = key;\n}", "tsan"),
+    "plain_read_of_a_moving_minimum": (
+        "select.cuh", "if (key < load_relaxed(best)) atomic_min(best, key);\n}", "if (key < *best) *best = key;\n}", "tsan",
+    ),
     "copies_not_waited_for": ("tile.cuh", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()", "plain"),
     "wrong_shuffle_mask": ("device.cuh", "x += __shfl_xor_sync(kWholeWarp,", "x += __shfl_xor_sync(0x0000ffffu,", "plain"),
-    "shuffle_in_half_a_warp": ("device.cuh", "for (int step = 16; step > 0; step /= 2) x +=",
-                               "for (int step = 16; step > 0 && threadIdx.x % 32 < 16; step /= 2) x +=", "plain"),
-    "shared_index_too_large": ("gradient.cuh", "+= partial[i * kThreads + thread_index() + step];",
-                               "+= partial[i * kThreads + thread_index() + step + 1];", "asan"),
-    "shared_index_beyond_a_member": ("prepare.cuh", "  if (lane < kUnit) {\n", "  if (lane <= kUnit) {\n", "asan"),
-    "global_index_too_large": ("gradient.cuh", "if (d < p.dim) out[d] = sum[j];", "if (d <= p.dim) out[d] = sum[j];", "asan"),
-    "swapped_fragment_register": ("prepare.cuh", "{{row.x, row8.x, row.y, row8.y}, {row.z, row8.z, row.w, row8.w}}};\n  }\n  "
-                                  "__device__ __forceinline__ void multiply(uint4 column, float (&hh)",
-                                  "{{row.x, row.y, row8.x, row8.y}, {row.z, row8.z, row.w, row8.w}}};\n  }\n  "
-                                  "__device__ __forceinline__ void multiply(uint4 column, float (&hh)", "plain"),
+    "shuffle_in_half_a_warp": (
+        "device.cuh", "for (int step = 16; step > 0; step /= 2) x +=",
+        "for (int step = 16; step > 0 && threadIdx.x % 32 < 16; step /= 2) x +=", "plain",
+    ),
+    "shared_index_too_large": (
+        "gradient.cuh", "+= partial[i * kThreads + thread_index() + step];",
+        "+= partial[i * kThreads + thread_index() + step + 1];", "asan",
+    ),
+    "shared_index_beyond_a_member": ("tile.cuh", "  edge.norm[thread] = ", "  edge.norm[thread + 1] = ", "asan"),
+    "global_index_too_large": (
+        "gradient.cuh", "for (int32_t d = lane; d < p.dim; d += 32) {\n    const Acc value",
+        "for (int32_t d = lane; d <= p.dim; d += 32) {\n    const Acc value", "asan",
+    ),
+    "swapped_fragment_register": (
+        "prepare.cuh", "            {{row.x, row8.x, row.y, row8.y},", "            {{row.x, row.y, row8.x, row8.y},", "plain",
+    ),
     "swapped_accumulator_rows": ("tile.cuh", "lane / 4 + i / 2 * 8,", "lane / 4 + i % 2 * 8,", "plain"),
-    "ties_to_the_highest_index": ("select.cuh", "  const uint64_t key = pack(bits, index);", "  const uint64_t key = pack(bits, ~index);",
-                                  "plain"),
-    "farther_or_equal": ("finish.cuh", "count_below<true>(p.threshold + slot, count", "count_below<false>(p.threshold + slot, count",
-                         "plain"),
-    "forgotten_mirror_image": ("tile.cuh", "return pass.task != kPositives && p.plain && cursor.row != cursor.column;",
-                               "return pass.task != kPositives && p.plain && cursor.row + kSide < cursor.column;", "plain"),
-    "gradient_of_the_positive": ("gradient.cuh", "const bool counts = own != position &&", "const bool counts = own < position &&",
-                                 "plain"),
+    "ties_to_the_highest_index": (
+        "select.cuh", "  const uint64_t key = pack(bits, index);", "  const uint64_t key = pack(bits, ~index);", "plain",
+    ),
+    "farther_or_equal": (
+        "finish.cuh", "count_below<true>(p.threshold + slot, count", "count_below<false>(p.threshold + slot, count", "plain",
+    ),
+    "forgotten_mirror_image": (
+        "tile.cuh", "p.plain && cursor.row != cursor.column;", "p.plain && cursor.row + kSide < cursor.column;", "plain",
+    ),
+    "gradient_of_the_positive": ("gradient.cuh", "counts = own != position &&", "counts = own < position &&", "plain"),
 }  # fmt: skip
 
 ONLY_FLOAT32 = """
@@ -74,7 +85,8 @@ def try_it(name, sanitizer, directory):
         (copy / file).write_text(text.replace(there, instead))
     only = directory / "only_float32.cu"
     only.write_text(ONLY_FLOAT32)
-    program = build(directory / "build", sanitizer, sources=[copy / "triplet.cu", only], cuda_directory=copy, optimize="-O0")
+    sources = [copy / "triplet.cu", only]
+    program = build(directory / "build", sanitizer, sources=sources, cuda_directory=copy, optimize="-O0")
     check(program, cases(), directory / "run")
 
 
@@ -89,4 +101,4 @@ def test_planted_bug_is_caught(tmp_path, name):
         try_it(name, BUGS[name][3], tmp_path)
     assert "no longer contains" not in str(caught.value)
     if BUGS[name][3] == "tsan":
-        assert "data race" in str(caught.value)
+        assert "ThreadSanitizer" in str(caught.value)
