@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compiles every kernel for every architecture and fails on a spill, a stack frame, or a missing mma. Needs nvcc, no GPU.
+"""Compiles every kernel for every architecture and fails on a spill, a stack frame or a missing mma. Needs no GPU.
 
 python csrc/cuda/compile_gate.py [--architectures 80,86,89,90,100,120]
 """
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# mma.sync in the PTX of one kernel: per 64 bytes of k, 32 x 32 products of a warp take 2 x 4 mma blocks and the unit's norms 2.
+# mma.sync in the PTX of one kernel: per 64 bytes of k, a warp's 32 x 32 products take 2 x 4 blocks of mma, the norms 2.
 MMA = {"split": 3 * (2 * 4 + 2), "half": 2 * (2 * 4 + 2), "bfloat": 2 * (2 * 4 + 2), "simt32": 0, "simt64": 0}
 MATH = ("split", "half", "bfloat", "simt32", "simt64")  # in the order of facenet_ext::cuda::Math
 LIMIT = 128  # registers of each of 512 threads
@@ -77,9 +77,8 @@ def main() -> int:
         tensor = int(architecture) >= 80
         good = spilled == 0 and stack == 0 and registers <= LIMIT and (mma == MMA[name.split(",")[0]] or not tensor)
         failed += not good
-        print(
-            f"{architecture:>4} {name:20} {registers:>9} {spilled:>8} {stack:>6} {mma:>4}{'' if good else '   <- FAILED'}"
-        )
+        row = f"{architecture:>4} {name:20} {registers:>9} {spilled:>8} {stack:>6} {mma:>4}"
+        print(row if good else f"{row}   <- FAILED")
     expected = 9 * len(architectures)
     if len(rows) != expected:
         print(f"{len(rows)} kernels were compiled, expected {expected}")

@@ -116,7 +116,8 @@ def draw(seed: int, largest: int = 130) -> Case:
         + (" separate anchors" if anchors is not None else f" rows {offset}+{count}" if count is not None else ""),
         x=x, labels=labels, anchors=anchors, anchor_labels=anchor_labels, offset=offset, count=count, dtype=dtype,
         distance=pick(DISTANCES), fallback=pick(FALLBACKS), reduction=reduction, normalize=bool(rng.random() < 0.3),
-        margin=margin, stats=bool(reduction == "mean_active" or rng.random() < 0.5), gradient=bool(rng.random() < 0.85), padding=pick((0, 0, 1, 5)),
+        margin=margin, stats=bool(reduction == "mean_active" or rng.random() < 0.5),
+        gradient=bool(rng.random() < 0.85), padding=pick((0, 0, 1, 5)),
         multiprocessors=pick((1, 2, 3)), capability=pick((75, 80, 90, 90)), schedule=pick(SCHEDULES), seed=seed,
         late_copies=bool(rng.random() < 0.5), shared_kib=pick((64, 99, 227)),
     )  # fmt: skip

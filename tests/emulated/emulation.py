@@ -1,8 +1,8 @@
 """Runs csrc/cuda on the CPU and says what is right: building, cases, the float64 oracle.
 
-A case goes through the launchers twice: mining, which shows the kernels' own selection, and the loss. Selection is discontinuous,
-so it is checked by itself (every negative legal, and none legal is closer beyond rounding); loss, gradient and statistics are then
-compared with float64 on that very selection.
+A case goes through the launchers twice: mining, which shows the kernels' own selection, and the loss. Selection is
+discontinuous, so it is checked by itself (every negative legal, none that is legal closer beyond rounding); loss,
+gradient and statistics are then compared with float64 on that very selection.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def test_mixed_cases_under_thread_sanitizer(programs, tmp_path, first):
 
 
 def test_large_classes_take_several_passes(programs, tmp_path):
-    """Two features leave 25 slots per row, so anchors with 149 positives are worked off in six passes; their thresholds and the
-    lists of popular negatives are longer than a warp sorts."""
+    """Two features leave 25 slots per row, so anchors with 149 positives are worked off in six passes; their thresholds
+    and the lists of popular negatives are longer than a warp sorts."""
     cases = [
         simple(300, 2, 2, fallback="farthest", stats=True),
         simple(300, 2, 2, rows="grid", margin=0.25, distance="euclidean"),
@@ -57,8 +57,8 @@ def test_result_does_not_depend_on_schedule_or_grid(programs, tmp_path):
 
 
 def test_distances_are_symmetric_bit_for_bit(programs, tmp_path):
-    """Symmetry is what lets one tile serve both sides: with every row in a class of two, the pair (a, p) meets (p, a), and the
-    same rows as separate anchors, where nothing is mirrored, select the same negatives."""
+    """Symmetry is what lets one tile serve both sides: the same anchors, not in the plain form, where nothing is
+    mirrored, must select the same negatives."""
     rng = np.random.default_rng(5)
     x = rng.standard_normal((128, 70)).astype(np.float32).astype(np.float64)
     labels = np.arange(128) // 2

@@ -15,16 +15,23 @@ BUGS = {
     ),
     "block_barrier_before_part": ("tile.cuh", "    __syncthreads();  // the part is complete\n", "", "tsan"),
     "block_barrier_before_buckets": ("select.cuh", "    __syncthreads();  // the buckets are there\n", "", "tsan"),
-    "block_barrier_in_sum": ("gradient.cuh", "    __syncthreads();  // the sums of the step before are written\n", "", "tsan"),
-    "warp_barrier_after_list_sort": ("gradient.cuh", "    __syncwarp();  // the list is sorted", "    // the list", "tsan"),
+    "block_barrier_in_sum": (
+        "gradient.cuh", "    __syncthreads();  // the sums of the step before are written\n", "", "tsan",
+    ),
+    "warp_barrier_after_list_sort": (
+        "gradient.cuh", "    __syncwarp();  // the list is sorted", "    // the list", "tsan",
+    ),
     "warp_barrier_after_suffix_minimum": ("finish.cuh", "      __syncwarp();  // minima", "      // minima", "tsan"),
     "grid_barrier_before_fill": ("triplet_kernel.cuh", "      grid_sync();  // list_begin\n", "", "tsan"),
     "grid_barrier_before_gather": ("triplet_kernel.cuh", "      grid_sync();  // list\n", "", "tsan"),
     "plain_read_of_a_moving_minimum": (
-        "select.cuh", "if (key < load_relaxed(best)) atomic_min(best, key);\n}", "if (key < *best) *best = key;\n}", "tsan",
+        "select.cuh", "if (key < load_relaxed(best)) atomic_min(best, key);\n}", "if (key < *best) *best = key;\n}",
+        "tsan",
     ),
     "copies_not_waited_for": ("tile.cuh", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()", "plain"),
-    "wrong_shuffle_mask": ("device.cuh", "x += __shfl_xor_sync(kWholeWarp,", "x += __shfl_xor_sync(0x0000ffffu,", "plain"),
+    "wrong_shuffle_mask": (
+        "device.cuh", "x += __shfl_xor_sync(kWholeWarp,", "x += __shfl_xor_sync(0x0000ffffu,", "plain",
+    ),
     "shuffle_in_half_a_warp": (
         "device.cuh", "for (int step = 16; step > 0; step /= 2) x +=",
         "for (int step = 16; step > 0 && threadIdx.x % 32 < 16; step /= 2) x +=", "plain",
@@ -39,17 +46,20 @@ BUGS = {
         "for (int32_t d = lane; d <= p.dim; d += 32) {\n    const Acc value", "asan",
     ),
     "swapped_fragment_register": (
-        "prepare.cuh", "            {{row.x, row8.x, row.y, row8.y},", "            {{row.x, row.y, row8.x, row8.y},", "plain",
+        "prepare.cuh", "            {{row.x, row8.x, row.y, row8.y},", "            {{row.x, row.y, row8.x, row8.y},",
+        "plain",
     ),
     "swapped_accumulator_rows": ("tile.cuh", "lane / 4 + i / 2 * 8,", "lane / 4 + i % 2 * 8,", "plain"),
     "ties_to_the_highest_index": (
         "select.cuh", "  const uint64_t key = pack(bits, index);", "  const uint64_t key = pack(bits, ~index);", "plain",
     ),
     "farther_or_equal": (
-        "finish.cuh", "count_below<true>(p.threshold + slot, count", "count_below<false>(p.threshold + slot, count", "plain",
+        "finish.cuh", "count_below<true>(p.threshold + slot, count", "count_below<false>(p.threshold + slot, count",
+        "plain",
     ),
     "forgotten_mirror_image": (
-        "tile.cuh", "p.plain && cursor.row != cursor.column;", "p.plain && cursor.row + kSide < cursor.column;", "plain",
+        "tile.cuh", "p.plain && cursor.row != cursor.column;", "p.plain && cursor.row + kSide < cursor.column;",
+        "plain",
     ),
     "gradient_of_the_positive": ("gradient.cuh", "counts = own != position &&", "counts = own < position &&", "plain"),
 }  # fmt: skip
