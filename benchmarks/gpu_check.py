@@ -143,23 +143,17 @@ def accuracy(n: int = 2048) -> dict:
             if rows[f"{d} {name}"]["largest_excess"] > 4e-6:
                 excess = rows[f"{d} {name}"]["largest_excess"]
                 raise RuntimeError(f"{d} {name}: a negative is {excess} farther than the closest legal one")
-        # Classes in reverse order: every pair of rows now stands on the other side of the diagonal.
-        shift = torch.arange(n, device=DEVICE).roll(n // 2)
-        straight = facenet_ext.mine_triplets(base, labels)
-        turned = facenet_ext.mine_triplets(base[shift], -labels[shift])  # -labels: the order of classes is reversed too
-        negatives = {(a, p): q for a, p, q in torch.stack(straight[:3], 1).tolist()}
-        back = shift[torch.stack(turned[:3], 1)].tolist()
-        differ = sum(negatives[(a, p)] != q for a, p, q in back)
+        # The kernels sort rows by label. Classes in reverse order put every pair on the other side of the diagonal, and
+        # leave the indices, which decide between equal distances, as they are.
+        straight, mirrored = facenet_ext.mine_triplets(base, labels), facenet_ext.mine_triplets(base, -labels)
+        differ = (straight.negative != mirrored.negative).sum().item()
         rows[f"{d} init"]["mirrored_selection_differs"] = differ
         if differ:
-            raise RuntimeError(
-                f"{d}: {differ} of {len(back)} selections depend on which side of the diagonal a pair stands"
-            )
-    worst = max(
-        r["other_negative_than_float64"] / max(r["sgemm_other_negative"], 1e-4) for k, r in rows.items() if "init" in k
-    )
-    if worst > 2:
-        raise RuntimeError(f"selection disagrees with float64 {worst:.1f} times as often as sgemm's")
+            raise RuntimeError(f"{d}: {differ} selections depend on which side of the diagonal a pair stands")
+    for name, row in rows.items():
+        ours, theirs = (row["pairs"] * row[key] for key in ("other_negative_than_float64", "sgemm_other_negative"))
+        if "init" in name and ours > 2 * theirs + 10:  # 10: rates of one in ten thousand are counted in few pairs
+            raise RuntimeError(f"{name}: {ours:.0f} selections differ from float64's, sgemm's {theirs:.0f}")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What of benchmarks/gpu_check.py can be rehearsed without a GPU: the report, the table, the choice of steps, exit status."""
+"""What of benchmarks/gpu_check.py can be rehearsed without a GPU: report, table, choice of steps, exit status."""
 
 import importlib.util
 import json

@@ -51,7 +51,8 @@ BUGS = {
     ),
     "swapped_accumulator_rows": ("tile.cuh", "lane / 4 + i / 2 * 8,", "lane / 4 + i % 2 * 8,", "plain"),
     "ties_to_the_highest_index": (
-        "select.cuh", "  const uint64_t key = pack(bits, index);", "  const uint64_t key = pack(bits, ~index);", "plain",
+        "select.cuh", "  const uint64_t key = pack(bits, index);", "  const uint64_t key = pack(bits, ~index);",
+        "plain",
     ),
     "farther_or_equal": (
         "finish.cuh", "count_below<true>(p.threshold + slot, count", "count_below<false>(p.threshold + slot, count",
