@@ -99,7 +99,8 @@ __device__ __forceinline__ void load_edge(const Problem<Acc>& p, const Rows<Acc>
   const int32_t source = inside ? position : rows.count - 1;
   const Acc scale = sizeof(Acc) == 8 ? Acc(1) : two_to<Acc>(rows.exponent[source] - max_exponent);
   edge.scale[thread] = scale;
-  edge.norm[thread] = rows.norm[source] * (scale * scale);
+  const Acc norm = rows.norm[source] * (scale * scale);
+  edge.norm[thread] = norm + (norm - norm);  // infinite: NaN, whichever format the products have
   edge.index[thread] = inside ? sorted_index(p, rows)[source] : -1;
   edge.mate_begin[thread] = are_anchors ? rows.mate_begin[source] : 0;
   edge.mate_end[thread] = are_anchors ? rows.mate_end[source] : 0;
