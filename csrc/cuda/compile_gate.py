@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Compiles every kernel for every architecture and fails on a spill, a stack frame or a missing mma. Needs no GPU.
+
+python csrc/cuda/compile_gate.py [--architectures 80,86,89,90,100,120]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# mma.sync in the PTX of one kernel: per 64 bytes of k, a warp's 32 x 32 products take 2 x 4 blocks of mma, the norms 2.
+MMA = {"split": 3 * (2 * 4 + 2), "half": 2 * (2 * 4 + 2), "bfloat": 2 * (2 * 4 + 2), "simt32": 0, "simt64": 0}
+MATH = ("split", "half", "bfloat", "simt32", "simt64")  # in the order of facenet_ext::cuda::Math
+LIMIT = 128  # registers of each of 512 threads
+
+
+def nvcc(*arguments: str) -> str:
+    command = [
+        os.environ.get("NVCC", "nvcc"),
+        "-std=c++17",
+        "-O3",
+        "-DFACENET_EXT_WITH_CUDA",
+        f"-I{HERE.parent}",
+        *arguments,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def kernel_name(mangled: str) -> str:
+    math = MATH[int(re.search(r"MathE(\d)", mangled)[1])]
+    kind = re.search(r"MathE\dE(NS0_4Half|NS0_6Bfloat|f|d)E", mangled)[1]
+    return f"{math}, {({'f': 'float32', 'd': 'float64'}).get(kind, kind[5:].lower())}"
+
+
+def check_source(source: Path, architectures: list[str], directory: Path) -> list[tuple]:
+    """Rows (architecture, kernel, registers, spilled, stack, mma) of one .cu file."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    report = nvcc(*targets, "-Xptxas", "-v", "-c", str(source), "-o", str(directory / f"{source.stem}.o"))
+    ptx_file = directory / f"{source.stem}.ptx"
+    nvcc("-arch=compute_80", "-ptx", str(source), "-o", str(ptx_file))
+    bodies = re.split(r"^\s*\.visible \.entry ", ptx_file.read_text(), flags=re.M)[1:]
+    mma = {kernel_name(body.split("(", 1)[0]): len(re.findall(r"\bmma\.sync", body)) for body in bodies}
+    rows = []
+    for part in report.split("Compiling entry function '")[1:]:
+        name = kernel_name(part.split("'", 1)[0])
+        architecture = re.search(r"for 'sm_(\d+)", part)[1]
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+        ).groups()
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        rows.append((int(architecture), name, registers, int(stores) + int(loads), int(stack), mma[name]))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architectures", default="80,86,89,90,100,120", help="comma-separated (default: %(default)s)")
+    architectures = parser.parse_args().architectures.split(",")
+    sources = sorted(HERE.glob("triplet_*.cu"))
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        results = pool.map(lambda source: check_source(source, architectures, Path(directory)), sources)
+        rows = sorted(row for result in results for row in result)
+    failed = 0
+    print(f"{'sm':>4} {'kernel':20} {'registers':>9} {'spilled':>8} {'stack':>6} {'mma':>4}")
+    for architecture, name, registers, spilled, stack, mma in rows:
+        tensor = int(architecture) >= 80
+        good = spilled == 0 and stack == 0 and registers <= LIMIT and (mma == MMA[name.split(",")[0]] or not tensor)
+        failed += not good
+        row = f"{architecture:>4} {name:20} {registers:>9} {spilled:>8} {stack:>6} {mma:>4}"
+        print(row if good else f"{row}   <- FAILED")
+    expected = 9 * len(architectures)
+    if len(rows) != expected:
+        print(f"{len(rows)} kernels were compiled, expected {expected}")
+        failed += 1
+    print("compile gate:", "failed" if failed else "passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+// Device primitives: everything that is not plain C++ and that a CPU cannot run by itself stands here, in functions small enough
+// to have a twin in tests/emulated/emulated_cuda.h, which defines the same names (and CUDA's own: __syncthreads, __shfl_sync,
+// atomicMin, …) for the host compiler.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "triplet.h"
+
+#ifdef FACENET_EXT_EMULATED
+#include "emulated_cuda.h"
+#else
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// The block's dynamic shared memory. Phases share it one after the other; each lays it out with a Carver.
+#define FACENET_EXT_SHARED_MEMORY(name) extern __shared__ __align__(16) uint8_t name[]
+
+namespace facenet_ext::cuda {
+
+constexpr int kSharedRedzone = 0;  // emulation: bytes between two shared arrays, poisoned
+__host__ __device__ inline void poison_shared(void*, int64_t, void*) {}
+
+// All threads of the grid; needs a cooperative launch. Orders every access to global memory before it against those after it.
+__device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+// threadIdx.x, blockIdx.x and gridDim.x, read anew: what is derived from them need not wait in registers while a tile's products
+// fill them. (The compiler would hoist every phase's addresses out of the loop over passes, and spill them.)
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+__device__ __forceinline__ int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+__device__ __forceinline__ int grid_size() {
+  int size;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(size));
+  return size;
+}
+
+
+// A value that other threads change with atomics meanwhile: some value it had, never torn, never from a stale L1 line.
+template <class T>
+__device__ __forceinline__ T load_relaxed(const T* p) {
+  return *const_cast<const volatile T*>(p);
+}
+
+// 16 bytes from global to shared memory; done after a cp_async_wait of the same thread, seen by others after a barrier.
+__device__ __forceinline__ void cp_async_16(void* to_shared, const void* from_global) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from_global) : "memory");
+#else
+  *static_cast<uint4*>(to_shared) = *static_cast<const uint4*>(from_global);
+#endif
+}
+__device__ __forceinline__ void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int kStillInFlight>  // of the groups that this thread committed, all but the youngest kStillInFlight have landed
+__device__ __forceinline__ void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kStillInFlight) : "memory");
+#endif
+}
+
+// c[16 x 8] += a[16 x 16] * b[16 x 8], products exact, sums in float32. With g = lane / 4 and t = lane % 4 (PTX ISA):
+//   a: {(g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..)}   b: {(2t.., g), (2t + 8.., g)}   two elements in each
+//   c: {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)}
+__device__ __forceinline__ void mma_16x8x16_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  __trap();  // the launcher sends such a device to Math::simt32
+#endif
+}
+__device__ __forceinline__ void mma_16x8x16_bfloat(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  __trap();
+#endif
+}
+
+// Asks nothing of the device that could wait for it; 48 KB if it cannot be asked.
+inline int64_t max_shared_bytes() {
+  int device = 0, bytes = 48 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// Enqueues kernel(problem) on `stream`, all blocks resident at a time so that grid_sync() works.
+template <class Problem>
+Status launch_cooperative(void (*kernel)(Problem), const char* name, unsigned blocks, unsigned threads, size_t shared,
+                          void* stream, Problem problem) {
+  void* parameters[] = {&problem};
+  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared));
+  if (error == cudaSuccess) {
+    error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), parameters, shared,
+                                        static_cast<cudaStream_t>(stream));
+  }
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();  // the error is reported here, not by the next call of whoever shares the device
+  return {Code::cuda, name, cudaGetErrorString(error)};
+}
+inline Status fill_zero(void* memory, int64_t bytes, void* stream) {
+  if (memory == nullptr || bytes == 0) return {};
+  const cudaError_t error = cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();
+  return {Code::cuda, "fill_zero", cudaGetErrorString(error)};
+}
+
+__device__ __forceinline__ uint16_t half_from_float(float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ __forceinline__ float float_from_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ __forceinline__ uint16_t bfloat_from_float(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+
+}  // namespace facenet_ext::cuda
+#endif  // FACENET_EXT_EMULATED
+
+namespace facenet_ext::cuda {
+
+constexpr uint32_t kWholeWarp = 0xffffffffu;
+
+__device__ __forceinline__ float float_from_bfloat(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+
+// Element types of the input, as bits: no vendor type leaves this header.
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat {
+  uint16_t bits;
+};
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(Half x) { return float_from_half(x.bits); }
+__device__ __forceinline__ float widen(Bfloat x) { return float_from_bfloat(x.bits); }
+__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
+__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
+__device__ __forceinline__ void narrow(float x, Half& to) { to.bits = half_from_float(x); }
+__device__ __forceinline__ void narrow(float x, Bfloat& to) { to.bits = bfloat_from_float(x); }
+
+// Bits whose unsigned order is the order of values that are >= +0; NaN comes last.
+__device__ __forceinline__ uint32_t ordered_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ uint64_t ordered_bits(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {  // the same bits in every lane: both sides of an exchange add the same two numbers
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kWholeWarp, x, step);
+  return x;
+}
+template <class T>
+__device__ __forceinline__ T warp_max(T x) {
+  for (int step = 16; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(kWholeWarp, x, step);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+__device__ __forceinline__ uint64_t atomic_min(uint64_t* p, uint64_t x) {
+  return atomicMin(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
+}
+__device__ __forceinline__ uint64_t atomic_max(uint64_t* p, uint64_t x) {
+  return atomicMax(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
+}
+__device__ __forceinline__ uint64_t atomic_add(uint64_t* p, uint64_t x) {
+  return atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
+}
+
+// Hands out pieces of one buffer. Host (null base: sizes) and device run the same sequence of take()s.
+struct Carver {
+  uint8_t* base;
+  int64_t used = 0;
+  bool shared = false;
+
+  template <class T>
+  __host__ __device__ T* take(int64_t count) {
+    used = (used + 15) / 16 * 16;
+    T* piece = reinterpret_cast<T*>(base + used);
+    used += count * static_cast<int64_t>(sizeof(T));
+    if (shared) {
+      used = (used + 15) / 16 * 16;
+      if (base != nullptr) poison_shared(piece, count * static_cast<int64_t>(sizeof(T)), base + used);
+      used += kSharedRedzone;
+    }
+    return piece;
+  }
+};
+
+}  // namespace facenet_ext::cuda

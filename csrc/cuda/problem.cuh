@@ -1,0 +1,286 @@
+// What a kernel gets: the caller's pointers, the options, and the workspace, carved by one function that also sizes it.
+#pragma once
+
+#include "device.cuh"
+#include "triplet.h"
+
+namespace facenet_ext::cuda {
+
+#ifndef FACENET_EXT_WARPS_PER_SIDE
+#define FACENET_EXT_WARPS_PER_SIDE 4  // the emulated tests also build with 2: smaller tiles, more ragged edges
+#endif
+
+// Every tuning constant. A block computes one kSide x kSide tile of distances at a time, a warp 32 x 32 of it.
+constexpr int kWarpsPerSide = FACENET_EXT_WARPS_PER_SIDE;
+constexpr int kWarps = kWarpsPerSide * kWarpsPerSide;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kSide = 32 * kWarpsPerSide;
+constexpr int kStageBytes = 64;   // of every row, per stage of the copy ring: 16 split floats, 32 halves or 8 doubles
+constexpr int kStages = 3;        // of the ring
+constexpr int kUnit = 16;         // rows prepared together: the height of an mma
+#ifndef FACENET_EXT_SORT_CHUNK
+#define FACENET_EXT_SORT_CHUNK 4096  // up to here labels are sorted by counting alone; the tests build with 64
+#endif
+constexpr int kSortChunk = FACENET_EXT_SORT_CHUNK;
+constexpr int kWarpSort = FACENET_EXT_SORT_CHUNK < 128 ? 16 : 128;  // longer lists are sorted by a block
+constexpr int kTileGroup = 8;     // rows of tiles that walk down the columns together, so that L2 serves them
+static_assert(kSortChunk % kUnit == 0 && kUnit <= 32);
+static_assert(2 * kSide * (kStageBytes / 16) % kThreads == 0, "every thread copies as many 16-byte pieces");
+
+// How products of rows are computed; what a row looks like in `operand`.
+enum class Math {
+  split,   // float: each element as the pair of halves (hi, lo * 2^11); three products on tensor cores
+  half,    // halves as they are, one product
+  bfloat,  // bfloat16 as they are, one product
+  simt32,  // floats on CUDA cores: for devices whose tensor cores lack this mma
+  simt64,  // doubles on CUDA cores
+};
+template <Math M>
+struct MathTraits {
+  using Acc = float;
+  static constexpr int kElementBytes = 4;
+  static constexpr int kRounds = 1;  // sweeps over the distances: a float and an index are compared as one 64-bit word
+};
+template <>
+struct MathTraits<Math::half> : MathTraits<Math::split> {
+  static constexpr int kElementBytes = 2;
+};
+template <>
+struct MathTraits<Math::bfloat> : MathTraits<Math::half> {};
+template <>
+struct MathTraits<Math::simt64> {
+  using Acc = double;
+  static constexpr int kElementBytes = 8;
+  static constexpr int kRounds = 2;  // first the smallest value, then the smallest index that has it
+};
+
+// Anchors or candidates. "Position" is a row's place after sorting by (label, index), "index" its place in the input.
+template <class Acc>
+struct Rows {
+  const void* x;          // [count, D] input type, rows `stride` elements apart
+  const int64_t* labels;  // [count]
+  int64_t stride;
+  int32_t count;
+  int64_t* sorted_label[2];   // [count] by position; two buffers for the merges, the sorted one is the last written
+  int32_t* sorted_index[2];   // [count] by position: the index
+  int32_t* position;          // [count] by index: the position
+  int32_t* mate_begin;        // [count] by position: rows of the other set (the same one if plain) with this label stand at
+  int32_t* mate_end;          //         positions mate_begin .. mate_end there
+  uint8_t* operand;           // [count, pitch] bytes by position, zero behind element D
+  Acc* norm;                  // [count] by position: the row's product with itself, by the arithmetic of the tiles, scaled
+  int32_t* exponent;          // [count] by position: operand = row * 2^-exponent
+  Acc* inverse_norm;          // [count] by index: what the row is multiplied by if it is to be normalised
+  Acc* gradient;              // [count, D] by index: running sum over passes; null: no gradient asked for
+  void* gradient_out;         // [count, D] input type
+};
+
+struct Facts {  // of a unit of rows, of all rows in the end
+  int32_t max_positives;
+  int32_t max_exponent;
+  int32_t has_nonfinite;
+};
+constexpr int32_t kNoExponent = -(1 << 20);  // a row of zeros
+
+struct Counters {
+  uint64_t pairs, active, fallback;
+  uint64_t max_d2_ap;  // ordered bits of a double
+  uint64_t list_end;   // entries of `list` given away so far
+};
+
+template <class Acc>
+struct Problem {
+  Rows<Acc> anchors, candidates;  // the same if plain
+  bool plain;                     // anchors are the candidates: distances are symmetric and half of the tiles do
+  bool anchors_are_candidates;    // at index anchor_offset + a
+  bool mining, normalize, euclidean, skip_fallback, wants_gradient;
+  Reduction reduction;
+  int32_t anchor_offset;
+  int32_t dim;
+  int32_t pitch;         // bytes of a row in `operand`, a multiple of kStageBytes
+  int32_t merges;        // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
+  int32_t shared_slots;  // an anchor's buckets that fit in shared memory
+  Acc margin;
+
+  // Anchors are worked off in passes of as many as there are slots for; all passes have the same stride = max positives.
+  int32_t slots;         // places for (anchor, positive) pairs and as many buckets
+  Acc* d2_ap;            // [slots] selection distances in order of the positive; after finish() the pair's gradient coefficient
+  Acc* threshold;        // [slots] the same, ascending
+  uint64_t* best;        // [slots] bucket r: the closest negative with threshold[r] < d <= threshold[r + 1]
+  uint32_t* best_index;  // [slots] double only: its index
+  Acc* coefficient;      // [slots] after finish(): gradient coefficient of the negative whose run of buckets starts here, or 0
+  int32_t* negative;     // [slots] its candidate index
+  int32_t* list_place;   // [slots] its place in that candidate's list
+  int32_t* list;         // [slots] in the memory of `best`: per candidate the slots that chose it
+  int32_t* sorted_list;  // [slots] in the memory of `best`: the same, ascending
+  uint64_t* farthest;         // [A] by position
+  uint32_t* farthest_index;   // [A] double only
+  double* loss_of_anchor;     // [A] by position
+  double* sum_d2_ap;          // [A]
+  double* sum_d2_an;          // [A]
+  int32_t* times_chosen;      // [C] by index: entries in its list
+  int32_t* list_begin;        // [C]
+  Facts* facts;               // [units]
+  Counters* counters;         // [1]
+
+  // outputs, see triplet.h
+  void* loss;
+  int64_t* stat_counts;
+  void* stat_d2;
+  const int64_t* pair_begin;
+  int64_t* out_positive;
+  int64_t* out_negative;
+  void* out_d2_ap;
+  void* out_d2_an;
+  uint8_t* out_is_fallback;
+};
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Slots per row of input. With them a float problem needs 22 N D + 950 N bytes, a double one 21.5 N D + 860 N.
+template <class Acc>
+int64_t slots_for(int64_t rows, int64_t dim, int64_t anchors, int64_t candidates) {
+  const int64_t per_row = sizeof(Acc) == 4 ? 24 + dim / 2 : 14 + dim / 8;
+  const int64_t all = candidates < (int64_t(1) << 31) / (anchors + 1) ? anchors * candidates : INT32_MAX;
+  const int64_t some = rows < (int64_t(1) << 31) / per_row ? rows * per_row : INT32_MAX;
+  const int64_t wanted = all < some ? all : some;
+  return wanted > candidates ? wanted : candidates;  // at least one anchor fits, whatever its class
+}
+
+// Lays the workspace out from `base` (null: only to size it) and returns the bytes.
+template <Math M>
+int64_t make_problem(const TripletArgs& args, uint8_t* base, Problem<typename MathTraits<M>::Acc>& p) {
+  using Acc = typename MathTraits<M>::Acc;
+  Carver carver{base};
+  p.plain = args.num_anchors == args.num_candidates && args.anchor_offset == 0;
+  p.anchors_are_candidates = args.anchor_offset >= 0;
+  p.mining = args.pair_begin != nullptr;
+  p.normalize = args.normalize;
+  p.euclidean = args.distance == Distance::euclidean;
+  p.skip_fallback = args.fallback == Fallback::skip && !p.mining;
+  p.wants_gradient = args.grad_candidates != nullptr || args.grad_anchors != nullptr;
+  p.reduction = args.reduction;
+  p.anchor_offset = static_cast<int32_t>(args.anchor_offset);
+  p.dim = static_cast<int32_t>(args.dim);
+  p.pitch = static_cast<int32_t>(divide_up(args.dim * MathTraits<M>::kElementBytes, kStageBytes) * kStageBytes);
+  p.margin = static_cast<Acc>(args.margin);
+  const int64_t longest = args.num_anchors > args.num_candidates ? args.num_anchors : args.num_candidates;
+  p.merges = 0;
+  while ((int64_t(kSortChunk) << p.merges) < longest) ++p.merges;
+
+  const auto carve_rows = [&](Rows<Acc>& rows, const void* x, const int64_t* labels, int64_t stride, int64_t count, void* out) {
+    rows.x = x;
+    rows.labels = labels;
+    rows.stride = stride;
+    rows.count = static_cast<int32_t>(count);
+    for (int buffer = 0; buffer < 2; ++buffer) {
+      rows.sorted_label[buffer] = carver.take<int64_t>(count);
+      rows.sorted_index[buffer] = carver.take<int32_t>(count);
+    }
+    rows.position = carver.take<int32_t>(count);
+    rows.mate_begin = carver.take<int32_t>(count);
+    rows.mate_end = carver.take<int32_t>(count);
+    rows.operand = carver.take<uint8_t>(count * p.pitch);
+    rows.norm = carver.take<Acc>(count);
+    rows.exponent = carver.take<int32_t>(count);
+    rows.inverse_norm = carver.take<Acc>(count);
+    rows.gradient = carver.take<Acc>(count * p.dim);
+    rows.gradient_out = out;
+  };
+  carve_rows(p.candidates, args.candidates, args.candidate_labels, args.candidate_stride, args.num_candidates,
+             args.grad_candidates);
+  if (p.plain) {
+    p.anchors = p.candidates;
+  } else {
+    carve_rows(p.anchors, args.anchors, args.anchor_labels, args.anchor_stride, args.num_anchors, args.grad_anchors);
+  }
+
+  const int64_t rows = p.plain ? args.num_candidates : args.num_anchors + args.num_candidates;  // N
+  const int64_t slots = slots_for<Acc>(rows, args.dim, args.num_anchors, args.num_candidates);
+  p.slots = static_cast<int32_t>(slots);
+  p.d2_ap = carver.take<Acc>(slots);
+  p.threshold = carver.take<Acc>(slots);
+  p.best = carver.take<uint64_t>(slots);
+  p.best_index = carver.take<uint32_t>(sizeof(Acc) == 8 ? slots : 0);
+  p.coefficient = carver.take<Acc>(slots);
+  p.negative = carver.take<int32_t>(slots);
+  p.list_place = carver.take<int32_t>(slots);
+  p.list = reinterpret_cast<int32_t*>(p.best);
+  p.sorted_list = p.list + slots;
+  p.farthest = carver.take<uint64_t>(args.num_anchors);
+  p.farthest_index = carver.take<uint32_t>(sizeof(Acc) == 8 ? args.num_anchors : 0);
+  p.loss_of_anchor = carver.take<double>(args.num_anchors);
+  p.sum_d2_ap = carver.take<double>(args.num_anchors);
+  p.sum_d2_an = carver.take<double>(args.num_anchors);
+  p.times_chosen = carver.take<int32_t>(args.num_candidates);
+  p.list_begin = carver.take<int32_t>(args.num_candidates);
+  p.facts = carver.take<Facts>(divide_up(args.num_candidates, kUnit) + (p.plain ? 0 : divide_up(args.num_anchors, kUnit)));
+  p.counters = carver.take<Counters>(1);
+
+  p.loss = args.loss;
+  p.stat_counts = args.stat_counts;
+  p.stat_d2 = args.stat_d2;
+  p.pair_begin = args.pair_begin;
+  p.out_positive = args.positive;
+  p.out_negative = args.negative;
+  p.out_d2_ap = args.d2_ap;
+  p.out_d2_an = args.d2_an;
+  p.out_is_fallback = args.is_fallback;
+  return carver.used;
+}
+
+// ---- what every phase asks ------------------------------------------------------------------------------------------
+
+template <class Acc>
+__device__ __forceinline__ const int32_t* sorted_index(const Problem<Acc>& p, const Rows<Acc>& rows) {
+  return rows.sorted_index[p.merges & 1];
+}
+
+// Position among the candidates of the anchor at position a, or -1: it is none.
+template <class Acc>
+__device__ __forceinline__ int32_t own_position(const Problem<Acc>& p, int32_t a) {
+  if (p.plain) return a;
+  if (!p.anchors_are_candidates) return -1;
+  return p.candidates.position[p.anchor_offset + sorted_index(p, p.anchors)[a]];
+}
+
+// Pairs of an anchor whose label the candidates at positions begin .. end have: none if all of them have it.
+template <class Acc>
+__device__ __forceinline__ int32_t count_positives(const Problem<Acc>& p, int32_t begin, int32_t end) {
+  const int32_t size = end - begin;
+  if (size == 0 || size == p.candidates.count) return 0;
+  return size - (p.anchors_are_candidates ? 1 : 0);
+}
+
+// Place of the positive at position c among the positives of an anchor that stands at position `own` (or -1).
+__device__ __forceinline__ int32_t positive_rank(int32_t begin, int32_t own, int32_t c) {
+  return c - begin - (own >= 0 && c > own ? 1 : 0);
+}
+
+constexpr int32_t kPositives = -1;  // a task of a pass; the others are the rounds of the sweep, 0 and up
+
+// The anchors of one pass and what is done with them. All blocks see the same facts, so all make the same passes.
+struct Pass {
+  int32_t begin, end;  // positions of anchors
+  int32_t width;       // anchors whose slots fit
+  int32_t stride;      // slots of each
+  int32_t max_exponent;
+  int32_t task;
+  __device__ __forceinline__ bool has(int32_t a) const { return a >= begin && a < end; }
+  __device__ __forceinline__ int64_t slot(int32_t a) const { return int64_t(a - begin) * stride; }
+  __device__ __forceinline__ bool is_first() const { return begin == 0; }
+  __device__ __forceinline__ bool is_last(int32_t anchors) const { return end == anchors; }
+  __device__ __forceinline__ void advance(int32_t anchors) {
+    task = kPositives;
+    begin = end;
+    end = end < anchors - width ? end + width : anchors;
+  }
+};
+template <class Acc>
+__device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, const Facts& facts) {
+  const int32_t stride = max(facts.max_positives, 1);
+  Pass pass{0, 0, p.slots / stride, stride, facts.max_exponent, kPositives};
+  pass.advance(p.anchors.count);
+  return pass;
+}
+
+}  // namespace facenet_ext::cuda

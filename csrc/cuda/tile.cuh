@@ -1,0 +1,265 @@
+// One kSide x kSide tile of squared distances: d(a, b) = norm_a + norm_b - 2 a.b, in units of the largest row's scale.
+//
+//            columns: 32 per warp                    A warp (m, n) owns 32 x 32 products, all of them in registers.
+//          n = 0     1     2     3                   The rows stream through shared memory in stages of 64 bytes per row
+//        +-----+-----+-----+-----+                   (16 KB for both operands), kStages deep, copied asynchronously.
+//  m = 0 |w 0  |w 1  |w 2  |w 3  |  32 rows          At the end the distances go to shared memory, part by part
+//        +-----+-----+-----+-----+                   (kPart columns of all rows), where any thread may walk along a row or
+//      1 |w 4  |     |     |     |                   down a column: the fragment layout of the products suits neither.
+//        +-----+-----+-----+-----+
+//      2 |     |     |     |     |                   FLOPs: 2 kSide^2 D per product of the format (split: 3).
+//        +-----+-----+-----+-----+                   Bytes from L2: 2 kSide pitch.
+//      3 |     |     |     |w 15 |                   Rows beyond the end repeat the last one; who reads a distance
+//        +-----+-----+-----+-----+                   must know the true edge.
+#pragma once
+
+#include "prepare.cuh"
+
+namespace facenet_ext::cuda {
+
+// Columns of a part: two warps of floats, one of doubles.
+template <class Acc>
+constexpr int kPartWarps = sizeof(Acc) == 4 ? kWarpsPerSide / 2 : 1;
+template <class Acc>
+constexpr int kPart = 32 * kPartWarps<Acc>;
+template <class Acc>
+constexpr int kParts = kWarpsPerSide / kPartWarps<Acc>;
+
+// What a tile knows of its rows and columns beside their operands.
+template <class Acc>
+struct Edge {
+  Acc norm[kSide];
+  Acc scale[kSide];
+  int32_t index[kSide];       // in the input; -1 beyond the end
+  int32_t mate_begin[kSide];  // the class, as positions among the columns' set
+  int32_t mate_end[kSide];
+  int32_t own[kSide];         // the row's own position among the candidates, or -1
+};
+
+// Where a block stands among its tiles. One thread moves it; the others read it, so that no register holds it meanwhile.
+struct Cursor {
+  int32_t row, column;  // first position of the tile; row < 0: no tile is left
+  int32_t top, next;    // sweep: first row of tiles of the group, next tile of this block in the group
+  int32_t band_end;     // positives: end of the candidates that the row of tiles meets
+  int64_t unit;         // positives: tiles passed so far, over all blocks
+};
+
+// Whether the tile's columns are anchors too: it stands for its mirror image.
+template <class Acc>
+__device__ __forceinline__ bool serves_columns(const Problem<Acc>& p, const Pass& pass, const Cursor& cursor) {
+  return pass.task != kPositives && p.plain && cursor.row != cursor.column;
+}
+
+// Bucket r of every anchor of the rows and of a part's columns, in shared memory: lane = anchor reads without bank conflicts,
+// whatever buckets the lanes are at.
+template <class Acc>
+struct Buckets {
+  uint64_t row_best[kSide];
+  uint64_t column_best[kPart<Acc>];
+  Acc row_threshold[kSide];
+  Acc column_threshold[kPart<Acc>];
+};
+
+template <class Acc>
+struct TileShared {
+  Cursor* cursor;
+  Edge<Acc>* row;
+  Edge<Acc>* column;
+  uint8_t* ring;  // [kStages][2 kSide][kStageBytes]
+  Acc* part;      // [kSide][kPart + 1], in the ring's memory: the ring is empty when a part is written
+  Buckets<Acc>* buckets;  // [shared_slots]
+};
+
+template <class Acc>
+__host__ __device__ TileShared<Acc> carve_tile(Carver& carver, int32_t shared_slots) {
+  constexpr int64_t kRing = int64_t(kStages) * 2 * kSide * kStageBytes;
+  constexpr int64_t kPartBytes = int64_t(kSide) * (kPart<Acc> + 1) * sizeof(Acc);
+  TileShared<Acc> s;
+  s.cursor = carver.take<Cursor>(1);
+  s.row = carver.take<Edge<Acc>>(1);
+  s.column = carver.take<Edge<Acc>>(1);
+  s.ring = carver.take<uint8_t>(kRing > kPartBytes ? kRing : kPartBytes);
+  s.part = reinterpret_cast<Acc*>(s.ring);
+  s.buckets = carver.take<Buckets<Acc>>(shared_slots);
+  return s;
+}
+
+template <class Acc>
+__device__ __forceinline__ Acc two_to(int32_t e) {
+  return ldexp(Acc(1), e < -126 ? -126 : e);
+}
+
+// Loads an edge; the barrier is the caller's. is_anchor: the rows are anchors, whose class is looked up among the candidates.
+template <class Acc>
+__device__ __forceinline__ void load_edge(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t first, int32_t max_exponent,
+                                          bool are_anchors, int thread, Edge<Acc>& edge) {
+  if (thread < 0 || thread >= kSide) return;
+  const int32_t position = first + thread;
+  const bool inside = position < rows.count;
+  const int32_t source = inside ? position : rows.count - 1;
+  const Acc scale = sizeof(Acc) == 8 ? Acc(1) : two_to<Acc>(rows.exponent[source] - max_exponent);
+  edge.scale[thread] = scale;
+  const Acc norm = rows.norm[source] * (scale * scale);
+  edge.norm[thread] = norm + (norm - norm);  // infinite: NaN, whichever format the products have
+  edge.index[thread] = inside ? sorted_index(p, rows)[source] : -1;
+  edge.mate_begin[thread] = are_anchors ? rows.mate_begin[source] : 0;
+  edge.mate_end[thread] = are_anchors ? rows.mate_end[source] : 0;
+  edge.own[thread] = are_anchors ? own_position(p, source) : -1;
+}
+
+// The products of one warp's 32 x 32 and the way to them.
+template <Math M>
+struct Products {  // on tensor cores
+  static constexpr bool kSplit = M == Math::split;
+  float hh[2][4][4];
+  float hl[kSplit ? 2 : 1][kSplit ? 4 : 1][4];
+
+  __device__ __forceinline__ void clear() {
+    for (int m = 0; m < 2; ++m) {
+      for (int n = 0; n < 4; ++n) {
+        for (int i = 0; i < 4; ++i) hh[m][n][i] = hl[kSplit ? m : 0][kSplit ? n : 0][i] = 0;
+      }
+    }
+  }
+  // Eight lanes read 128 contiguous bytes of two neighbouring rows: no bank conflict.
+  __device__ __forceinline__ void add_stage(const uint8_t* rows, const uint8_t* columns, int lane) {
+    const int at = lane / 4 * kStageBytes + lane % 4 * 16;
+    const auto load = [&](const uint8_t* from, int row) { return *reinterpret_cast<const uint4*>(from + row * kStageBytes + at); };
+    const Fragments<M> a[2] = {Fragments<M>::of(load(rows, 0), load(rows, 8)), Fragments<M>::of(load(rows, 16), load(rows, 24))};
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const uint4 b = load(columns, 8 * n);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) a[m].multiply(b, hh[m][n], hl[kSplit ? m : 0][kSplit ? n : 0]);
+    }
+  }
+  // Calls body(i, row, column, product) for each of the 32 products of this lane.
+  template <class Body>
+  __device__ __forceinline__ void for_each(int lane, Body body) const {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float product = kSplit ? combine(hh[m][n][i], hl[kSplit ? m : 0][kSplit ? n : 0][i]) : hh[m][n][i];
+          body(16 * m + 4 * n + i, 16 * m + lane / 4 + i / 2 * 8, 8 * n + lane % 4 * 2 + i % 2, product);
+        }
+      }
+    }
+  }
+};
+
+template <class Acc>
+struct CoreProducts {  // on CUDA cores: one chain of fused multiply-adds in order of k, so d(a, b) = d(b, a) here too
+  Acc sum[4][8];
+
+  __device__ __forceinline__ void clear() {
+    for (int m = 0; m < 4; ++m) {
+      for (int n = 0; n < 8; ++n) sum[m][n] = 0;
+    }
+  }
+  __device__ __forceinline__ void add_stage(const uint8_t* rows, const uint8_t* columns, int lane) {
+    constexpr int kElements = kStageBytes / int(sizeof(Acc));
+    const Acc* a = reinterpret_cast<const Acc*>(rows) + lane / 4 * kElements;
+    const Acc* b = reinterpret_cast<const Acc*>(columns) + lane % 4 * kElements;
+#pragma unroll 2
+    for (int k = 0; k < kElements; ++k) {
+      Acc column[8];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) column[n] = b[4 * n * kElements + k];
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const Acc row = a[8 * m * kElements + k];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) sum[m][n] = fma(row, column[n], sum[m][n]);
+      }
+    }
+  }
+  template <class Body>
+  __device__ __forceinline__ void for_each(int lane, Body body) const {
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) body(8 * m + n, lane / 4 + 8 * m, lane % 4 + 4 * n, sum[m][n]);
+    }
+  }
+};
+template <>
+struct Products<Math::simt32> : CoreProducts<float> {};
+template <>
+struct Products<Math::simt64> : CoreProducts<double> {};
+
+// Computes the cursor's tile and calls body(part) for each part in s.part, between barriers: body may read s.part, the edges and
+// the cursor freely and must not wait for anything but this block.
+template <Math M, class Acc, class Body>
+__device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s,
+                                             Body body) {
+  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
+  const int32_t stages = p.pitch / kStageBytes;
+
+  // Piece i of this thread in every stage: 16 bytes of a row (i < half of the pieces) or of a column.
+  constexpr int kPieces = 2 * kSide * (kStageBytes / 16) / kThreads;
+  const uint8_t* from[kPieces];
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const int piece = i * kThreads + thread, row = piece / (kStageBytes / 16);
+    const Rows<Acc>& source = row < kSide ? p.anchors : p.candidates;
+    const int32_t position = row < kSide ? s.cursor->row + row : s.cursor->column + row - kSide;
+    from[i] = source.operand + int64_t(min(position, source.count - 1)) * p.pitch + piece % (kStageBytes / 16) * 16;
+  }
+  const auto copy_stage = [&](int32_t to) {  // offset in the ring
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      cp_async_16(s.ring + to + (i * kThreads + thread) * 16, from[i]);
+      from[i] += kStageBytes;
+    }
+  };
+#pragma unroll 1
+  for (int32_t stage = 0; stage < kStages - 1; ++stage) {
+    if (stage < stages) copy_stage(stage * (2 * kSide * kStageBytes));
+    cp_async_commit();  // also when empty: the count of groups then does not depend on the stage
+  }
+  load_edge(p, p.anchors, s.cursor->row, pass.max_exponent, true, thread, *s.row);
+  load_edge(p, p.candidates, s.cursor->column, pass.max_exponent, serves_columns(p, pass, *s.cursor),
+            thread - (kThreads > kSide ? kSide : 0), *s.column);
+
+  Products<M> products;
+  products.clear();
+  constexpr int32_t kStageStep = 2 * kSide * kStageBytes;
+  int32_t at = 0;  // of `stage` in the ring
+#pragma unroll 1  // unrolled, it would not fit in 128 registers
+  for (int32_t left = stages; left > 0; --left) {
+    cp_async_wait<kStages - 2>();  // this thread's pieces of the stage have landed
+    __syncthreads();               // everybody's have, and everybody is done with the stage that is overwritten next
+    if (left >= kStages) copy_stage(at == 0 ? (kStages - 1) * kStageStep : at - kStageStep);
+    cp_async_commit();
+    const uint8_t* ring = s.ring + at;
+    products.add_stage(ring + 32 * (warp / kWarpsPerSide) * kStageBytes,
+                       ring + (kSide + 32 * (warp % kWarpsPerSide)) * kStageBytes, lane);
+    at = at == (kStages - 1) * kStageStep ? 0 : at + kStageStep;
+  }
+  cp_async_wait<0>();
+
+  const int after = thread_index(), m = after / 32 / kWarpsPerSide, n = after / 32 % kWarpsPerSide;
+  Acc d2[32];  // half the registers of the accumulators, which end here
+  products.for_each(after % 32, [&](int i, int r, int c, Acc product) {
+    const int row = 32 * m + r, column = 32 * n + c;
+    const Acc scaled = product * (s.row->scale[row] * s.column->scale[column]);
+    const Acc value = fma(Acc(-2), scaled, s.row->norm[row] + s.column->norm[column]);
+    d2[i] = value < 0 ? Acc(0) : value;  // NaN stays, -0 does not occur
+  });
+#pragma unroll 1
+  for (int part = 0; part < kParts<Acc>; ++part) {
+    __syncthreads();  // the ring, or the part before, has been read
+    if (n / kPartWarps<Acc> == part) {
+      products.for_each(after % 32, [&](int i, int r, int c, Acc) {
+        s.part[(32 * m + r) * (kPart<Acc> + 1) + 32 * n + c - part * kPart<Acc>] = d2[i];
+      });
+    }
+    __syncthreads();  // the part is complete
+    body(part);
+  }
+}
+
+}  // namespace facenet_ext::cuda

@@ -1,0 +1,58 @@
+// The CUDA side of triplet.h: sizes the workspace, picks the kernel.
+#include "triplet_kernel.cuh"
+
+namespace facenet_ext::cuda {
+namespace {
+
+// Half precision that is not normalised is multiplied as it is; everything else of it becomes split floats.
+bool multiplies_halves(const TripletArgs& args) {
+  return (args.dtype == DType::float16 || args.dtype == DType::bfloat16) && !args.normalize;
+}
+
+bool has_tensor_cores(const TripletArgs& args) { return args.compute_capability >= 80; }
+
+template <Math M>
+int64_t bytes_with(const TripletArgs& args) {
+  Problem<typename MathTraits<M>::Acc> unused;
+  return make_problem<M>(args, nullptr, unused);
+}
+
+}  // namespace
+
+int64_t triplet_workspace_bytes(const TripletArgs& args) {
+  if (args.num_anchors == 0 || args.num_candidates == 0) return 0;
+  // The widest format that the options allow: sizes, dtype and device are known here, options are not.
+  const int64_t bytes = args.dtype == DType::float64 ? bytes_with<Math::simt64>(args) : bytes_with<Math::split>(args);
+  const bool plain = args.num_anchors == args.num_candidates && args.anchor_offset == 0;
+  const int64_t rows = args.num_candidates + (plain ? 0 : args.num_anchors);
+  const int64_t promised = 24 * rows * args.dim + 1024 * rows;
+  return bytes <= promised ? bytes : -1;  // -1 never happens: tests/emulated walks the sizes
+}
+
+Status launch_triplet(const TripletArgs& args) {
+  const char* const name = "cuda::launch_triplet";
+  if (args.num_candidates >= INT32_MAX || args.num_anchors >= INT32_MAX) {
+    return {Code::unsupported, name, "2^31 rows or more"};
+  }
+  if (args.dim < 1 || args.dim >= INT32_MAX / 8) return {Code::unsupported, name, "rows of no or of 2^28 elements"};
+  if (args.multiprocessors < 1) return {Code::invalid, name, "multiprocessors is not set"};
+  if (args.compute_capability < 75) return {Code::unsupported, name, "the device is older than compute capability 7.5"};
+
+  if (args.num_anchors == 0 || args.num_candidates == 0) {  // no pair: zeros
+    const bool wide = args.dtype == DType::float64;
+    const int64_t element = wide ? 8 : args.dtype == DType::float32 ? 4 : 2, scalar = wide ? 8 : 4;
+    Status status = fill_zero(args.loss, scalar, args.stream);
+    if (status.code == Code::ok) {
+      status = fill_zero(args.grad_candidates, args.num_candidates * args.dim * element, args.stream);
+    }
+    if (status.code == Code::ok) status = fill_zero(args.grad_anchors, args.num_anchors * args.dim * element, args.stream);
+    if (status.code == Code::ok) status = fill_zero(args.stat_counts, 3 * 8, args.stream);
+    if (status.code == Code::ok) status = fill_zero(args.stat_d2, 3 * scalar, args.stream);
+    return status;
+  }
+  if (args.dtype == DType::float64) return launch_float64(args);
+  if (!has_tensor_cores(args)) return launch_without_tensor_cores(args);
+  return multiplies_halves(args) ? launch_half(args) : launch_float32(args);
+}
+
+}  // namespace facenet_ext::cuda

@@ -1,0 +1,98 @@
+"""csrc/cuda on the CPU: the whole path behind triplet.h against float64, in three builds, with random schedules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cases import draw, simple
+from emulation import SCHEDULES, check, run, with_schedule
+
+BATCH = 20
+
+
+@pytest.mark.parametrize("first", range(0, 320, BATCH))
+def test_mixed_cases(programs, tmp_path, first):
+    check(programs(), [draw(seed) for seed in range(first, first + BATCH)], tmp_path)
+
+
+@pytest.mark.parametrize("first", range(1000, 1030, 10))
+def test_mixed_cases_with_the_tiles_of_the_real_build(programs, tmp_path, first):
+    check(programs("plain", 4, 4096), [draw(seed) for seed in range(first, first + 10)], tmp_path)
+
+
+@pytest.mark.parametrize("first", range(2000, 2060, 20))
+def test_mixed_cases_under_address_and_undefined_behaviour_sanitizers(programs, tmp_path, first):
+    check(programs("asan"), [draw(seed) for seed in range(first, first + 20)], tmp_path)
+
+
+@pytest.mark.parametrize("first", range(3000, 3020, 10))
+def test_mixed_cases_under_thread_sanitizer(programs, tmp_path, first):
+    check(programs("tsan"), [draw(seed, largest=70) for seed in range(first, first + 10)], tmp_path)
+
+
+def test_large_classes_take_several_passes(programs, tmp_path):
+    """Two features leave 25 slots per row, so anchors with 149 positives are worked off in six passes; their thresholds
+    and the lists of popular negatives are longer than a warp sorts."""
+    cases = [
+        simple(300, 2, 2, fallback="farthest", stats=True),
+        simple(300, 2, 2, rows="grid", margin=0.25, distance="euclidean"),
+        simple(260, 1, 3, rows="grid", margin=0.25, dtype="float64"),
+        simple(300, 2, 2, rows="collapsed", fallback="farthest", reduction="sum"),
+    ]
+    check(programs(), cases, tmp_path)
+
+
+def test_result_does_not_depend_on_schedule_or_grid(programs, tmp_path):
+    """Bit for bit: no float is added in an order that threads decide."""
+    for base in (simple(150, 33, 30, rows="mid", margin=1.0), simple(120, 3, 2, rows="duplicates", margin=0.25)):
+        runs = [(base, False)]
+        runs += [(with_schedule(base, schedule, seed), False) for schedule in SCHEDULES for seed in (2, 3)]
+        runs += [(replace(base, multiprocessors=m), False) for m in (1, 3)]
+        first, *others = run(programs(), runs, tmp_path)
+        for other in others:
+            assert other.loss == first.loss
+            np.testing.assert_array_equal(other.grad_candidates, first.grad_candidates)
+
+
+def test_distances_are_symmetric_bit_for_bit(programs, tmp_path):
+    """Symmetry is what lets one tile serve both sides: the same anchors, not in the plain form, where nothing is
+    mirrored, must select the same negatives."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((128, 70)).astype(np.float32).astype(np.float64)
+    labels = np.arange(128) // 2
+    whole = simple(128, 70, 64)
+    whole = replace(whole, x=x, labels=labels)
+    rows = replace(whole, offset=0, count=127)  # not the plain form: every tile is computed for its rows alone
+    mirrored, direct = run(programs(), [(whole, True), (rows, True)], tmp_path)
+    np.testing.assert_array_equal(mirrored.negative[:127], direct.negative)
+    np.testing.assert_array_equal(mirrored.is_fallback[:127], direct.is_fallback)
+
+
+def test_ranks_add_up_to_the_whole(programs, tmp_path):
+    """Anchors split over three callers, each with its offset, give the sums of the undivided call."""
+    whole = simple(100, 24, 20, rows="mid", margin=1.0, reduction="sum")
+    parts = [replace(whole, offset=offset, count=count) for offset, count in ((0, 40), (40, 35), (75, 25))]
+    first, *others = run(programs(), [(case, False) for case in (whole, *parts)], tmp_path)
+    assert sum(o.loss for o in others) == pytest.approx(first.loss, rel=1e-6)
+    np.testing.assert_allclose(sum(o.grad_candidates for o in others), first.grad_candidates, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("anchors", [0, 5])
+def test_nothing_to_compare_with_is_zero(programs, tmp_path, anchors):
+    case = simple(4, 8, 2)
+    empty = replace(
+        case, x=case.x[:0], labels=case.labels[:0], anchors=case.x[:anchors], anchor_labels=case.labels[:anchors]
+    )
+    (out,) = run(programs(), [(empty, False)], tmp_path)
+    assert out.loss == 0 and (out.grad_anchors == 0).all() and (out.stat_counts == 0).all()
+
+
+def test_workspace_keeps_its_promise(programs, tmp_path):
+    """24 N D + 1,024 N bytes: the runner fails if triplet_workspace_bytes asks for more, whatever the labels."""
+    cases = [
+        simple(n, d, 2, dtype=dtype) for n in (1, 2, 3, 17, 40) for d in (1, 5, 64) for dtype in ("float32", "float64")
+    ]
+    for case, out in zip(cases, run(programs(), [(case, False) for case in cases], tmp_path), strict=True):
+        assert 0 < out.workspace_bytes <= 24 * case.x.size + 1024 * len(case.x)
