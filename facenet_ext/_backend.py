@@ -151,8 +151,8 @@ def _launch(x: Tensor, y: Tensor, options: tuple, loss_outputs: tuple, mining_ou
         )
 
 
-# Each thread keeps its last CPU workspace, if small: fresh memory costs a page fault per 4 KiB touched, at N = 1800 several
-# hundred a call. torch caches GPU memory itself.
+# Each thread keeps its last CPU workspace, if small: fresh memory costs a page fault per 4 KiB touched, at N = 1800
+# several hundred a call. torch caches GPU memory itself.
 _KEPT_BYTES = 64 << 20
 _kept = threading.local()
 
