@@ -80,8 +80,9 @@ def accuracy(n: int = 2048) -> dict:
     """Selection distances are not an output, so their error is seen in what they decide: pairs that choose another
     negative than float64 does, and by how much; beside it the same for the expansion by sgemm. Bias and largest error
     of the direct-form values per band. Mirrored and unmirrored tiles must agree bit for bit."""
-    import facenet_ext
     import torch
+
+    import facenet_ext
 
     rows = {}
     for d in (64, 128, 512):
@@ -159,8 +160,9 @@ def accuracy(n: int = 2048) -> dict:
 
 def graphs() -> dict:
     """Captures forward and backward, replays on new data, and compares bit for bit with eager."""
-    import facenet_ext
     import torch
+
+    import facenet_ext
 
     labels = torch.arange(1800, device="cuda") // 40
     x = torch.nn.functional.normalize(torch.randn(1800, 128, device="cuda")).requires_grad_()
@@ -191,8 +193,9 @@ def graphs() -> dict:
 
 def times() -> dict:
     """Forward and backward, median of 30: eager and graph, hot and cold L2, at initialisation and separated."""
-    import facenet_ext
     import torch
+
+    import facenet_ext
 
     flush = torch.empty(256 * 1024 * 1024, dtype=torch.uint8, device="cuda")
     rows = {}
@@ -234,8 +237,9 @@ def times() -> dict:
 
 def small_set() -> None:
     """What compute-sanitizer watches: every input type, several passes, fallback, separate anchors of no label."""
-    import facenet_ext
     import torch
+
+    import facenet_ext
 
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for n, d, classes in ((300, 40, 40), (257, 3, 2)):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import draw, simple
+from emulated_cases import draw, simple
 from emulation import SCHEDULES, check, run, with_schedule
 
 BATCH = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from cases import simple
+from emulated_cases import simple
 from emulation import CSRC, Finding, build, check, with_schedule
 
 # name: (file, what stands there, what stands there instead, the build that must object)
