@@ -1,4 +1,5 @@
-// kernels FIRST COUNT: COUNT random problems through every path of the CPU backend, AVX-512 emulated. Exits with 1 on a failure.
+// kernels FIRST COUNT [threaded]: COUNT random problems through every path of the CPU backend, AVX-512 emulated. Exits with 1 on
+// a failure.
 #include <atomic>
 
 #include "oracle.h"
@@ -85,11 +86,12 @@ int main(int argc, char** argv) {
   using namespace facenet_ext::cpu::testing;
   const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
   const uint64_t count = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 200;
+  const bool threaded = argc > 3;
   Report report;
   check_interruption(report);
   for (uint64_t seed = first; seed < first + count; ++seed) {
-    check<float>(random_problem(seed, false), report);
-    if (seed % 5 == 0) check<double>(random_problem(seed / 5 + 7'000'000, true), report);
+    check<float>(random_problem(seed, false, threaded), report);
+    if (seed % 5 == 0) check<double>(random_problem(seed / 5 + 7'000'000, true, threaded), report);
   }
   std::printf("%llu problems, %lld pairs, %d failures; worst of tolerance: selection %.2f, gradient %.2f\n",
               static_cast<unsigned long long>(count), static_cast<long long>(report.pairs), report.failures,

@@ -94,19 +94,22 @@ inline void draw_row(Random& r, int g, int64_t label, double spread, int64_t D, 
   if (r.one_in(60)) std::fill(row, row + D, 0.0);
 }
 
-inline Problem random_problem(uint64_t seed, bool wide) {
+// threaded: several tiles and, from a million products on, several threads for certain.
+inline Problem random_problem(uint64_t seed, bool wide, bool threaded) {
   Random r{seed * 1000003};
   Problem p;
   p.C = r.size(400);
   p.D = r.size(600);
   const int64_t budget = 6'000'000;  // products: keeps the emulation quick
   while (p.C * p.C * p.D > budget && p.D > 40) p.D /= 2;
-  const int form = static_cast<int>(r.below(4));  // 0, 1: plain; 2: one rank's rows; 3: anchors are no candidates
+  if (threaded) p.C = 400 + r.below(200), p.D = 10 + r.below(10);
+  const int form = threaded ? 0 : static_cast<int>(r.below(4));  // 0, 1: plain; 2: one rank's rows; 3: anchors are no candidates
   p.A = p.C;
   if (form == 2) p.A = r.below(p.C + 1), p.offset = r.below(p.C - p.A + 1);
   if (form == 3) p.A = r.size(300) - r.one_in(20), p.offset = -1;
   if (form == 3 && r.one_in(30)) p.C = 0;
   int64_t K = r.size(300);
+  if (threaded) K = 1 + K % 40;
   if (seed % 101 == 7) {  // one class so large that its anchors' slots take several passes
     p.C = p.A = 1100, p.offset = 0, p.D = 3, K = 1050;
     if (seed % 2) p.A = 2000, p.C = 620, K = 590, p.offset = -1;
@@ -127,6 +130,7 @@ inline Problem random_problem(uint64_t seed, bool wide) {
   p.normalize = !p.exact && g != kScaled && r.one_in(3);
   p.threads = static_cast<int>(1 + r.below(3));
   p.other_threads = static_cast<int>(1 + r.below(3));
+  if (threaded) p.threads = 3, p.other_threads = 2;
 
   const double spread = r.uniform() * 2;
   const auto draw = [&](std::vector<double>& rows, const std::vector<int64_t>& labels) {
