@@ -1,0 +1,100 @@
+// kernels FIRST COUNT [threaded]: COUNT random problems through every path of the CPU backend, AVX-512 emulated. Exits with 1 on
+// a failure.
+#include <atomic>
+
+#include "oracle.h"
+
+namespace facenet_ext::cpu::testing {
+namespace {
+
+bool runs_here(const Kernels* k) { return k != &kernels_avx2 || (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+template <class T>
+bool all_nan(const std::vector<T>& v) {
+  return std::all_of(v.begin(), v.end(), [](T e) { return std::isnan(e); });
+}
+
+template <class T>
+void check_losses(const Kernels& k, const Problem& p, Oracle<T>& oracle, const Mined<T>& chosen, Report& report) {
+  const Loss<T> full = loss_of<T>(k, p, p.threads, true, true, true);
+  if (!p.finite) {  // must not look like a number
+    const bool nan = std::isnan(full.loss) && std::isnan(full.d2[0]) && std::isnan(full.d2[1]) && std::isnan(full.d2[2]);
+    if (!nan || !all_nan(full.grad) || !all_nan(full.agrad)) report.fail("a non-finite input, yet a number came out");
+    if (full.counts[0] || full.counts[1] || full.counts[2]) report.fail("a non-finite input, yet pairs were counted");
+    return;
+  }
+  oracle.check_loss(chosen, full);
+  // Without statistics the search stops at the margin, and threads share the work: no bit may change.
+  const Loss<T> pruned = loss_of<T>(k, p, p.other_threads, false, true, true);
+  if (pruned.loss != full.loss || !same_bits(pruned.grad, full.grad) || !same_bits(pruned.agrad, full.agrad))
+    report.fail("loss or gradient depends on the statistics or on the number of threads (" + std::to_string(p.other_threads) + ")");
+  if (loss_of<T>(k, p, p.threads, false, false, false).loss != full.loss) report.fail("loss depends on the gradient");
+  if (p.offset < 0) {
+    if (!same_bits(loss_of<T>(k, p, p.threads, false, false, true).agrad, full.agrad)) report.fail("grad_anchors alone differs");
+    if (!same_bits(loss_of<T>(k, p, p.threads, true, true, false).grad, full.grad)) report.fail("grad_candidates alone differs");
+  }
+}
+
+template <class T>
+void check(const Problem& p, Report& report) {
+  report.context = p.name;
+  Oracle<T> oracle(p, report);
+  const Mined<T> avx512 = mined<T>(kernels_avx512, p, oracle.begin, p.threads);
+  for (const Kernels* k : {&kernels_avx512, &kernels_avx2, &kernels_portable}) {
+    if (!runs_here(k)) continue;
+    report.context = p.name + " [" + k->name + "]";
+    const Mined<T> chosen = mined<T>(*k, p, oracle.begin, p.other_threads);
+    oracle.check_selection(chosen);
+    // Both fuse, in the same order over k: the same distances to the bit, so the same choice, near-ties included.
+    if (k != &kernels_portable && (!same_bits(chosen.negative, avx512.negative) || !same_bits(chosen.fallback, avx512.fallback)))
+      report.fail("chose another negative than AVX-512 with other threads");
+    check_losses<T>(*k, p, oracle, chosen, report);
+  }
+}
+
+// The calling thread polls; when told to stop the call returns, having written no loss.
+void check_interruption(Report& report) {
+  Random r{1};
+  Problem p;
+  p.A = p.C = 64;
+  p.D = 8;
+  for (int64_t i = 0; i < p.C; ++i) p.labels.push_back(i % 8);
+  for (int64_t i = 0; i < p.C * p.D; ++i) p.x.push_back(rounded(r.normal(), p.dtype));
+  p.ax = p.x;
+  p.alabels = p.labels;
+  for (const Kernels* k : {&kernels_avx512, &kernels_avx2, &kernels_portable}) {
+    if (!runs_here(k)) continue;
+    float loss = 77;
+    int polls = 0;
+    Call call(p);
+    call.args.loss = &loss;
+    call.args.interrupted = [](void* count) { return ++*static_cast<int*>(count) > 0; };
+    call.args.interrupted_context = &polls;
+    report.context = std::string("interruption [") + k->name + "]";
+    if (call.run(*k, 1).code != Code::interrupted || polls != 1 || loss != 77) report.fail("was not obeyed");
+  }
+}
+
+}  // namespace
+}  // namespace facenet_ext::cpu::testing
+
+int main(int argc, char** argv) {
+  using namespace facenet_ext::cpu::testing;
+  const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
+  const uint64_t count = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 200;
+  const bool threaded = argc > 3;
+  Report report;
+  check_interruption(report);
+  for (uint64_t seed = first; seed < first + count; ++seed) {
+    check<float>(random_problem(seed, false, threaded), report);
+    if (seed % 5 == 0) check<double>(random_problem(seed / 5 + 7'000'000, true, threaded), report);
+  }
+  std::printf("%llu problems, %lld pairs, %d failures; worst of tolerance: selection %.2f, gradient %.2f\n",
+              static_cast<unsigned long long>(count), static_cast<long long>(report.pairs), report.failures,
+              report.worst_excess, report.worst_gradient);
+  return report.failures ? 1 : 0;
+}
