@@ -158,7 +158,7 @@ def same_loss(loss: Tensor, gradient: Tensor, x: Tensor, y: Tensor) -> str:
     if not abs(loss - expected) <= 1e-4 * abs(expected) + 5 * MARGIN / max(pairs, 1):  # five pairs; catches NaN too
         return f"loss {float(loss):.7g}, the package's is {float(expected):.7g}"
     error = float((gradient - expected_gradient).norm() / expected_gradient.norm().clamp(min=1e-30))
-    return "" if error <= 0.05 else f"gradient differs from the package's by {100 * error:.3g} %"
+    return "" if error <= 0.15 else f"gradient differs from the package's by {100 * error:.3g} %"
 
 
 def same_triplets(loss: Tensor, gradient: Tensor, x: Tensor, y: Tensor) -> str:
