@@ -61,7 +61,7 @@ def triplet_loss(
     need_grad: bool,
     need_stats: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """loss [], its gradient [N, D] before the upstream factor, counts [3] int64, d2 [3]; None for what is not needed.
+    """loss [], its gradient [N, D] before the upstream factor, counts [5] int64, d2 [3]; None for what is not needed.
 
     All but the counts are in ``loss_dtype``. Without the counts the kernels may stop at the margin, which is faster.
     """
@@ -69,7 +69,7 @@ def triplet_loss(
     dtype, device = loss_dtype(x.dtype), x.device
     loss = torch.empty((), dtype=dtype, device=device)
     grad = torch.empty(x.shape, dtype=dtype, device=device) if need_grad else None
-    counts = torch.empty(3, dtype=torch.int64, device=device) if need_stats else None
+    counts = torch.empty(5, dtype=torch.int64, device=device) if need_stats else None
     d2 = torch.empty(3, dtype=dtype, device=device) if need_stats else None
     _launch(
         x,

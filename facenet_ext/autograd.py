@@ -113,7 +113,7 @@ def _(embeddings, labels, margin, fallback, distance, reduction, normalize, need
     return (
         embeddings.new_empty((), dtype=dtype),
         embeddings.new_empty(embeddings.shape if need_grad else 0, dtype=dtype),
-        embeddings.new_empty(3 if need_stats else 0, dtype=torch.int64),
+        embeddings.new_empty(5 if need_stats else 0, dtype=torch.int64),
         embeddings.new_empty(3 if need_stats else 0, dtype=dtype),
     )
 

@@ -73,7 +73,7 @@ def triplet_loss(
     )
     if not return_stats:
         return loss
-    pairs, active, fallbacks = counts.unbind()
+    pairs, active, fallbacks, _, _ = counts.unbind()
     mean_d2_ap, mean_d2_an, max_d2_ap = d2.unbind()
     return loss, TripletStats(
         pairs=pairs,

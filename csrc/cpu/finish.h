@@ -234,6 +234,7 @@ void total(Call<S>& c) {
     args.stat_counts[0] = s.pairs;
     args.stat_counts[1] = s.active;
     args.stat_counts[2] = s.fallback;
+    args.stat_counts[3] = args.stat_counts[4] = 0;
     static_cast<T*>(args.stat_d2)[0] = static_cast<T>(s.d2_ap / pairs);
     static_cast<T*>(args.stat_d2)[1] = static_cast<T>(s.d2_an / pairs);
     static_cast<T*>(args.stat_d2)[2] = static_cast<T>(s.max_d2_ap);

@@ -170,10 +170,9 @@ void fill_nan(const Call<S>& c) {
   *static_cast<T*>(c.args.loss) = nan;
   if (c.args.grad_candidates) fill(static_cast<T*>(c.args.grad_candidates), c.C * c.D, nan);
   if (c.args.grad_anchors) fill(static_cast<T*>(c.args.grad_anchors), c.A * c.D, nan);
-  for (int i = 0; c.args.stat_counts && i < 3; ++i) {
-    c.args.stat_counts[i] = 0;
-    static_cast<T*>(c.args.stat_d2)[i] = nan;
-  }
+  if (!c.args.stat_counts) return;
+  fill(c.args.stat_counts, 5, int64_t{0});
+  fill(static_cast<T*>(c.args.stat_d2), 3, nan);
 }
 
 }  // namespace

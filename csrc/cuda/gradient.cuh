@@ -229,6 +229,7 @@ __device__ void write_loss(const Problem<Acc>& p, uint8_t* shared_memory) {
   p.stat_counts[0] = static_cast<int64_t>(p.counters->pairs);
   p.stat_counts[1] = static_cast<int64_t>(p.counters->active);
   p.stat_counts[2] = static_cast<int64_t>(p.counters->fallback);
+  p.stat_counts[3] = p.stat_counts[4] = 0;
   const double pairs = p.counters->pairs > 0 ? static_cast<double>(p.counters->pairs) : 1.0;
   Acc* stats = static_cast<Acc*>(p.stat_d2);
   stats[0] = static_cast<Acc>(partial[kThreads] / pairs);
@@ -251,10 +252,8 @@ __device__ void write_nan(const Problem<Acc>& p) {
   if (block_index() != 0 || thread_index() != 0) return;
   *static_cast<Acc*>(p.loss) = nan;
   if (p.stat_counts == nullptr) return;
-  for (int i = 0; i < 3; ++i) {
-    p.stat_counts[i] = 0;
-    static_cast<Acc*>(p.stat_d2)[i] = nan;
-  }
+  for (int i = 0; i < 5; ++i) p.stat_counts[i] = 0;
+  for (int i = 0; i < 3; ++i) static_cast<Acc*>(p.stat_d2)[i] = nan;
 }
 
 }  // namespace facenet_ext::cuda

@@ -20,6 +20,8 @@ int64_t bytes_with(const TripletArgs& args) {
 }  // namespace
 
 int64_t triplet_workspace_bytes(const TripletArgs& args) {
+  if (!is_basic(args)) return {Code::unsupported, name, "this rule is not on the GPU yet"};
+
   if (args.num_anchors == 0 || args.num_candidates == 0) return 0;
   // The widest format that the options allow: sizes, dtype and device are known here, options are not.
   const int64_t bytes = args.dtype == DType::float64 ? bytes_with<Math::simt64>(args) : bytes_with<Math::split>(args);
@@ -38,6 +40,8 @@ Status launch_triplet(const TripletArgs& args) {
   if (args.multiprocessors < 1) return {Code::invalid, name, "multiprocessors is not set"};
   if (args.compute_capability < 75) return {Code::unsupported, name, "the device is older than compute capability 7.5"};
 
+  if (!is_basic(args)) return {Code::unsupported, name, "this rule is not on the GPU yet"};
+
   if (args.num_anchors == 0 || args.num_candidates == 0) {  // no pair: zeros
     const bool wide = args.dtype == DType::float64;
     const int64_t element = wide ? 8 : args.dtype == DType::float32 ? 4 : 2, scalar = wide ? 8 : 4;
@@ -46,7 +50,7 @@ Status launch_triplet(const TripletArgs& args) {
       status = fill_zero(args.grad_candidates, args.num_candidates * args.dim * element, args.stream);
     }
     if (status.code == Code::ok) status = fill_zero(args.grad_anchors, args.num_anchors * args.dim * element, args.stream);
-    if (status.code == Code::ok) status = fill_zero(args.stat_counts, 3 * 8, args.stream);
+    if (status.code == Code::ok) status = fill_zero(args.stat_counts, 5 * 8, args.stream);
     if (status.code == Code::ok) status = fill_zero(args.stat_d2, 3 * scalar, args.stream);
     return status;
   }

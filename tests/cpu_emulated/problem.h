@@ -189,7 +189,7 @@ template <class T>
 struct Loss {
   T loss = 0;
   std::vector<T> grad, agrad;
-  int64_t counts[3] = {};
+  int64_t counts[5] = {};
   T d2[3] = {};
 };
 template <class T>

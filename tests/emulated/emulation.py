@@ -248,7 +248,7 @@ def run(program: Path, cases: list[tuple[Case, bool]], directory: Path, timeout:
                 if case.anchors is not None:
                     out.grad_anchors = take(case.dtype, *anchors.shape)
             if case.stats:
-                out.stat_counts, out.stat_d2 = take("<i8", 3), take(scalar, 3)
+                out.stat_counts, out.stat_d2 = take("<i8", 5), take(scalar, 3)
         results.append(out)
     if at != len(data):
         raise Finding(f"{len(data) - at} bytes of results are left over")

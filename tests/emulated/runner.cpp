@@ -81,7 +81,7 @@ int main(int argc, char** argv) {
     args.loss = output(scalar, !h.mining, 1);
     args.grad_candidates = output(h.candidates * h.dim * element, h.want_grad_candidates, 2);
     args.grad_anchors = output(h.anchors * h.dim * element, h.want_grad_anchors, 3);
-    args.stat_counts = static_cast<int64_t*>(output(24, h.want_stats, 4));
+    args.stat_counts = static_cast<int64_t*>(output(40, h.want_stats, 4));
     args.stat_d2 = output(3 * scalar, h.want_stats, 5);
     args.pair_begin = static_cast<int64_t*>(pair_begin);
     args.positive = static_cast<int64_t*>(output(h.pairs * 8, h.mining, 6));
@@ -115,7 +115,7 @@ int main(int argc, char** argv) {
     write_and_free(args.loss, scalar);
     write_and_free(args.grad_candidates, h.candidates * h.dim * element);
     write_and_free(args.grad_anchors, h.anchors * h.dim * element);
-    write_and_free(args.stat_counts, 24);
+    write_and_free(args.stat_counts, 40);
     write_and_free(args.stat_d2, 3 * scalar);
     write_and_free(args.positive, h.pairs * 8);
     write_and_free(args.negative, h.pairs * 8);
