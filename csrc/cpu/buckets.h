@@ -1,13 +1,18 @@
-// From rows to selection state: packing, squared distances by register blocks, and the filter that decides which few
-// distances touch an anchor's buckets.
+// From rows to selection state: packing, squared distances by register blocks, and the search that finds a distance's bucket
+// and whether the bucket wants it.
 //
 // An anchor with K positives keeps their sorted distances t[0 .. K) and, for each of the K + 1 buckets between them, the
-// least (distance, index) of a negative seen there. Bucket b holds t[b-1] < d <= t[b]. Only a distance inside
-//     t[b-1] < d <= best[b]
-// can change anything: K narrow bands, narrower with every hit, so that about K ln(N / K) of N negatives pass. To test one
-// distance against all K bands at once, the range of d is cut into 256 or more equal cells and a bit says whether a band
-// touches the cell. The map from d to cell is monotone and the same for thresholds and negatives: a cleared bit is proof, a
-// set bit only a hint, and what passes is compared exactly. A dozen vector instructions filter W distances.
+// least (distance, index) of a negative seen there. Bucket b holds t[b-1] < d <= t[b]. Only a distance with
+//     d <= upper[b],  upper[b] = the best of bucket b so far, or where the hinge ends,
+// can change anything: about K ln(N / K) of N negatives do. The search is exact and runs on whole vectors. Rank r stands at
+// place (r mod R) W + r / R of R = ceil((K + 1) / W) vectors, so lane p holds the ranks R p .. R p + R - 1 in order:
+//
+//            lane 0   1    2    3          W distances at a time:
+//   vector 0   t0     t3   t6   t9           lane   log2(W) probes into the last vector, by permutation
+//   vector 1   t1     t4   t7   t10          rank   R - 1 comparisons inside the lane
+//   vector 2   t2     t5   t8   t11          upper  looked up beside each of them
+//
+// At K = 40 and W = 16 (R = 3) that is about 40 instructions for 16 distances, whatever they are: no branch depends on them.
 #pragma once
 
 #include <cmath>
@@ -145,107 +150,108 @@ struct Limit {
   }
 };
 
-void set_bits(uint32_t* words, int from, int to) {
-  for (int word = from >> 5; word <= to >> 5; ++word) {
-    uint32_t bits = ~0u;
-    if (word == from >> 5) bits &= ~0u << (from & 31);
-    if (word == to >> 5) bits &= ~0u >> (31 - (to & 31));
-    words[word] |= bits;
-  }
+// No branch on the outcome: it is a coin toss early on, and a misprediction costs more than the work.
+template <class T>
+void improve(typename KeyOf<T>::Key* key, T* upper, T d, int32_t index) {
+  const typename KeyOf<T>::Key candidate = make_key(d, static_cast<uint32_t>(index)), best = *key;
+  *key = candidate < best ? candidate : best;
+  const T bound = *upper;
+  *upper = d < bound ? d : bound;
 }
 
-// An anchor's selection state and the three things that happen to it.
+// An anchor's selection state and what happens to it.
 template <class S>
 struct Buckets {
   using T = typename S::T;
   using V = typename S::V;
   using Key = typename KeyOf<T>::Key;
-  static constexpr T kMost = std::numeric_limits<T>::max();  // finite: 0 * kMost stays a number
+  static constexpr T kMost = std::numeric_limits<T>::max();
   Row<T>& row;
   T* t;  // [K], padded with +inf to a multiple of kSlotPad
   Key* key;  // [K + 1]
-  uint32_t* words;  // [row.words]
+  T* upper;  // [K + 1]
 
-  int cells() const { return static_cast<int>(row.words) * 32; }
+  int radix() const { return static_cast<int>(row.radix); }
+  int place(int rank) const { return row.radix ? rank % radix() * S::W + rank / radix() : rank; }
 
-  // Fresh: no negative seen, every distance passes.
+  // No negative seen: every distance beyond the nearest positive is wanted. Nobody asks for the negatives before it.
   void start(bool want_farthest) {
     const int K = static_cast<int>(row.positives);
-    for (int b = 0; b <= K; ++b) key[b] = kNoKey<T>;
-    uint32_t count = S::kMinWords;
-    while (count < static_cast<uint32_t>(kMaxWords) && count * 32 < 10 * row.positives) count *= 2;
-    row.words = count;
-    for (uint32_t i = 0; i < count; ++i) words[i] = 0;
-    words[0] = 2;  // cell 1 holds everything; cell 0 is NaN's and never set
-    row.scale = 0;
-    row.bias = 1;
+    row.radix = S::kStrided && K < kMaxStrided ? static_cast<uint32_t>((K + S::W) / S::W) : 0;
+    row.farthest_positive = t[K - 1];
+    row.top = static_cast<uint32_t>(place(K));
+    const int size = row.radix ? radix() * S::W : K + 1;
+    if (row.radix) {
+      for (int r = 0; r < size; ++r) upper[r] = t[r];
+      for (int p = 0, r = 0; p < S::W; ++p)
+        for (int i = 0; i < radix(); ++i) t[i * S::W + p] = upper[r++];
+    }
+    for (int b = 0; b < size; ++b) key[b] = kNoKey<T>;
+    for (int b = 0; b < size; ++b) upper[b] = kMost;
+    upper[0] = -1;
     row.far = 0;
     row.fresh = true;
     row.top_empty = true;
     row.track_far = want_farthest;
   }
 
-  // Draws the bands anew, with the cells spread over the range that still matters. O(K).
-  void rebuild(const Limit<T>& limit) {
-    const int K = static_cast<int>(row.positives);
-    const bool top = key[K] != kNoKey<T>;
-    row.fresh = false;
-    row.top_empty = !top;
-    row.track_far &= row.top_empty;
-    // Cells below the first that matters are not told apart: the farthest so far may lie below all thresholds.
-    const T low = row.track_far && row.far && key_value<T>(row.far) < t[0] ? key_value<T>(row.far) : t[0];
-    // A negative beyond all positives exists: nobody needs the fallback, and the hinge closes every band at its limit.
-    const bool prune = limit.on && top;
-    T high = t[K - 1];
-    if (top) high = key_value<T>(key[K]);
-    if (prune && limit(t[K - 1]) < high) high = limit(t[K - 1]);
-    // The cap keeps bias within a fraction of a cell: the least threshold lands in cell 1 or 2 and no band below cell 1.
-    T scale = static_cast<T>(cells() - 4) / (high - low);
-    const T cap = static_cast<T>(1 << 20) / low;
-    if (scale > cap) scale = cap;
-    T bias = 2 - low * scale;
-    if (!(scale > 0 && scale < T(1e30))) scale = 0, bias = 1;
-    row.scale = scale;
-    row.bias = bias;
-    for (uint32_t i = 0; i < row.words; ++i) words[i] = 0;
-    // Band b + 1 reaches from t[b] to its best, to the next threshold while it is empty, to the hinge's end at most. An empty
-    // bucket's key reads as NaN, and so does the padding's; smaller() then takes its second operand. Bands come in ascending
-    // order, so a word is complete when the next begins: it is stored over and over while it grows, and never loaded.
-    const V s = S::set1(scale), add = S::set1(bias), most = S::set1(kMost);
-    int32_t from[S::W], to[S::W];
-    uint32_t mask[S::W];
-    Key tail[S::W];
-    int current = 0;
-    uint32_t bits = 0;
-    for (int b = 0; b < K; b += S::W) {
-      const int n = K - b < S::W ? K - b : S::W;
-      const Key* best = key + b + 1;
-      if (n < S::W) {  // beyond stand the next anchor's buckets, which another thread may be filling
-        for (int i = 0; i < S::W; ++i) tail[i] = i < n ? best[i] : kNoKey<T>;
-        best = tail;
+  // Back to ranks in order, for those who read the result.
+  void settle() {
+    if (row.radix <= 1) return;  // one vector is in order
+    const int size = radix() * S::W;
+    Key ordered[kMaxStrided];
+    for (int p = 0, r = 0; p < S::W; ++p)
+      for (int i = 0; i < radix(); ++i, ++r) {
+        upper[r] = t[i * S::W + p];
+        ordered[r] = key[i * S::W + p];
       }
-      const V lower = S::load(t + b);
-      V upper = S::smaller(S::key_values(best), S::smaller(S::load(t + b + 1), most));
-      if (prune) upper = S::smaller(limit.template of<S>(lower), upper);
-      S::band_masks(lower, upper, s, add, cells(), from, to, mask);
-      for (int i = 0; i < n; ++i) {
-        const int first = from[i] >> 5, last = to[i] >> 5;
-        bits = first == current ? bits : 0;
-        current = first;
-        if (first == last) {
-          bits |= mask[i];
-        } else {
-          words[current] = bits | ~0u << (from[i] & 31);
-          while (++current < last) words[current] = ~0u;
-          bits = ~0u >> (31 - (to[i] & 31));
-        }
-        words[current] = bits;
-      }
+    for (int r = 0; r < size; ++r) {
+      t[r] = upper[r];
+      key[r] = ordered[r];
     }
-    if (row.track_far) set_bits(words, row.far ? S::cell(key_value<T>(row.far), scale, bias, cells()) : 1, cells() - 1);
+    row.radix = 0;
   }
 
-  // #{ t < d }: the bucket.
+  // The distances d[0 .. n) to the candidates index[0 .. n) are taken in two steps, so that the searches of several anchors
+  // can run ahead of what they find (mine.h). NaN marks those that are no negatives. n is a multiple of W.
+  bool searchable() const { return S::kStrided && row.radix && !row.fresh; }
+  int search(const T* d, int n, uint32_t tag, uint32_t* queue) const {
+    T ceiling = kMost;
+    if (!row.top_empty) ceiling = row.farthest_positive > upper[row.top] ? row.farthest_positive : upper[row.top];
+    if constexpr (S::kStrided) return S::search(t, upper, radix(), ceiling, d, n, tag, queue);
+    else return 0;
+  }
+  // To be called once d is taken in.
+  void look_for_top(const T* d, int n, const int32_t* index, const Limit<T>& limit) {
+    if (row.top_empty) look(d, n, index, limit);
+  }
+
+  // Both steps for one anchor: at first nearly everything is wanted, soon much less.
+  void take(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue) {
+    row.fresh = false;
+    for (int done = 0; done < n; done += kColumnPad) {
+      const int step = n - done < kColumnPad ? n - done : kColumnPad;
+      const T* from = d + done;
+      if (searchable()) {
+        const int wanted = search(from, step, 0, queue);
+        for (int i = 0; i < wanted; ++i) put(from, index + done, queue[i] & 0xffff, queue[i] >> 16);
+      } else {
+        const T ceiling = row.top_empty                            ? kMost
+                          : row.farthest_positive > upper[row.top] ? row.farthest_positive
+                                                                   : upper[row.top];
+        for (int j = 0; j < step; ++j)
+          if (from[j] <= ceiling) put(from, index + done, static_cast<uint32_t>(j), static_cast<uint32_t>(bucket(from[j])));
+      }
+      look_for_top(from, step, index + done, limit);
+    }
+  }
+
+ private:
+  void put(const T* d, const int32_t* index, uint32_t column, uint32_t at) {
+    improve(key + at, upper + at, d[column], index[column]);
+  }
+
+  // #{ t < d }, t in order.
   int bucket(T d) const {
     const int K = static_cast<int>(row.positives);
     if (K <= 64) return S::count_below(t, static_cast<int>(round_up(K, S::W)), d);
@@ -261,86 +267,44 @@ struct Buckets {
     return base + S::count_below(t + base, 32, d);
   }
 
-  // Takes in the distances d[0 .. n) to the candidates index[0 .. n); NaN marks those that are no negatives.
-  void take(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue) {
-    int done = 0;
-    for (; row.fresh && done < n; done += kColumnPad)  // without a filter everything passes: draw it early
-      take_some(d + done, n - done < kColumnPad ? n - done : kColumnPad, index + done, limit, queue);
-    if (done < n) take_some(d + done, n - done, index + done, limit, queue);
-  }
-
- private:
-  void take_some(const T* d, int n, const int32_t* index, const Limit<T>& limit, uint32_t* queue) {
-    const int passed = S::filter(words, row.words, row.scale, row.bias, d, n, queue);
-    if (passed == 0) return;
-    const int K = static_cast<int>(row.positives);
-    int changes = 0;
-    if (K <= S::kMaxHeld * S::W) {
-      switch ((K + S::W - 1) / S::W) {
-        case 1:
-          changes = drain<1>(d, index, queue, passed);
-          break;
-        case 2:
-          changes = drain<2>(d, index, queue, passed);
-          break;
-        case 3:
-          changes = drain<3>(d, index, queue, passed);
-          break;
-        case 4:
-          changes = drain<4>(d, index, queue, passed);
-          break;
-        case 5:
-          changes = drain<5>(d, index, queue, passed);
-          break;
-        case 6:
-          changes = drain<6>(d, index, queue, passed);
-          break;
-        case 7:
-          changes = drain<7>(d, index, queue, passed);
-          break;
-        default:
-          changes = drain<8>(d, index, queue, passed);
-          break;
-      }
-    } else {
-      changes = drain<0>(d, index, queue, passed);
-    }
-    if (row.track_far) {
-      const Key before = row.far;
-      Key far = before;
-      for (int i = 0; i < passed; ++i) {
-        const Key candidate = make_key(d[queue[i]], ~static_cast<uint32_t>(index[queue[i]]));
-        far = candidate > far ? candidate : far;
-      }
-      row.far = far;
-      if (changes || far != before) rebuild(limit);
+  // While no negative beyond all positives is known, some positive may need the fallback: the farthest negative. Once one is
+  // known nobody does, and every bucket closes where the hinge ends.
+  void look(const T* d, int n, const int32_t* index, const Limit<T>& limit) {
+    if (key[row.top] == kNoKey<T>) {
+      if (row.track_far) take_farthest(d, n, index);
       return;
     }
-    // A stale filter only lets more pass. Closing the bands one by one costs more than it saves (measured), so all are drawn
-    // anew once a quarter of them has moved in one go: early, and then hardly ever.
-    if (4 * changes > K || (row.top_empty && key[K] != kNoKey<T>)) rebuild(limit);
+    row.top_empty = row.track_far = false;
+    if (!limit.on) return;
+    if (!row.radix) {
+      for (uint32_t b = 1; b <= row.positives; ++b) {
+        const T end = limit(t[b - 1]);
+        upper[b] = end < upper[b] ? end : upper[b];
+      }
+      return;
+    }
+    const auto close = [&](const T* before, T* bound) {  // before: the threshold below each bucket
+      S::store(bound, S::smaller(limit.template of<S>(S::load(before)), S::load(bound)));
+    };
+    for (int i = 1; i < radix(); ++i) close(t + (i - 1) * S::W, upper + i * S::W);
+    T before[S::W] = {};  // bucket 0 is closed already
+    for (int p = 1; p < S::W; ++p) before[p] = t[(radix() - 1) * S::W + p - 1];
+    close(before, upper);
   }
 
-  // Every distance in the queue into its bucket. Returns how often one improved. No branch on the
-  // outcome: it is a coin toss early on, and a misprediction costs more than the work. The thresholds stay in NV registers
-  // (0: in memory).
-  template <int NV>
-  int drain(const T* d, const int32_t* index, const uint32_t* queue, int passed) {
-    constexpr int kHeld = NV <= S::kMaxHeld ? NV : 0;  // larger NV are never called
-    V held[kHeld > 0 ? kHeld : 1];
-    for (int i = 0; i < kHeld; ++i) held[i] = S::load(t + i * S::W);
-    int changes = 0;
-    for (int i = 0; i < passed; ++i) {
-      const uint32_t j = queue[i];
-      int b;
-      if constexpr (kHeld > 0) b = S::template below<kHeld>(held, d[j]);
-      else b = bucket(d[j]);
-      const Key candidate = make_key(d[j], static_cast<uint32_t>(index[j])), old = key[b];
-      const bool better = candidate < old;
-      key[b] = better ? candidate : old;
-      changes += better;
+  void take_farthest(const T* d, int n, const int32_t* index) {
+    V most = S::set1(-1);
+    for (int j = 0; j < n; j += S::W) most = S::larger(S::load(d + j), most);
+    T lanes[S::W];
+    S::store(lanes, most);
+    T value = -1;
+    for (const T lane : lanes) value = lane > value ? lane : value;
+    if (value < 0 || (row.far && value < key_value<T>(row.far))) return;
+    for (int j = 0; j < n; ++j) {
+      if (d[j] != value) continue;
+      const Key candidate = make_key(value, ~static_cast<uint32_t>(index[j]));
+      row.far = candidate > row.far ? candidate : row.far;
     }
-    return changes;
   }
 };
 

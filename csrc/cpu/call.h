@@ -49,7 +49,7 @@ struct Call {
 
   Buckets<S> buckets(int64_t row) const {
     Row<T>& r = w.rows[row];
-    return {r, w.t + r.slot, w.key + r.slot, w.words + r.slot};
+    return {r, w.t + r.slot, w.key + r.slot, w.upper + r.slot};
   }
 
   struct Scratch {
@@ -57,7 +57,7 @@ struct Call {
     T* strip;  // [W, kT]
     T* list_weight;  // [kList]
     T* row;  // [Dp]
-    uint32_t* queue;  // [2 kQueue]
+    uint32_t* queue;  // [kQueue]
     const T** list;  // [kList]
   };
   Scratch scratch(int thread) const {
@@ -67,7 +67,7 @@ struct Call {
     s.list_weight = s.strip + 16 * kT;
     s.row = s.list_weight + kList;
     s.queue = reinterpret_cast<uint32_t*>(s.row + Dp);
-    s.list = reinterpret_cast<const T**>(s.queue + 2 * kQueue);
+    s.list = reinterpret_cast<const T**>(s.queue + kQueue);
     return s;
   }
 };

@@ -196,6 +196,7 @@ template <class S>
 void select(Call<S>& c, int64_t begin, int64_t end) {
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic, 16)
   for (int64_t row = begin; row < end; ++row) {
+    c.buckets(row).settle();
     Selection<S> selection(c, row);
     Pairs<typename S::T> pairs;
     selection.nearest_farther();

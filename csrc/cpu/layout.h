@@ -30,7 +30,6 @@ struct KeyOf<double> {
 constexpr int kColumnPad = 48;  // candidates are padded to a multiple of every register block's width
 constexpr int kSlotPad = 16;  // an anchor's thresholds are padded to a multiple of every vector width
 constexpr int kMaxBins = 8;  // parts in which the reverse lists are built; more threads than that share them
-constexpr int kMaxWords = 512;  // 32-bit words of an anchor's filter at most
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -40,13 +39,14 @@ constexpr int64_t slot_pitch(int64_t K) { return round_up(K + 1, kSlotPad); }
 // Everything about an anchor that the sweep touches in one cache line.
 template <class T>
 struct Row {
-  T scale, bias;  // cell(d) = min(d * scale + bias, cells - 1), 2 at the least threshold
+  T farthest_positive;  // its largest threshold
   uint32_t positives;  // K: how many
-  uint32_t words;  // of the filter, a power of two
-  int64_t slot;  // first of its slots in t, key, rank, weight, words
+  uint32_t radix;  // R: its buckets stand in R vectors (buckets.h), 0: in order
+  uint32_t top;  // place of the bucket beyond all positives
+  int64_t slot;  // first of its slots in t, key, upper, rank, weight
   typename KeyOf<T>::Key
       far;  // farthest negative so far: (bits << 32) | ~index, 0 = none; kept while no negative is beyond all positives
-  bool fresh;  // the filter was never drawn
+  bool fresh;  // nothing taken yet
   bool top_empty;  // no negative beyond the farthest positive seen yet
   bool track_far;  // top_empty and the fallback wants the farthest negative
   uint32_t runs;  // after selection: distinct (negative, weight) entries at its slots
@@ -88,7 +88,7 @@ struct Workspace {
   typename KeyOf<T>::Key* key;  // least (distance, index) per bucket; afterwards the anchor's runs
   uint32_t* rank;  // sorted rank -> position inside the class; afterwards the reverse lists' anchors
   T* weight;  // by position inside the class: d loss / d d2_ap
-  uint32_t* words;  // filters
+  T* upper;  // per bucket: distances beyond it change nothing
   // reverse lists: candidate -> anchors that took it as negative
   int64_t* reverse_begin;  // [C + 1]
   int32_t* bins;  // [kMaxBins, C]
@@ -105,7 +105,9 @@ struct Workspace {
 template <class T>
 constexpr int kTile = sizeof(T) == 4 ? 192 : 96;  // anchors and candidates of a tile; its distances stay in L2
 
-constexpr int kQueue = 256;  // column indices a filter hands on at most (a tile's width)
+constexpr int kGroup = 16;  // anchors whose searches run ahead of what they find
+constexpr int kQueue = 4096;  // entries of a work list: a group's share of a tile and a vector more
+constexpr int kMaxStrided = 1024;  // buckets of an anchor that are searched by whole vectors (buckets.h)
 constexpr int kList = 64;  // neighbours gathered at a time: bounds the error of a float32 sum of thousands
 
 namespace {
@@ -158,7 +160,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.sums, A);
 
   using Key = typename KeyOf<T>::Key;
-  const int64_t slot_bytes = 2 * sizeof(T) + sizeof(Key) + 2 * sizeof(uint32_t);
+  const int64_t slot_bytes = 3 * sizeof(T) + sizeof(Key) + sizeof(uint32_t);
   const int64_t one = slot_pitch(C);  // an anchor's slots at most
   const int64_t bound = (3072 * A + (int64_t{16} << 20)) / slot_bytes * static_cast<int64_t>(sizeof(T) / 4);
   w.slots = A * one < bound ? A * one : (one > bound ? one : bound);
@@ -166,7 +168,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.key, w.slots);
   take(w.rank, w.slots);
   take(w.weight, w.slots);
-  take(w.words, w.slots);
+  take(w.upper, w.slots);
   take(w.reverse_begin, C + 1);
   take(w.bins, kMaxBins * C);
 
@@ -174,9 +176,9 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.table, w.hash_size);
   take(w.scratch_index, (A > C ? A : C) + 1);
   take(w.locks, (A + kTile<T> - 1) / kTile<T> + 1);
-  // per thread: a tile of distances, a transposed strip, the queues, a gather list, one gradient row
-  w.scratch_bytes = round_up(static_cast<int64_t>(sizeof(T)) * (kTile<T> * kTile<T> + 16 * kTile<T>)+4 * 2 * kQueue +
-                                 8 * kList + static_cast<int64_t>(sizeof(T)) * (kList + Dp) + 1024,
+  // per thread: a tile of distances, a transposed strip, the queue, a gather list, one gradient row
+  w.scratch_bytes = round_up(static_cast<int64_t>(sizeof(T)) * (kTile<T> * kTile<T> + 16 * kTile<T>)+4 * kQueue + 8 * kList +
+                                 static_cast<int64_t>(sizeof(T)) * (kList + Dp) + 1024,
                              64);
   take(w.thread_scratch, w.scratch_bytes * args.num_threads);
   w.total = used;

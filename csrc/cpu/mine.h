@@ -73,15 +73,13 @@ void thresholds(Call<S>& c, int64_t begin, int64_t end) {
       T* t = buckets.t;
       uint32_t* rank = w.rank + buckets.row.slot;
       for (int64_t i = K; i < slot_pitch(K); ++i) t[i] = std::numeric_limits<T>::infinity();
-      if (K <= 64) {  // by counting: K^2 / W comparisons and no branch
+      if (K < kMaxStrided) {  // by counting: K^2 / W comparisons and no branch
+        uint32_t* at = scratch.queue;
         T* sorted = scratch.strip;
-        uint64_t taken = 0;
+        for (int i = 0; i < K; i += S::W) S::ranks(t, K, i, at);
         for (int i = 0; i < K; ++i) {
-          int at = S::count_below(t, static_cast<int>(round_up(K, S::W)), t[i]);
-          while (taken >> at & 1) ++at;
-          taken |= uint64_t{1} << at;
-          sorted[at] = t[i];
-          rank[at] = static_cast<uint32_t>(i);
+          sorted[at[i]] = t[i];
+          rank[at[i]] = static_cast<uint32_t>(i);
         }
         for (int i = 0; i < K; ++i) t[i] = sorted[i];
       } else {
@@ -100,6 +98,30 @@ struct Lock {
   ~Lock() { __atomic_store_n(word, 0, __ATOMIC_RELEASE); }
   Lock(const Lock&) = delete;
 };
+
+// Takes the distances d[g stride + 0 .. n) into the buckets of anchors row .. row + count, g apart. The searches of a group
+// run one after the other without a branch that depends on the data; what they found is worked off in one loop.
+template <class S>
+void take_rows(const Call<S>& c, int64_t row, int count, const typename S::T* d, int64_t stride, int n, const int32_t* index,
+               uint32_t* queue) {
+  const auto& w = c.w;
+  for (int g0 = 0; g0 < count; g0 += kGroup) {
+    const int group = count - g0 < kGroup ? count - g0 : kGroup;
+    int wanted = 0;
+    for (int g = 0; g < group; ++g) {
+      Buckets<S> buckets = c.buckets(row + g0 + g);
+      const typename S::T* from = d + (g0 + g) * stride;
+      if (buckets.searchable()) wanted += buckets.search(from, n, static_cast<uint32_t>(g) << 26, queue + wanted);
+      else buckets.take(from, n, index, c.limit, queue + wanted);
+    }
+    for (int i = 0; i < wanted; ++i) {
+      const uint32_t g = queue[i] >> 26, at = queue[i] >> 16 & 0x3ff, column = queue[i] & 0xffff;
+      const int64_t slot = w.rows[row + g0 + g].slot + at;
+      improve(w.key + slot, w.upper + slot, d[(g0 + g) * stride + column], index[column]);
+    }
+    for (int g = 0; g < group; ++g) c.buckets(row + g0 + g).look_for_top(d + (g0 + g) * stride, n, index, c.limit);
+  }
+}
 
 // One tile: anchors' rows [r0, ..) of tile I against candidates [c0, ..) of tile J; anchors outside [begin, end) are not of
 // this pass. `both`: the candidates of J are anchors of this pass too.
@@ -137,9 +159,12 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
 
   if (from < to) {
     Lock lock(w.locks + I - first_tile);
-    for (int64_t row = from; row < to; ++row) {
-      const int skip = both && I == J ? static_cast<int>((row - r0) / S::W * S::W) : 0;
-      c.buckets(row).take(tile + (row - r0) * kT + skip, cols - skip, w.order + c0 + skip, c.limit, scratch.queue);
+    for (int64_t row = from; row < to;) {
+      const int skip = both && I == J ? static_cast<int>((row - r0) / S::W * S::W) : 0;  // below the diagonal
+      const int64_t last = row - (row - r0) % S::W + S::W < to ? row - (row - r0) % S::W + S::W : to;
+      take_rows(c, row, static_cast<int>(last - row), tile + (row - r0) * kT + skip, kT, cols - skip, w.order + c0 + skip,
+                scratch.queue);
+      row = last;
     }
   }
   if (both) {
@@ -150,8 +175,8 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
       const int height =
           I == J ? static_cast<int>(round_up(col + S::W, kColumnPad) < rows ? round_up(col + S::W, kColumnPad) : rows) : rows;
       S::transpose(tile + col, kT, height, scratch.strip);
-      for (int64_t row = a; row < b; ++row)
-        c.buckets(row).take(scratch.strip + (row - c0 - col) * height, height, w.order + r0, c.limit, scratch.queue);
+      take_rows(c, a, static_cast<int>(b - a), scratch.strip + (a - c0 - col) * height, height, height, w.order + r0,
+                scratch.queue);
     }
   }
 }

@@ -27,8 +27,7 @@ struct Avx2 {
   using T = float;
   using V = __m256;
   static constexpr int W = 8, MR = 6, NR = 16;  // 12 accumulators + 2 columns + 1 broadcast of 16 registers
-  static constexpr uint32_t kMinWords = 8;      // one register of filter words
-  static constexpr int kMaxHeld = 8;            // registers of thresholds that the drain keeps
+  static constexpr bool kStrided = true;        // buckets stand as buckets.h shows
 
   static V zero() { return _mm256_setzero_ps(); }
   static V set1(T v) { return _mm256_set1_ps(v); }
@@ -43,101 +42,46 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
 
-  // NaN falls through the comparison (second operand) and converts to INT_MIN, whose low bits are cell 0: never set.
-  // Distances below all thresholds may get any cell, since no band is there: the drain sorts out what passes for nothing.
-  static __m256i cells(V d, V scale, V bias, V last) {
-    return _mm256_cvttps_epi32(_mm256_min_ps(last, _mm256_fmadd_ps(d, scale, bias)));
-  }
-  static int cell(T d, T scale, T bias, int cell_count) {
-    const int c = _mm256_cvtsi256_si32(cells(set1(d), set1(scale), set1(bias), set1(static_cast<float>(cell_count - 1))));
-    return c < 1 ? 1 : c;
-  }
   static V sqrt(V v) { return _mm256_sqrt_ps(v); }
   static V smaller(V a, V b) { return _mm256_min_ps(a, b); }
-  static V key_values(const uint64_t* key) {
-    const V low = load(reinterpret_cast<const float*>(key)), high = load(reinterpret_cast<const float*>(key + 4));
-    const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xDD));  // keys 0 1 4 5 | 2 3 6 7
-    return _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xD8));
-  }
-  static void band_masks(V lower, V upper, V scale, V bias, int cell_count, int32_t* from, int32_t* to, uint32_t* mask) {
-    const V last = set1(static_cast<float>(cell_count - 1));
-    const __m256i a = cells(lower, scale, bias, last), b = cells(upper, scale, bias, last), low5 = _mm256_set1_epi32(31);
-    const __m256i bits = _mm256_sub_epi32(_mm256_sllv_epi32(_mm256_set1_epi32(2), _mm256_and_si256(b, low5)),
-                                          _mm256_sllv_epi32(_mm256_set1_epi32(1), _mm256_and_si256(a, low5)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(from), a);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), b);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(mask), bits);
-  }
+  static V larger(V a, V b) { return _mm256_max_ps(a, b); }
 
-  // The cell's bit moves to the sign by a variable shift; the sign bits are the mask. Up to 256 cells live in one register,
-  // 512 in two (bit 8 of the cell picks), more are gathered.
-  static int filter(const uint32_t* words, uint32_t word_count, T scale, T bias, const T* d, int n, uint32_t* queue) {
-    const V s = set1(scale), b = set1(bias), last = set1(static_cast<float>(word_count * 32 - 1));
-    const __m256i low5 = _mm256_set1_epi32(31);
+  // See Avx512::search.
+  static int search(const T* t, const T* upper, int radix, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
+    const V last = load(t + (radix - 1) * W), middle = set1(t[(radix - 1) * W + 3]), top = set1(ceiling);
+    const V first_bound = load(upper);
+    const __m256i one = _mm256_set1_epi32(1);
+    __m256i columns = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(tag)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     int count = 0;
-    __m256i lanes_base = _mm256_setzero_si256();
-    const __m256i step = _mm256_set1_epi32(W);
-    const auto emit = [&](__m256i word, __m256i c) {
-      const __m256i bit = _mm256_sllv_epi32(word, _mm256_andnot_si256(c, low5));
-      const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(bit));
-      const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kCompress.lanes[mask]));
+    for (int j = 0; j < n; j += W, columns = _mm256_add_epi32(columns, _mm256_set1_epi32(W))) {
+      const V v = load(d + j);
+      if (!_mm256_movemask_ps(_mm256_cmp_ps(v, top, _CMP_LE_OQ))) continue;
+      // A true comparison is -1: the probe moves on by -2 mask - 1, and so on.
+      const auto below = [&](V table, __m256i at) {
+        return _mm256_castps_si256(_mm256_cmp_ps(_mm256_permutevar8x32_ps(table, at), v, _CMP_LT_OQ));
+      };
+      const __m256i half = _mm256_castps_si256(_mm256_cmp_ps(middle, v, _CMP_LT_OQ));
+      __m256i probe = _mm256_sub_epi32(one, _mm256_slli_epi32(half, 2));
+      probe = _mm256_sub_epi32(_mm256_sub_epi32(probe, one), _mm256_slli_epi32(below(last, probe), 1));
+      const __m256i lane = _mm256_sub_epi32(probe, below(last, probe));
+      __m256i more = _mm256_setzero_si256();
+      V wanted = _mm256_permutevar8x32_ps(first_bound, lane);
+      for (int i = 0; i + 1 < radix; ++i) {
+        const __m256i mask = below(load(t + i * W), lane);
+        more = _mm256_sub_epi32(more, mask);
+        wanted =
+            _mm256_blendv_ps(wanted, _mm256_permutevar8x32_ps(load(upper + (i + 1) * W), lane), _mm256_castsi256_ps(mask));
+      }
+      const __m256i place = _mm256_slli_epi32(_mm256_add_epi32(lane, _mm256_slli_epi32(more, 3)), 16);
+      const int mask = _mm256_movemask_ps(_mm256_cmp_ps(v, wanted, _CMP_LE_OQ));
+      const __m256i packed = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kCompress.lanes[mask])));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(queue + count),
-                          _mm256_add_epi32(lanes_base, _mm256_cvtepu8_epi32(packed)));
+                          _mm256_permutevar8x32_epi32(_mm256_add_epi32(place, columns), packed));
       count += __builtin_popcount(static_cast<unsigned>(mask));
-      lanes_base = _mm256_add_epi32(lanes_base, step);
-    };
-    if (word_count == 8) {
-      const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-      for (int j = 0; j < n; j += W) {
-        const __m256i c = cells(load(d + j), s, b, last);
-        emit(_mm256_permutevar8x32_epi32(w0, _mm256_srli_epi32(c, 5)), c);
-      }
-    } else if (word_count == 16) {
-      const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-      const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + 8));
-      for (int j = 0; j < n; j += W) {
-        const __m256i c = cells(load(d + j), s, b, last);
-        const __m256i at = _mm256_srli_epi32(c, 5);
-        const __m256 picked = _mm256_blendv_ps(_mm256_castsi256_ps(_mm256_permutevar8x32_epi32(w0, at)),
-                                               _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(w1, at)),
-                                               _mm256_castsi256_ps(_mm256_slli_epi32(c, 23)));
-        emit(_mm256_castps_si256(picked), c);
-      }
-    } else {
-      const __m256i wrap = _mm256_set1_epi32(static_cast<int>(word_count - 1));
-      for (int j = 0; j < n; j += W) {
-        const __m256i c = cells(load(d + j), s, b, last);
-        const __m256i at = _mm256_and_si256(_mm256_srli_epi32(c, 5), wrap);
-        emit(_mm256_i32gather_epi32(reinterpret_cast<const int*>(words), at, 4), c);
-      }
     }
     return count;
   }
 
-  // #{ held < v }. Four comparisons become 32 mask bytes, so one movemask and one popcount serve them.
-  template <int N>
-  static int below(const V* held, T v) {
-    const V value = set1(v);
-    const auto less = [&](int i) { return _mm256_castps_si256(_mm256_cmp_ps(held[i], value, _CMP_LT_OQ)); };
-    int count = 0;
-    constexpr int kFours = N / 4 * 4;
-#pragma GCC unroll 2
-    for (int i = 0; i < kFours; i += 4) {
-      const __m256i a = _mm256_packs_epi32(less(i), less(i + 1)), b = _mm256_packs_epi32(less(i + 2), less(i + 3));
-      count += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_epi8(_mm256_packs_epi16(a, b))));
-    }
-    if constexpr (N % 4 == 3) {
-      const __m256i a = _mm256_packs_epi32(less(kFours), less(kFours + 1));
-      const __m256i b = _mm256_packs_epi32(less(kFours + 2), _mm256_setzero_si256());
-      count += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_epi8(_mm256_packs_epi16(a, b))));
-    } else if constexpr (N % 4 == 2) {
-      const __m256i a = _mm256_packs_epi32(less(kFours), less(kFours + 1));
-      count += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_epi8(a))) >> 1;
-    } else if constexpr (N % 4 == 1) {
-      count += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(less(kFours)))));
-    }
-    return count;
-  }
   // #{ i < n : t[i] < v }, n a multiple of W.
   static int count_below(const T* t, int n, T v) {
     const V value = set1(v);
@@ -145,6 +89,23 @@ struct Avx2 {
     for (int i = 0; i < n; i += W)
       count += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(load(t + i), value, _CMP_LT_OQ))));
     return count;
+  }
+
+  static void ranks(const T* t, int n, int first, uint32_t* at) {
+    const V mine = load(t + first);
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i below = _mm256_setzero_si256();
+    for (int j = 0; j < first; ++j)
+      below = _mm256_sub_epi32(below, _mm256_castps_si256(_mm256_cmp_ps(set1(t[j]), mine, _CMP_LE_OQ)));
+    for (int j = first; j < first + W; ++j) {
+      const __m256i less = _mm256_castps_si256(_mm256_cmp_ps(set1(t[j]), mine, _CMP_LT_OQ));
+      const __m256i equal = _mm256_castps_si256(_mm256_cmp_ps(set1(t[j]), mine, _CMP_EQ_OQ));
+      const __m256i later = _mm256_cmpgt_epi32(lanes, _mm256_set1_epi32(j - first));
+      below = _mm256_sub_epi32(below, _mm256_or_si256(less, _mm256_and_si256(equal, later)));
+    }
+    for (int j = first + W; j < n; ++j)
+      below = _mm256_sub_epi32(below, _mm256_castps_si256(_mm256_cmp_ps(set1(t[j]), mine, _CMP_LT_OQ)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + first), below);
   }
 
   static void transpose(const T* tile, int64_t stride, int rows, T* out) {

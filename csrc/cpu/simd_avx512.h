@@ -12,8 +12,7 @@ struct Avx512 {
   using T = float;
   using V = __m512;
   static constexpr int W = 16, MR = 8, NR = 48;  // 24 accumulators + 3 columns + 1 broadcast of 32 registers
-  static constexpr uint32_t kMinWords = 16;      // one register of filter words
-  static constexpr int kMaxHeld = 4;             // registers of thresholds that the drain keeps
+  static constexpr bool kStrided = true;         // buckets stand as buckets.h shows
 
   static V zero() { return _mm512_setzero_ps(); }
   static V set1(T v) { return _mm512_set1_ps(v); }
@@ -31,80 +30,92 @@ struct Avx512 {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
 
-  // As in Avx2::cells.
-  static __m512i cells(V d, V scale, V bias, V last) {
-    return _mm512_cvttps_epi32(_mm512_min_ps(last, _mm512_fmadd_ps(d, scale, bias)));
-  }
-  static int cell(T d, T scale, T bias, int cell_count) {
-    const int c = _mm_cvtsi128_si32(
-        _mm512_castsi512_si128(cells(set1(d), set1(scale), set1(bias), set1(static_cast<float>(cell_count - 1)))));
-    return c < 1 ? 1 : c;
-  }
   static V sqrt(V v) { return _mm512_sqrt_ps(v); }
   static V smaller(V a, V b) { return _mm512_min_ps(a, b); }
-  static V key_values(const uint64_t* key) {
-    const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    return _mm512_castsi512_ps(_mm512_permutex2var_epi32(_mm512_loadu_si512(key), odd, _mm512_loadu_si512(key + 8)));
-  }
-  static void band_masks(V lower, V upper, V scale, V bias, int cell_count, int32_t* from, int32_t* to, uint32_t* mask) {
-    const V last = set1(static_cast<float>(cell_count - 1));
-    const __m512i a = cells(lower, scale, bias, last), b = cells(upper, scale, bias, last), low5 = _mm512_set1_epi32(31);
-    _mm512_storeu_si512(from, a);
-    _mm512_storeu_si512(to, b);
-    _mm512_storeu_si512(mask, _mm512_sub_epi32(_mm512_sllv_epi32(_mm512_set1_epi32(2), _mm512_and_si512(b, low5)),
-                                               _mm512_sllv_epi32(_mm512_set1_epi32(1), _mm512_and_si512(a, low5))));
-  }
+  static V larger(V a, V b) { return _mm512_max_ps(a, b); }
 
-  // As in Avx2::filter: 512 cells in one register, 1,024 in two, more are gathered.
-  static int filter(const uint32_t* words, uint32_t word_count, T scale, T bias, const T* d, int n, uint32_t* queue) {
-    const V s = set1(scale), b = set1(bias), last = set1(static_cast<float>(word_count * 32 - 1));
-    const __m512i low5 = _mm512_set1_epi32(31);
+  // Hands on what of d[0 .. n) its bucket wants (d <= upper), as tag | place of the bucket << 16 | column; NaN is never
+  // wanted, nor what lies beyond `ceiling`. n is a multiple of W. Returns how many.
+  static int search(const T* t, const T* upper, int radix, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
+    switch (radix) {
+      case 1:
+        return search_in<1>(t, upper, 1, ceiling, d, n, tag, queue);
+      case 2:
+        return search_in<2>(t, upper, 2, ceiling, d, n, tag, queue);
+      case 3:
+        return search_in<3>(t, upper, 3, ceiling, d, n, tag, queue);
+      case 4:
+        return search_in<4>(t, upper, 4, ceiling, d, n, tag, queue);
+      default:
+        return search_in<0>(t, upper, radix, ceiling, d, n, tag, queue);
+    }
+  }
+  // R > 0: thresholds and bounds stay in registers; 0: `radix` of each, from L1.
+  template <int R>
+  static int search_in(const T* t, const T* upper, int radix, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
+    V threshold[R > 0 ? R : 1], bound[R > 0 ? R : 1];
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      threshold[i] = load(t + i * W);
+      bound[i] = load(upper + i * W);
+    }
+    const int vectors = R > 0 ? R : radix;
+    const V last = load(t + (vectors - 1) * W), middle = set1(t[(vectors - 1) * W + 7]), top = set1(ceiling);
+    const __m512i one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2), step = _mm512_set1_epi32(W << 16);
+    __m512i columns = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(tag)),
+                                       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
     int count = 0;
-    __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const auto emit = [&](__m512i word, __m512i c) {
-      const __mmask16 mask = _mm512_movepi32_mask(_mm512_sllv_epi32(word, _mm512_andnot_si512(c, low5)));
+    for (int j = 0; j < n; j += W, columns = _mm512_add_epi32(columns, _mm512_set1_epi32(W))) {
+      const V v = load(d + j);
+      if (!_mm512_cmp_ps_mask(v, top, _CMP_LE_OQ)) continue;  // late in training nearly always
+      // The lane: how many of the first 15 in `last` are below v. `probe` is the next to ask, then one 4, 2, 1 away.
+      __m512i probe =
+          _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(middle, v, _CMP_LT_OQ), _mm512_set1_epi32(3), _mm512_set1_epi32(11));
+      const auto below = [&](V table, __m512i at) {
+        return _mm512_cmp_ps_mask(_mm512_permutexvar_ps(at, table), v, _CMP_LT_OQ);
+      };
+      probe = _mm512_mask_add_epi32(_mm512_sub_epi32(probe, two), below(last, probe), probe, two);
+      probe = _mm512_mask_add_epi32(_mm512_sub_epi32(probe, one), below(last, probe), probe, one);
+      const __m512i lane = _mm512_mask_add_epi32(probe, below(last, probe), probe, one);
+      __m512i place = _mm512_slli_epi32(lane, 16);
+      V wanted = _mm512_permutexvar_ps(lane, R > 0 ? bound[0] : load(upper));
+#pragma GCC unroll 3
+      for (int i = 0; i + 1 < vectors; ++i) {
+        const __mmask16 more = below(R > 0 ? threshold[i] : load(t + i * W), lane);
+        place = _mm512_mask_add_epi32(place, more, place, step);
+        wanted = _mm512_mask_permutexvar_ps(wanted, more, lane, R > 0 ? bound[i + 1] : load(upper + (i + 1) * W));
+      }
+      const __mmask16 mask = _mm512_cmp_ps_mask(v, wanted, _CMP_LE_OQ);
       // Compress in the register, then store: the compressing store is microcoded on Zen 4.
-      _mm512_storeu_si512(queue + count, _mm512_maskz_compress_epi32(mask, lanes));
+      _mm512_storeu_si512(queue + count, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(place, columns)));
       count += __builtin_popcount(static_cast<unsigned>(mask));
-      lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(W));
-    };
-    if (word_count == 16) {
-      const __m512i w0 = _mm512_loadu_si512(words);
-      for (int j = 0; j < n; j += W) {
-        const __m512i c = cells(load(d + j), s, b, last);
-        emit(_mm512_permutexvar_epi32(_mm512_srli_epi32(c, 5), w0), c);
-      }
-    } else if (word_count == 32) {
-      const __m512i w0 = _mm512_loadu_si512(words), w1 = _mm512_loadu_si512(words + 16);
-      for (int j = 0; j < n; j += W) {
-        const __m512i c = cells(load(d + j), s, b, last);
-        emit(_mm512_permutex2var_epi32(w0, _mm512_srli_epi32(c, 5), w1), c);
-      }
-    } else {
-      const __m512i wrap = _mm512_set1_epi32(static_cast<int>(word_count - 1));
-      for (int j = 0; j < n; j += W) {
-        const __m512i c = cells(load(d + j), s, b, last);
-        emit(_mm512_i32gather_epi32(_mm512_and_si512(_mm512_srli_epi32(c, 5), wrap), words, 4), c);
-      }
     }
     return count;
   }
 
-  template <int N>
-  static int below(const V* held, T v) {
-    const V value = set1(v);
-    int count = 0;
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i)
-      count += __builtin_popcount(static_cast<unsigned>(_mm512_cmp_ps_mask(held[i], value, _CMP_LT_OQ)));
-    return count;
-  }
   static int count_below(const T* t, int n, T v) {
     const V value = set1(v);
     int below = 0;
     for (int i = 0; i < n; i += W)
       below += __builtin_popcount(static_cast<unsigned>(_mm512_cmp_ps_mask(load(t + i), value, _CMP_LT_OQ)));
     return below;
+  }
+
+  static void ranks(const T* t, int n, int first, uint32_t* at) {
+    const V mine = load(t + first);
+    const __m512i one = _mm512_set1_epi32(1);
+    __m512i below = _mm512_setzero_si512();
+    for (int j = 0; j < first; ++j)
+      below = _mm512_mask_add_epi32(below, _mm512_cmp_ps_mask(set1(t[j]), mine, _CMP_LE_OQ), below, one);
+    for (int j = first; j < first + W; ++j) {
+      const unsigned later = 0xfffeu << (j - first);
+      const __mmask16 mask = static_cast<__mmask16>(_mm512_cmp_ps_mask(set1(t[j]), mine, _CMP_LT_OQ) |
+                                                    (_mm512_cmp_ps_mask(set1(t[j]), mine, _CMP_EQ_OQ) & later));
+      below = _mm512_mask_add_epi32(below, mask, below, one);
+    }
+    for (int j = first + W; j < n; ++j)
+      below = _mm512_mask_add_epi32(below, _mm512_cmp_ps_mask(set1(t[j]), mine, _CMP_LT_OQ), below, one);
+    _mm512_storeu_si512(at + first, below);
   }
 
   static void transpose(const T* tile, int64_t stride, int rows, T* out) {

@@ -34,8 +34,7 @@ struct Generic {
 #else
   static constexpr int MR = 4, NR = 2 * W;
 #endif
-  static constexpr uint32_t kMinWords = 8;
-  static constexpr int kMaxHeld = 0;  // thresholds stay in memory
+  static constexpr bool kStrided = false;  // no permutation by variable: buckets stay in order and are searched one by one
 
   static V zero() { return V{}; }
   static V set1(T v) { return V{} + v; }
@@ -79,51 +78,21 @@ struct Generic {
     return v;
   }
   static V smaller(V a, V b) { return a < b ? a : b; }  // b where a is NaN
-  // The distances of W keys; NaN for the key of an empty bucket.
-  static V key_values(const typename KeyOf<T>::Key* key) {
-    V v;
-    for (int i = 0; i < W; ++i) {
-      const auto bits = static_cast<typename KeyOf<T>::Bits>(key[i] >> 32);
-      T d;
-      std::memcpy(&d, &bits, sizeof d);
-      v[i] = d;
-    }
-    return v;
-  }
-  // First and last cell of W bands; and, where both are in one word, the band's bits in it.
-  static void band_masks(V lower, V upper, V scale, V bias, int cells, int32_t* from, int32_t* to, uint32_t* mask) {
-    for (int i = 0; i < W; ++i) {
-      from[i] = cell(lower[i], scale[0], bias[0], cells);
-      to[i] = cell(upper[i], scale[0], bias[0], cells);
-      mask[i] = (2u << (to[i] & 31)) - (1u << (from[i] & 31));
-    }
-  }
-
-  static int cell(T d, T scale, T bias, int cells) {
-    T c = madd1(d, scale, bias);
-    if (!(c > T(1))) c = T(1);
-    if (c > T(cells - 1)) c = T(cells - 1);
-    return static_cast<int>(c);
-  }
-
-  // Hands on the columns of d[0 .. n) whose cell's bit is set; NaN never passes. Returns how many.
-  static int filter(const uint32_t* words, uint32_t word_count, T scale, T bias, const T* d, int n, uint32_t* queue) {
-    const int cells = static_cast<int>(word_count) * 32;
-    int count = 0;
-    for (int j = 0; j < n; ++j) {
-      const T v = d[j];
-      const int c = cell(v, scale, bias, cells);
-      queue[count] = static_cast<uint32_t>(j);
-      count += static_cast<int>((words[c >> 5] >> (c & 31)) & 1u) & static_cast<int>(v == v);
-    }
-    return count;
-  }
-
+  static V larger(V a, V b) { return a > b ? a : b; }  // b where a is NaN
   // #{ i < n : t[i] < v }, t padded with +inf to a multiple of kSlotPad.
   static int count_below(const T* t, int n, T v) {
     int below = 0;
     for (int i = 0; i < n; ++i) below += t[i] < v;
     return below;
+  }
+
+  // at[i] = #{ j < n : t[j] < t[i] or t[j] == t[i] and j < i } for i of [first, first + W): where t[i] stands once sorted.
+  static void ranks(const T* t, int n, int first, uint32_t* at) {
+    for (int i = first; i < first + W; ++i) {
+      at[i] = 0;
+      for (int j = 0; j < i; ++j) at[i] += t[j] <= t[i];
+      for (int j = i; j < n; ++j) at[i] += t[j] < t[i];
+    }
   }
 
   // out[c * rows + r] = tile[r * stride + c] for W columns; rows is a multiple of W.

@@ -55,6 +55,7 @@ inline R from_memory(const P* p) {
 
 // ---- moves and reinterpretations ----
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
+inline __m512i _mm512_setzero_si512() { return __m512i{}; }
 inline __m512 _mm512_set1_ps(float x) { return lanes<__m512>([&](int) { return x; }); }
 inline __m512i _mm512_set1_epi32(int x) { return int_lanes([&](int) { return x; }); }
 template <class... E>
@@ -64,15 +65,12 @@ inline __m512i _mm512_set_epi32(E... e) {  // the last argument is lane 0
   return int_lanes([&](int i) { return given[15 - i]; });
 }
 inline __m512 _mm512_loadu_ps(const float* p) { return from_memory<__m512>(p); }
-inline __m512i _mm512_loadu_si512(const void* p) { return from_memory<__m512i>(static_cast<const char*>(p)); }
 inline void _mm512_storeu_ps(float* p, __m512 v) { std::memcpy(p, &v, sizeof v); }
 inline void _mm512_storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, sizeof v); }
-inline __m512 _mm512_castsi512_ps(__m512i v) { return reinterpret_cast<__m512>(v); }
 inline __m512d _mm512_castps_pd(__m512 v) { return reinterpret_cast<__m512d>(v); }
 inline __m256 _mm256_castpd_ps(__m256d v) { return reinterpret_cast<__m256>(v); }
 inline __m256 _mm512_castps512_ps256(__m512 v) { return from_memory<__m256>(&v); }
 inline __m128 _mm256_castps256_ps128(__m256 v) { return from_memory<__m128>(&v); }
-inline __m128i _mm512_castsi512_si128(__m512i v) { return from_memory<__m128i>(&v); }
 inline __m256d _mm512_extractf64x4_pd(__m512d v, int which) {
   return lanes<__m256d>([&](int i) { return v[4 * (which & 1) + i]; });
 }
@@ -92,33 +90,20 @@ inline __m256 _mm256_add_ps(__m256 a, __m256 b) { return a + b; }
 inline __m512 _mm512_max_ps(__m512 a, __m512 b) { return lanes<__m512>([&](int i) { return a[i] > b[i] ? a[i] : b[i]; }); }
 inline __m512 _mm512_min_ps(__m512 a, __m512 b) { return lanes<__m512>([&](int i) { return a[i] < b[i] ? a[i] : b[i]; }); }
 inline __m512 _mm512_sqrt_ps(__m512 a) { return lanes<__m512>([&](int i) { return std::sqrt(a[i]); }); }
-// Toward zero; what does not fit, and NaN, gives INT_MIN.
-inline __m512i _mm512_cvttps_epi32(__m512 a) {
-  return int_lanes([&](int i) {
-    return a[i] >= -0x1p31f && a[i] < 0x1p31f ? static_cast<int32_t>(a[i]) : std::numeric_limits<int32_t>::min();
-  });
-}
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { return word_lanes([&](int i) { return words(a)[i] + words(b)[i]; }); }
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return word_lanes([&](int i) { return words(a)[i] - words(b)[i]; }); }
-inline __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
-inline __m512i _mm512_andnot_si512(__m512i a, __m512i b) { return ~a & b; }
-inline __m512i _mm512_sllv_epi32(__m512i a, __m512i by) {  // the whole count is looked at: from 32 on nothing is left
-  return word_lanes([&](int i) { return words(by)[i] < 32 ? words(a)[i] << words(by)[i] : 0u; });
-}
-inline __m512i _mm512_srli_epi32(__m512i a, unsigned by) {
-  return word_lanes([&](int i) { return by < 32 ? words(a)[i] >> by : 0u; });
-}
 
 // ---- comparisons and masks ----
 inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
-  if (predicate != _CMP_LT_OQ) __builtin_trap();  // the only one the kernels use
   unsigned mask = 0;
-  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(a[i] < b[i]) << i;
-  return static_cast<__mmask16>(mask);
-}
-inline __mmask16 _mm512_movepi32_mask(__m512i a) {
-  unsigned mask = 0;
-  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(ints(a)[i] < 0) << i;
+  for (int i = 0; i < 16; ++i) {
+    bool holds = false;  // ordered: false where one is NaN
+    if (predicate == _CMP_LT_OQ) holds = a[i] < b[i];
+    else if (predicate == _CMP_LE_OQ) holds = a[i] <= b[i];
+    else if (predicate == _CMP_EQ_OQ) holds = a[i] == b[i];
+    else __builtin_trap();  // the kernels use no other
+    mask |= static_cast<unsigned>(holds) << i;
+  }
   return static_cast<__mmask16>(mask);
 }
 inline __m512i _mm512_maskz_compress_epi32(__mmask16 mask, __m512i a) {  // kept lanes to the front, zeros behind
@@ -128,20 +113,22 @@ inline __m512i _mm512_maskz_compress_epi32(__mmask16 mask, __m512i a) {  // kept
   return reinterpret_cast<__m512i>(r);
 }
 
+inline __m512i _mm512_mask_add_epi32(__m512i kept, __mmask16 mask, __m512i a, __m512i b) {
+  return word_lanes([&](int i) { return mask >> i & 1 ? words(a)[i] + words(b)[i] : words(kept)[i]; });
+}
+inline __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i a, __m512i b) {  // b where the bit is set
+  return int_lanes([&](int i) { return mask >> i & 1 ? ints(b)[i] : ints(a)[i]; });
+}
+
 // ---- permutations ----
-inline __m512i _mm512_permutexvar_epi32(__m512i index, __m512i a) {  // four bits of the index count
-  return int_lanes([&](int i) { return ints(a)[words(index)[i] & 15]; });
+inline __m512 _mm512_permutexvar_ps(__m512i index, __m512 a) {  // four bits of the index count
+  return lanes<__m512>([&](int i) { return a[words(index)[i] & 15]; });
 }
-inline __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b) {  // bit 4 picks the source
-  return int_lanes([&](int i) {
-    const uint32_t at = words(index)[i];
-    return at & 16 ? ints(b)[at & 15] : ints(a)[at & 15];
-  });
+inline __m512 _mm512_mask_permutexvar_ps(__m512 kept, __mmask16 mask, __m512i index, __m512 a) {
+  return lanes<__m512>([&](int i) { return mask >> i & 1 ? a[words(index)[i] & 15] : kept[i]; });
 }
-inline __m512i _mm512_i32gather_epi32(__m512i index, const void* base, int scale) {
-  return int_lanes([&](int i) {
-    return from_memory<int32_t>(static_cast<const char*>(base) + static_cast<int64_t>(ints(index)[i]) * scale);
-  });
+inline __m512i _mm512_slli_epi32(__m512i a, unsigned by) {
+  return word_lanes([&](int i) { return by < 32 ? words(a)[i] << by : 0u; });
 }
 // Inside each 128-bit quarter: lanes 0 and 1 (2 and 3) of a and b in turn.
 inline __m512 _mm512_unpacklo_ps(__m512 a, __m512 b) {

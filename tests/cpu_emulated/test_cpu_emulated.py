@@ -25,7 +25,9 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 GXX = os.environ.get("CXX", "g++")
 CPUINFO = Path("/proc/cpuinfo")
-HAS_AVX2 = CPUINFO.exists() and {"avx2", "fma", "f16c"} <= set(CPUINFO.read_text().split())
+FLAGS = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
+HAS_AVX2 = {"avx2", "fma", "f16c"} <= FLAGS
+HAS_AVX512 = HAS_AVX2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= FLAGS
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the vector paths are x86-64's"),
@@ -35,6 +37,7 @@ pytestmark = [
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # With AVX2 at hand the emulation's loops become AVX2 instructions, and products fuse as in an AVX-512 build.
 AVX512 = ["-include", str(HERE / "avx512_emulated.h"), *(AVX2 if HAS_AVX2 else [])]
+TRUE_AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 PORTABLE = ["-ffp-contract=off"]
 COMMON = ["-std=c++17", "-g1", "-fno-math-errno", "-Wno-psabi", f"-I{CSRC}"]
 ADDRESS = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -95,11 +98,14 @@ def passed(output: str) -> None:
     ("header", "struct", "flags"),
     [
         ("avx512", "Avx512", AVX512),
+        pytest.param(
+            "avx512", "Avx512", TRUE_AVX512, marks=pytest.mark.skipif(not HAS_AVX512, reason="no AVX-512 here")
+        ),
         ("generic", "Generic<double>", AVX512),
         pytest.param("avx2", "Avx2", AVX2, marks=pytest.mark.skipif(not HAS_AVX2, reason="no AVX2 here")),
         ("generic", "Generic<float>", PORTABLE),
     ],
-    ids=["avx512", "avx512-double", "avx2", "portable"],
+    ids=["avx512", "avx512-itself", "avx512-double", "avx2", "portable"],
 )
 def test_units(header, struct, flags, tmp_path):
     sanitize = ADDRESS if links(tmp_path, ADDRESS) else ["-O1"]

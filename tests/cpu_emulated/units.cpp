@@ -13,7 +13,6 @@ namespace {
 using S = UNIT_STRUCT;
 using T = S::T;
 using V = S::V;
-using Key = KeyOf<T>::Key;
 constexpr int W = S::W;
 constexpr T kInf = std::numeric_limits<T>::infinity(), kNan = std::numeric_limits<T>::quiet_NaN();
 int failures = 0;
@@ -54,11 +53,13 @@ Lanes of(V v) {
 void arithmetic() {
   const Lanes a = any(), b = any(), c = any();
   const Lanes fused = of(S::madd(a.v(), b.v(), c.v())), most = of(S::max0(a.v())), less = of(S::smaller(a.v(), b.v()));
+  const Lanes more = of(S::larger(a.v(), b.v()));
   const Lanes root = of(S::sqrt(S::max0(a.v()))), one = of(S::set1(a.at[0])), none = of(S::zero());
   for (int i = 0; i < W; ++i) {
     check(same(fused.at[i], S::madd1(a.at[i], b.at[i], c.at[i])), "madd is not madd1 in every lane");
     check(same(most.at[i], a.at[i] < 0 ? T(0) : a.at[i]), "max0: NaN stays");
     check(same(less.at[i], a.at[i] < b.at[i] ? a.at[i] : b.at[i]), "smaller: the second operand where the first is NaN");
+    check(same(more.at[i], a.at[i] > b.at[i] ? a.at[i] : b.at[i]), "larger: the second operand where the first is NaN");
     check(same(root.at[i], std::sqrt(most.at[i])), "sqrt");
     // By value: set1(-0) may be +0, which no product or comparison tells apart.
     check((one.at[i] == a.at[0] || same(one.at[i], a.at[0])) && same(none.at[i], T(0)), "set1, zero");
@@ -69,35 +70,6 @@ void arithmetic() {
   check(S::sum(whole.v()) == total, "sum");
 }
 
-void keys() {
-  Key key[W];
-  T d[W];
-  for (int i = 0; i < W; ++i) {
-    d[i] = uniform();
-    KeyOf<T>::Bits bits;
-    std::memcpy(&bits, &d[i], sizeof bits);
-    const bool empty = draw() % 5 == 0;
-    if (empty) d[i] = kNan;
-    key[i] = empty ? ~Key{0} : static_cast<Key>(bits) << 32 | static_cast<uint32_t>(draw());
-  }
-  const Lanes values = of(S::key_values(key));
-  for (int i = 0; i < W; ++i) check(same(values.at[i], d[i]), "key_values");
-}
-
-template <class S, int N>  // S again: a struct that keeps no thresholds in registers has no below
-void below(const std::vector<T>& t, T v) {
-  if constexpr (N > 0) {
-    if (static_cast<int>(t.size()) == N * W) {
-      V held[N];
-      for (int i = 0; i < N; ++i) held[i] = S::load(t.data() + i * W);
-      int count = 0;
-      for (const T e : t) count += e < v;
-      check(S::template below<N>(held, v) == count, "below");
-    }
-    below<S, N - 1>(t, v);
-  }
-}
-
 void counting() {
   std::vector<T> t(static_cast<size_t>(1 + draw() % 8) * W);
   for (T& e : t) e = uniform() * 4;
@@ -106,63 +78,54 @@ void counting() {
     int count = 0;
     for (const T e : t) count += e < v;
     check(S::count_below(t.data(), static_cast<int>(t.size()), v) == count, "count_below");
-    below<S, S::kMaxHeld>(t, v);
   }
 }
 
-int plain_cell(T d, T scale, T bias, int cells) {
-  const T c = S::madd1(d, scale, bias);
-  return c > 1 ? static_cast<int>(std::min(c, static_cast<T>(cells - 1))) : 1;
+void ranks() {
+  const int n = static_cast<int>(1 + draw() % 100), padded = static_cast<int>(round_up(n, kSlotPad));
+  std::vector<T> t(static_cast<size_t>(padded), kInf);
+  for (int i = 0; i < n; ++i)
+    t[static_cast<size_t>(i)] = i > 0 && draw() % 4 == 0 ? t[draw() % static_cast<size_t>(i)] : uniform();
+  std::vector<uint32_t> at(static_cast<size_t>(padded));
+  for (int i = 0; i < n; i += W) S::ranks(t.data(), n, i, at.data());
+  std::vector<int> order(static_cast<size_t>(n));
+  for (int i = 0; i < n; ++i) order[static_cast<size_t>(i)] = i;
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return t[static_cast<size_t>(a)] < t[static_cast<size_t>(b)]; });
+  for (int r = 0; r < n; ++r) check(at[static_cast<size_t>(order[static_cast<size_t>(r)])] == static_cast<uint32_t>(r), "ranks");
 }
 
-void filter() {
-  uint32_t count = S::kMinWords << draw() % 4;
-  count = std::min<uint32_t>(count, kMaxWords);
-  if (draw() % 8 == 0) count = kMaxWords;
-  const int cells = static_cast<int>(count) * 32;
-  std::vector<uint32_t> words(count);
-  for (uint32_t& w : words) w = static_cast<uint32_t>(draw() & draw());
-  words[0] &= ~1u;  // cell 0 is NaN's: never set
-  const T scale = draw() % 9 ? static_cast<T>(cells - 4) * (uniform() + T(0.1)) : 0, bias = scale > 0 ? uniform() * 4 - 2 : 1;
-  const int n = static_cast<int>(1 + draw() % (kTile<T> / W)) * W;
-  std::vector<T> d(static_cast<size_t>(n));
-  for (T& e : d) e = draw() % 10 == 0 ? value() : uniform() * T(1.2);
-  std::vector<uint32_t> queue(static_cast<size_t>(n) + W, 0xABCDEFu);  // whole vectors are stored, up to W beyond the last
-  const int passed = S::filter(words.data(), count, scale, bias, d.data(), n, queue.data());
-  check(passed >= 0 && passed <= n, "filter: count");
-  check(std::is_sorted(queue.begin(), queue.begin() + passed), "filter: order");
-  int at = 0;
-  for (int j = 0; j < n; ++j) {
-    const bool handed = at < passed && queue[static_cast<size_t>(at)] == static_cast<uint32_t>(j);
-    at += handed;
-    const int cell = plain_cell(d[static_cast<size_t>(j)], scale, bias, cells);
-    const bool set = words[static_cast<size_t>(cell >> 5)] >> (cell & 31) & 1;
-    if (d[static_cast<size_t>(j)] != d[static_cast<size_t>(j)]) check(!handed, "filter: NaN passed");
-    else if (S::madd1(d[static_cast<size_t>(j)], scale, bias) >= 1) check(handed == set, "filter: not the bit of the cell");
-    // Below cell 1 lie no bands: passing is harmless and staying away too.
-  }
-  check(at == passed, "filter: a column twice, or none");
-}
-
-void bands() {
-  const int cells = static_cast<int>(S::kMinWords << draw() % 4) * 32;
-  const T scale = static_cast<T>(cells - 4), bias = 2;
-  Lanes lower, upper;
-  for (int i = 0; i < W; ++i) {
-    lower.at[i] = uniform();
-    upper.at[i] = draw() % 6 ? lower.at[i] + uniform() * T(0.1) : std::numeric_limits<T>::max();
-  }
-  int32_t from[W], to[W];
-  uint32_t mask[W];
-  S::band_masks(lower.v(), upper.v(), S::set1(scale), S::set1(bias), cells, from, to, mask);
-  for (int i = 0; i < W; ++i) {
-    const int a = plain_cell(lower.at[i], scale, bias, cells), b = plain_cell(upper.at[i], scale, bias, cells);
-    check(S::cell(lower.at[i], scale, bias, cells) == a && S::cell(upper.at[i], scale, bias, cells) == b, "cell");
-    check(from[i] == a && to[i] == b, "band_masks: cells");
-    if (a >> 5 != b >> 5) continue;
-    uint32_t bits = 0;
-    for (int c = a; c <= b; ++c) bits |= 1u << (c & 31);
-    check(mask[i] == bits, "band_masks: bits");
+template <class S>  // S again: a struct whose buckets stay in order has no search
+void search() {
+  if constexpr (S::kStrided) {
+    const int K = static_cast<int>(1 + draw() % (draw() % 3 ? 70 : kMaxStrided - 1)), R = (K + W) / W;
+    const int n = static_cast<int>(1 + draw() % (kTile<T> / W)) * W;
+    const auto size = static_cast<size_t>(R * W);
+    std::vector<T> sorted(static_cast<size_t>(K)), t(size, kInf), upper(size), d(static_cast<size_t>(n));
+    for (T& e : sorted) e = draw() % 5 ? uniform() : T(0.5);
+    std::sort(sorted.begin(), sorted.end());
+    for (int r = 0; r < K; ++r) t[static_cast<size_t>(r % R * W + r / R)] = sorted[static_cast<size_t>(r)];
+    for (T& e : upper) e = draw() % 4 ? uniform() * 2 - T(0.5) : std::numeric_limits<T>::max();
+    for (T& e : d) e = draw() % 8 == 0 ? value() : draw() % 8 == 0 ? sorted[draw() % sorted.size()] : uniform() * T(1.2);
+    const T ceiling = draw() % 2 ? std::numeric_limits<T>::max() : uniform() * T(0.2);
+    const auto tag = static_cast<uint32_t>(draw() % 64) << 26;
+    std::vector<uint32_t> queue(static_cast<size_t>(n) + W, 0xABCDEFu);  // whole vectors are stored, up to W beyond the last
+    const int found = S::search(t.data(), upper.data(), R, ceiling, d.data(), n, tag, queue.data());
+    check(found >= 0 && found <= n, "search: count");
+    int at = 0;
+    for (int j0 = 0; j0 < n; j0 += W) {
+      bool any_below = false;  // of a vector beyond the ceiling nothing need be handed on, but may be
+      for (int j = j0; j < j0 + W; ++j) any_below |= d[static_cast<size_t>(j)] <= ceiling;
+      for (int j = j0; j < j0 + W; ++j) {
+        const T v = d[static_cast<size_t>(j)];
+        const int b = static_cast<int>(std::lower_bound(sorted.begin(), sorted.end(), v) - sorted.begin());
+        const uint32_t place = v == v ? static_cast<uint32_t>(b % R * W + b / R) : 0;
+        const bool wanted = any_below && v == v && v <= upper[place];
+        const bool handed = at < found && (queue[static_cast<size_t>(at)] & 0xffff) == static_cast<uint32_t>(j);
+        check(handed == wanted, "search: not what the bucket wants");
+        if (handed) check(queue[static_cast<size_t>(at++)] == (tag | place << 16 | static_cast<uint32_t>(j)), "search: place");
+      }
+    }
+    check(at == found, "search: a column twice, or out of order");
   }
 }
 
@@ -184,10 +147,9 @@ int main() {
   using namespace facenet_ext::cpu;
   for (int i = 0; i < 3000; ++i) {
     arithmetic();
-    keys();
     counting();
-    filter();
-    bands();
+    ranks();
+    search<S>();
     transpose();
   }
   std::printf("3000 rounds of %d lanes of %zu bytes, %d failures\n", W, sizeof(T), failures);
