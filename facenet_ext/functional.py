@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backend, _checks, autograd
+from . import _backend, _checks, _options, autograd
+from ._backend import Problem
+from ._options import Options
 from .reference import Triplets, TripletStats
 
 __all__ = ["TripletStats", "Triplets", "mine_triplets", "triplet_loss"]
@@ -17,10 +19,15 @@ def triplet_loss(
     *,
     margin: float = 0.2,
     negatives: str = "semi_hard",
+    positives: str = "all",
+    pairs: str = "ordered",
     fallback: str = "farthest",
     distance: str = "sqeuclidean",
+    soft_margin: bool = False,
+    band: float | None = None,
     reduction: str = "mean",
     normalize: bool = False,
+    generator: torch.Generator | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TripletStats]:
     r"""mean over all ordered pairs (a, p), a != p, of equal labels, of  max(0, d(a, p) - d(a, n) + margin),
@@ -65,24 +72,27 @@ def triplet_loss(
     Source: Schroff, Kalenichenko, Philbin, "FaceNet", CVPR 2015, equations 3 (loss) and 4 (semi-hard).
     """
     _checks.check_batch(embeddings, labels)
-    _checks.check_options(margin, negatives, fallback, distance, reduction)
-    _checks.check_switch("normalize", normalize)
+    options = Options(margin, negatives, positives, pairs, fallback, distance, soft_margin, band, reduction, normalize)
+    _checks.check_options(options)
+    _checks.check_generator(generator)
     _checks.check_switch("return_stats", return_stats)
-    loss, counts, d2 = autograd.triplet_loss(
-        embeddings, labels, float(margin), fallback, distance, reduction, normalize, return_stats
-    )
-    if not return_stats:
-        return loss
-    pairs, active, fallbacks, _, _ = counts.unbind()
-    mean_d2_ap, mean_d2_an, max_d2_ap = d2.unbind()
-    return loss, TripletStats(
-        pairs=pairs,
-        active=active,
-        fallback=fallbacks,
-        mean_d2_ap=mean_d2_ap,
-        mean_d2_an=mean_d2_an,
-        max_d2_ap=max_d2_ap,
-    )
+    problem = Problem(embeddings, labels, seed=draw_seed(options, generator, embeddings.device))
+    loss, counts, d2 = autograd.triplet_loss(problem, options, return_stats)
+    return (loss, stats_of(counts, d2, options)) if return_stats else loss
+
+
+def draw_seed(options: Options, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
+    """[1] int64 on `device` for a rule that draws, else None; a generator of another device draws on its own."""
+    if options.negatives not in _options.RANDOM:
+        return None
+    where = device if generator is None else generator.device
+    return torch.randint(2**63 - 1, (1,), generator=generator, device=where).to(device, non_blocking=True)
+
+
+def stats_of(counts: Tensor, d2: Tensor, options: Options) -> TripletStats:
+    """What counts [5] and d2 [3] of the op say under these options."""
+    counted = options.negatives == "semi_hard" and options.fallback == "farthest"
+    return TripletStats.of(counts, d2, margin=options.margin, distance=options.distance, fallback_counts=counted)
 
 
 @torch.compiler.disable(reason="the number of triplets depends on the data")
@@ -90,9 +100,15 @@ def mine_triplets(
     embeddings: Tensor,
     labels: Tensor,
     *,
+    margin: float = 0.2,
     negatives: str = "semi_hard",
+    positives: str = "all",
+    pairs: str = "ordered",
     fallback: str = "farthest",
+    distance: str = "sqeuclidean",
+    band: float | None = None,
     normalize: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Triplets:
     """Every ordered (a, p), a != p, of equal labels, with  n = argmin { d2(a, n) : other label, d2(a, n) > d2(a, p) }.
 
@@ -120,11 +136,16 @@ def mine_triplets(
     Source: Schroff, Kalenichenko, Philbin, "FaceNet", CVPR 2015, equation 4.
     """
     _checks.check_batch(embeddings, labels)
-    _checks.check_choice("negatives", negatives, _checks.NEGATIVES)
-    _checks.check_choice("fallback", fallback, _checks.FALLBACKS)
-    _checks.check_switch("normalize", normalize)
-    triplets = Triplets(*_backend.mine_triplets(embeddings, labels, normalize))
-    if fallback == "skip":
-        counted = ~triplets.fallback
-        triplets = Triplets(*(column[counted] for column in triplets))
+    options = Options(margin, negatives, positives, pairs, fallback, distance, band=band, normalize=normalize)
+    _checks.check_options(options)
+    _checks.check_generator(generator)
+    return mine(Problem(embeddings, labels, seed=draw_seed(options, generator, embeddings.device)), options)
+
+
+def mine(problem: Problem, options: Options) -> Triplets:
+    """The triplets of checked arguments; indices are those of anchors and of candidates."""
+    triplets = Triplets(*_backend.mine_triplets(problem, options))
+    if options.negatives in _options.RANDOM or (options.negatives == "semi_hard" and options.fallback == "skip"):
+        found = ~triplets.fallback
+        triplets = Triplets(*(column[found] for column in triplets))
     return triplets

@@ -30,15 +30,45 @@ class Triplets(NamedTuple):
 class TripletStats(dict):
     """What ``return_stats=True`` adds: 0-d tensors on the input's device, by key or by attribute.
 
-    pairs      int64   counted (anchor, positive) pairs
-    active     int64   those with a loss above 0
-    fallback   int64   pairs without a negative farther than the positive: counted if "farthest", left out if "skip"
-    mean_d2_ap         mean squared distance of anchor and positive over the counted pairs
-    mean_d2_an         the same of anchor and negative
-    max_d2_ap          the largest squared distance of a pair; near 0, with a loss near the margin, is collapse
+    pairs          int64   counted terms: (anchor, positive) pairs, or triplets where every negative makes one
+    active         int64   those with a loss above 0
+    fallback       int64   pairs for which the rule found no negative: counted with the farthest one where the rule is
+                           "semi_hard" with fallback "farthest", else left out
+    hard           int64   terms whose negative is no farther than the positive:  d(a, n) <= d(a, p)
+    semi_hard      int64   terms with  0 < d(a, n) - d(a, p) < margin
+    easy           int64   the other terms: a hinge of 0
+    fallback_rate          fallback / all pairs that looked for a negative
+    mean_d2_ap             mean squared distance of anchor and positive over the terms
+    mean_d2_an             the same of anchor and negative
+    max_d2_ap              the largest squared distance of a term's pair
+    collapsed      bool    there are terms, and of none is d(a, p), nor of their mean d(a, n), above a hundredth of the
+                           margin: all embeddings are one point as far as the loss can see, and it is the margin
 
-    The last three have the loss's dtype and are 0 where no pair counts, NaN where an embedding is not finite.
+    The rates and distances have the loss's dtype and are 0 where no term counts; the distances are NaN where an
+    embedding is not finite.
     """
+
+    @classmethod
+    def of(cls, counts: Tensor, d2: Tensor, *, margin: float, distance: str, fallback_counts: bool) -> TripletStats:
+        """From counts [5] (pairs, active, fallback, hard, semi-hard) and d2 [3] (mean ap, mean an, max ap)."""
+        pairs, active, fallback, hard, semi_hard = counts.unbind()
+        mean_d2_ap, mean_d2_an, max_d2_ap = d2.unbind()
+        looked = pairs if fallback_counts else pairs + fallback
+        near = 0.01 * margin
+        near_d2 = {"sqeuclidean": near, "euclidean": near**2, "cosine": 2 * near}[distance]
+        return cls(
+            pairs=pairs,
+            active=active,
+            fallback=fallback,
+            hard=hard,
+            semi_hard=semi_hard,
+            easy=pairs - hard - semi_hard,
+            fallback_rate=fallback.to(d2.dtype) / looked.clamp_min(1),
+            mean_d2_ap=mean_d2_ap,
+            mean_d2_an=mean_d2_an,
+            max_d2_ap=max_d2_ap,
+            collapsed=(pairs > 0) & (max_d2_ap <= near_d2) & (mean_d2_an <= near_d2),
+        )
 
     def __getattr__(self, name: str) -> Tensor:
         try:
