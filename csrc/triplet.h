@@ -115,7 +115,7 @@ struct TripletArgs {
   int32_t compute_capability;  // CUDA only: 10 * major + minor
 };
 
-// Neither backend knows another rule than semi_hard with all ordered pairs and the hinge yet.
+// CUDA knows no other rule than semi_hard with all ordered pairs and the hinge yet.
 inline bool is_basic(const TripletArgs& args) {
   return args.negatives == Negatives::semi_hard && args.positives == Positives::all && args.pairs == PairOrder::ordered &&
          !args.soft_margin && args.negatives_only == 0 && args.distance != Distance::cosine;

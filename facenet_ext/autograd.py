@@ -84,7 +84,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 # ---- custom ops: what torch.compile and torch.export keep in their graphs --------------------------------------------
-# A custom op takes tensors and plain values: Problem and Options come spelt out (band 0: none). It returns only tensors:
+# A custom op takes tensors and plain values: Problem and Options come spelt out (band 0: none). It returns tensors:
 # what is not needed comes as an empty one. Sizes follow from A, C and D alone.
 
 

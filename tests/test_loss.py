@@ -116,9 +116,14 @@ def test_three_points_by_hand(device):
         "pairs": 2,
         "active": 1,
         "fallback": 0,
+        "hard": 0,
+        "semi_hard": 1,
+        "easy": 1,
+        "fallback_rate": 0.0,
         "mean_d2_ap": 1.0,
         "mean_d2_an": 6.5,
         "max_d2_ap": 1.0,
+        "collapsed": 0,
     }
     assert triplet_loss(x, y, margin=5.0, reduction="mean_active").item() == 2.0
     assert triplet_loss(x, y, margin=5.0, reduction="sum").item() == 2.0
@@ -148,7 +153,10 @@ def test_stats_by_key_and_by_attribute(device):
     x, y = torch.randn(12, 4, device=device, requires_grad=True), torch.arange(12, device=device) // 3
     _, stats = triplet_loss(x, y, return_stats=True)
     assert isinstance(stats, TripletStats)
-    assert list(stats) == ["pairs", "active", "fallback", "mean_d2_ap", "mean_d2_an", "max_d2_ap"]
+    assert list(stats) == (
+        ["pairs", "active", "fallback", "hard", "semi_hard", "easy", "fallback_rate"]
+        + ["mean_d2_ap", "mean_d2_an", "max_d2_ap", "collapsed"]
+    )
     for name, value in stats.items():
         assert getattr(stats, name) is value
         assert value.shape == () and value.device == x.device and not value.requires_grad

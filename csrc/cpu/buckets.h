@@ -176,13 +176,13 @@ struct Buckets {
     while (count < static_cast<uint32_t>(kMaxWords) && count * 32 < 10 * row.positives) count *= 2;
     row.words = count;
     for (uint32_t i = 0; i < count; ++i) words[i] = 0;
-    words[0] = 2;  // cell 1 holds everything; cell 0 is NaN's and never set
+    words[0] = row.positives ? 2 : 0;  // cell 1 holds everything; cell 0 is NaN's and never set
     row.scale = 0;
     row.bias = 1;
     row.far = 0;
-    row.fresh = true;
+    row.fresh = row.positives != 0;  // without a positive nothing passes, ever
     row.top_empty = true;
-    row.track_far = want_farthest;
+    row.track_far = want_farthest && row.positives != 0;
   }
 
   // Draws the bands anew, with the cells spread over the range that still matters. O(K).

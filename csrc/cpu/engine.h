@@ -58,8 +58,7 @@ Status run(const TripletArgs& args) {
   switch (args.negatives) {
     case Negatives::semi_hard:
     case Negatives::hard:
-      if (is_basic(args)) return run_buckets<S>(args);
-      break;
+      return run_buckets<S>(args);
     default:
       break;
   }
