@@ -45,9 +45,28 @@ struct SignalPoll {
   throw py::error_already_set();
 }
 
+void put_options(TripletArgs& args, int32_t distance, int32_t fallback, int32_t reduction, bool normalize, double margin,
+                 int32_t negatives, int32_t positives, int32_t pairs, bool soft_margin, double band, int64_t negatives_only) {
+  args.distance = static_cast<Distance>(distance);
+  args.fallback = static_cast<Fallback>(fallback);
+  args.reduction = static_cast<Reduction>(reduction);
+  args.normalize = normalize;
+  args.margin = margin;
+  args.negatives = static_cast<Negatives>(negatives);
+  args.positives = static_cast<Positives>(positives);
+  args.pairs = static_cast<PairOrder>(pairs);
+  args.soft_margin = soft_margin;
+  args.band = band;
+  args.negatives_only = negatives_only;
+}
+
 int64_t workspace_bytes(bool on_cuda, int64_t num_anchors, int64_t num_candidates, int64_t dim, int64_t anchor_offset,
-                        int32_t dtype, int32_t num_threads, int32_t multiprocessors, int32_t compute_capability) {
+                        int32_t dtype, int32_t distance, int32_t fallback, int32_t reduction, bool normalize, double margin,
+                        int32_t negatives, int32_t positives, int32_t pairs, bool soft_margin, double band,
+                        int64_t negatives_only, int32_t num_threads, int32_t multiprocessors, int32_t compute_capability) {
   TripletArgs args{};
+  put_options(args, distance, fallback, reduction, normalize, margin, negatives, positives, pairs, soft_margin, band,
+              negatives_only);
   args.num_anchors = num_anchors;
   args.num_candidates = num_candidates;
   args.dim = dim;
@@ -75,7 +94,9 @@ void launch_triplet(bool on_cuda,
                     int64_t num_anchors, int64_t num_candidates, int64_t dim, int64_t anchor_stride, int64_t candidate_stride,
                     int64_t anchor_offset, int32_t dtype,
                     // options
-                    int32_t distance, int32_t fallback, int32_t reduction, bool normalize, double margin,
+                    int32_t distance, int32_t fallback, int32_t reduction, bool normalize, double margin, int32_t negatives,
+                    int32_t positives, int32_t pairs, bool soft_margin, double band, int64_t negatives_only,
+                    std::uintptr_t seed,
                     // outputs of the loss
                     std::uintptr_t loss, std::uintptr_t grad_candidates, std::uintptr_t grad_anchors,
                     std::uintptr_t stat_counts, std::uintptr_t stat_d2,
@@ -97,11 +118,9 @@ void launch_triplet(bool on_cuda,
   args.candidate_stride = candidate_stride;
   args.anchor_offset = anchor_offset;
   args.dtype = static_cast<DType>(dtype);
-  args.distance = static_cast<Distance>(distance);
-  args.fallback = static_cast<Fallback>(fallback);
-  args.reduction = static_cast<Reduction>(reduction);
-  args.normalize = normalize;
-  args.margin = margin;
+  put_options(args, distance, fallback, reduction, normalize, margin, negatives, positives, pairs, soft_margin, band,
+              negatives_only);
+  args.seed = pointer<const int64_t>(seed);
   args.loss = pointer(loss);
   args.grad_candidates = pointer(grad_candidates);
   args.grad_anchors = pointer(grad_anchors);
@@ -172,13 +191,25 @@ void put(py::dict& names, const char* name, Enum value) {
 
 PYBIND11_MODULE(_C, m) {
   // Names to the integers of triplet.h, so that no number stands in both languages.
-  py::dict dtypes, distances, fallbacks, reductions;
+  py::dict dtypes, distances, negatives, positives, pairs, fallbacks, reductions;
   put(dtypes, "float32", DType::float32);
   put(dtypes, "float64", DType::float64);
   put(dtypes, "bfloat16", DType::bfloat16);
   put(dtypes, "float16", DType::float16);
   put(distances, "sqeuclidean", Distance::sqeuclidean);
   put(distances, "euclidean", Distance::euclidean);
+  put(distances, "cosine", Distance::cosine);
+  put(negatives, "semi_hard", Negatives::semi_hard);
+  put(negatives, "hard", Negatives::hard);
+  put(negatives, "random_semi_hard", Negatives::random_semi_hard);
+  put(negatives, "random_active", Negatives::random_active);
+  put(negatives, "all", Negatives::all);
+  put(negatives, "all_semi_hard", Negatives::all_semi_hard);
+  put(positives, "all", Positives::all);
+  put(positives, "hardest", Positives::hardest);
+  put(positives, "easiest", Positives::easiest);
+  put(pairs, "ordered", PairOrder::ordered);
+  put(pairs, "unordered", PairOrder::unordered);
   put(fallbacks, "farthest", Fallback::farthest);
   put(fallbacks, "skip", Fallback::skip);
   put(reductions, "mean", Reduction::mean);
@@ -186,6 +217,9 @@ PYBIND11_MODULE(_C, m) {
   put(reductions, "sum", Reduction::sum);
   m.attr("dtypes") = dtypes;
   m.attr("distances") = distances;
+  m.attr("negatives") = negatives;
+  m.attr("positives") = positives;
+  m.attr("pairs") = pairs;
   m.attr("fallbacks") = fallbacks;
   m.attr("reductions") = reductions;
 

@@ -87,7 +87,8 @@ struct TripletArgs {
   void* loss;  // [] T
   void* grad_candidates;  // [C, D] T contiguous, d loss / d candidates (anchors that are candidates included), or null
   void* grad_anchors;  // [A, D] T contiguous, d loss / d anchors where anchor_offset = -1, else null; or null
-  // [5] terms, active (loss > 0), fallback, hard (g <= 0), semi-hard (0 < g < margin); null: not asked for, and the selection
+  // [5] terms, active (loss > 0), fallback (pairs without a negative that the rule wants: terms if it is semi_hard and the
+  // fallback farthest, else left out), hard (g <= 0), semi-hard (0 < g < margin); null: not asked for, and the selection
   // may stop at the margin
   int64_t* stat_counts;
   void* stat_d2;  // [3] T: mean d2_ap, mean d2_an, max d2_ap over the terms; null exactly if stat_counts is
@@ -114,7 +115,7 @@ struct TripletArgs {
   int32_t compute_capability;  // CUDA only: 10 * major + minor
 };
 
-// Neither backend knows another rule than semi_hard with all ordered pairs and the hinge yet.
+// CUDA knows no other rule than semi_hard with all ordered pairs and the hinge yet.
 inline bool is_basic(const TripletArgs& args) {
   return args.negatives == Negatives::semi_hard && args.positives == Positives::all && args.pairs == PairOrder::ordered &&
          !args.soft_margin && args.negatives_only == 0 && args.distance != Distance::cosine;
@@ -124,7 +125,7 @@ inline bool is_basic(const TripletArgs& args) {
 // When mining, a NaN distance is never "farther than" anything and never the farthest while a finite one exists.
 
 namespace cpu {
-int64_t triplet_workspace_bytes(const TripletArgs& args);  // reads sizes, dtype and num_threads only
+int64_t triplet_workspace_bytes(const TripletArgs& args);  // reads sizes, dtype, options and num_threads only
 Status launch_triplet(const TripletArgs& args);  // runs to its end; `launch_` for symmetry with CUDA
 const char* isa();  // the path in use: "avx512", "avx2" or "portable"
 const char* const* isas();  // those compiled in and runnable on this machine, best first, null-terminated
@@ -132,7 +133,7 @@ const char* const* isas();  // those compiled in and runnable on this machine, b
 
 #ifdef FACENET_EXT_WITH_CUDA
 namespace cuda {
-int64_t triplet_workspace_bytes(const TripletArgs& args);  // reads sizes, dtype and device facts only
+int64_t triplet_workspace_bytes(const TripletArgs& args);  // reads sizes, dtype, options and device facts only
 Status launch_triplet(const TripletArgs& args);  // enqueues on args.stream and returns
 }  // namespace cuda
 #endif

@@ -37,12 +37,15 @@ import torch  # noqa: F401  first, so that its libgomp.so.1 is the one that _C f
 from . import models, reference
 from ._backend import build_info, cpu_isa_active
 from .functional import Triplets, TripletStats, mine_triplets, triplet_loss
-from .loss import SemiHardTripletLoss
+from .loss import BatchAllTripletLoss, BatchHardTripletLoss, SemiHardTripletLoss, TripletLoss
 
 __version__ = build_info()["version"]
 
 __all__ = [
+    "BatchAllTripletLoss",
+    "BatchHardTripletLoss",
     "SemiHardTripletLoss",
+    "TripletLoss",
     "TripletStats",
     "Triplets",
     "__version__",

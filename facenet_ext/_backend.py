@@ -12,9 +12,12 @@ import contextlib
 import functools
 import os
 import threading
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._options import Options
 
 try:
     from . import _C
@@ -50,35 +53,40 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class Problem(NamedTuple):
+    """Who is an anchor and who a candidate: the inputs of TripletArgs, whose header (csrc/triplet.h) tells the cases.
+
+    Candidates alone, the default, are a plain batch: each row is an anchor too.
+    """
+
+    candidates: Tensor  # [C, D]
+    candidate_labels: Tensor  # [C]
+    anchors: Tensor | None = None  # [A, D], exactly where anchor_offset is -1
+    anchor_labels: Tensor | None = None  # [A], likewise
+    anchor_offset: int = 0  # anchor i is candidate anchor_offset + i; -1: anchors are no candidates
+    num_anchors: int = -1  # A where anchors are candidates; -1: all candidates are anchors
+    negatives_only: int = 0  # the last so many candidates are never positives
+    seed: Tensor | None = None  # [1] int64 on the device of candidates; random rules only
+
+
 def triplet_loss(
-    embeddings: Tensor,
-    labels: Tensor,
-    margin: float,
-    fallback: str,
-    distance: str,
-    reduction: str,
-    normalize: bool,
-    need_grad: bool,
-    need_stats: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """loss [], its gradient [N, D] before the upstream factor, counts [5] int64, d2 [3]; None for what is not needed.
+    problem: Problem, options: Options, need_grad: tuple[bool, bool], need_stats: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """loss [], d loss / d candidates [C, D], d loss / d anchors [A, D], counts [5] int64, d2 [3]; None for what is not
+    needed. The gradients are those before the upstream factor; need_grad: of candidates, of anchors.
 
     All but the counts are in ``loss_dtype``. Without the counts the kernels may stop at the margin, which is faster.
     """
-    x, y = _rows(embeddings), _labels(labels)
-    dtype, device = loss_dtype(x.dtype), x.device
+    candidates, anchors = problem.candidates, problem.anchors
+    dtype, device = loss_dtype(candidates.dtype), candidates.device
     loss = torch.empty((), dtype=dtype, device=device)
-    grad = torch.empty(x.shape, dtype=dtype, device=device) if need_grad else None
+    grad_candidates = torch.empty(candidates.shape, dtype=dtype, device=device) if need_grad[0] else None
+    grad_anchors = torch.empty(anchors.shape, dtype=dtype, device=device) if need_grad[1] else None
     counts = torch.empty(5, dtype=torch.int64, device=device) if need_stats else None
     d2 = torch.empty(3, dtype=dtype, device=device) if need_stats else None
-    _launch(
-        x,
-        y,
-        (_C.distances[distance], _C.fallbacks[fallback], _C.reductions[reduction], normalize, margin),
-        (_address(loss), _address(grad), 0, _address(counts), _address(d2)),
-        (0, 0, 0, 0, 0, 0),
-    )
-    return loss, grad, counts, d2
+    outputs = tuple(map(_address, (loss, grad_candidates, grad_anchors, counts, d2)))
+    _launch(problem, options, outputs, (0, 0, 0, 0, 0, 0))
+    return loss, grad_candidates, grad_anchors, counts, d2
 
 
 def scale_gradient(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -89,40 +97,98 @@ def scale_gradient(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor
     return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
 
 
-def mine_triplets(embeddings: Tensor, labels: Tensor, normalize: bool) -> tuple[Tensor, ...]:
+def mine_triplets(problem: Problem, options: Options) -> tuple[Tensor, ...]:
     """anchor, positive, negative [P] int64, d2_ap, d2_an [P], is_fallback [P] bool of all pairs, flagged ones included.
 
     P is counted from the labels and decides the outputs' sizes: on a GPU this waits for the device.
     """
-    x, y = _rows(embeddings), _labels(labels)
-    # Pairs of an anchor: its class without itself, or none where that class is the whole batch and leaves no negative.
-    _, class_of, class_size = torch.unique(y, return_inverse=True, return_counts=True)
-    size = class_size[class_of]
-    pairs = torch.where(size < size.numel(), size - 1, 0)
-    pair_begin = torch.zeros(len(y) + 1, dtype=torch.int64, device=y.device)
+    pairs = _pairs_of_anchors(problem, options)
+    pair_begin = torch.zeros(len(pairs) + 1, dtype=torch.int64, device=pairs.device)
     torch.cumsum(pairs, 0, out=pair_begin[1:])
     total = int(pair_begin[-1])
 
-    dtype = loss_dtype(x.dtype)
+    dtype = loss_dtype(problem.candidates.dtype)
     anchor = torch.repeat_interleave(pairs, output_size=total)
     positive, negative = torch.empty_like(anchor), torch.empty_like(anchor)
     d2_ap, d2_an = torch.empty_like(anchor, dtype=dtype), torch.empty_like(anchor, dtype=dtype)
     is_fallback = torch.empty_like(anchor, dtype=torch.bool)  # one byte each, as the kernels write it
     if total:
-        _launch(
-            x,
-            y,
-            (_C.distances["sqeuclidean"], _C.fallbacks["farthest"], _C.reductions["mean"], normalize, 0.0),
-            (0, 0, 0, 0, 0),
-            tuple(map(_address, (pair_begin, positive, negative, d2_ap, d2_an, is_fallback))),
-        )
+        outputs = tuple(map(_address, (pair_begin, positive, negative, d2_ap, d2_an, is_fallback)))
+        _launch(problem, options, (0, 0, 0, 0, 0), outputs)
     return anchor, positive, negative, d2_ap, d2_an, is_fallback
 
 
-def _launch(x: Tensor, y: Tensor, options: tuple, loss_outputs: tuple, mining_outputs: tuple) -> None:
-    """Runs the kernels of x's device, the batch being its own candidates; groups as in TripletArgs (csrc/triplet.h)."""
-    rows, dim = x.shape
+def _pairs_of_anchors(problem: Problem, options: Options) -> Tensor:
+    """[A] int64: how many positives each anchor keeps; 0 where no candidate has another label."""
+    labels, offset = _labels(problem.candidate_labels), problem.anchor_offset
+    count = len(labels)
+    if offset < 0:
+        foreign = _labels(problem.anchor_labels)
+        labels = torch.cat([labels, foreign])
+    classes, class_of = torch.unique(labels, return_inverse=True)
+    candidate_class = class_of[:count]
+    eligible_class = candidate_class[: count - problem.negatives_only]  # of those that may be positives
+    size = torch.bincount(candidate_class, minlength=len(classes))
+    pairs_of_class = torch.where(size < count, torch.bincount(eligible_class, minlength=len(classes)), 0)
+    if offset < 0:
+        pairs = pairs_of_class[class_of[count:]]
+    else:
+        # Of the eligible ones, an anchor leaves out itself; unordered, also those before it in its class.
+        left_out = torch.ones_like(eligible_class)
+        if options.pairs == "unordered":
+            by_class = torch.argsort(eligible_class, stable=True)
+            ends = torch.bincount(eligible_class, minlength=len(classes)).cumsum(0)
+            place = torch.empty_like(by_class)
+            place[by_class] = torch.arange(len(by_class), device=by_class.device)
+            starts = torch.nn.functional.pad(ends[:-1], (1, 0))
+            left_out = place - starts[eligible_class] + 1
+        # A row at the end, where only negatives stand, comes after every positive of its class.
+        none = pairs_of_class[candidate_class[len(eligible_class) :]] if options.pairs == "unordered" else 0
+        pairs = pairs_of_class[candidate_class]
+        pairs[: len(eligible_class)] -= left_out
+        pairs[len(eligible_class) :] -= none
+        pairs = pairs.clamp_(min=0)[offset:][: _num_anchors(problem)]
+    return pairs if options.positives == "all" else pairs.clamp(max=1)
+
+
+def _num_anchors(problem: Problem) -> int:
+    if problem.anchors is not None:
+        return problem.anchors.shape[0]
+    return problem.candidates.shape[0] if problem.num_anchors < 0 else problem.num_anchors
+
+
+@functools.lru_cache(maxsize=256)
+def _option_codes(options: Options) -> tuple:
+    """The options group of TripletArgs, in its order. The cosine is of normalised rows."""
+    return (
+        _C.distances[options.distance],
+        _C.fallbacks[options.fallback],
+        _C.reductions[options.reduction],
+        options.normalize or options.distance == "cosine",
+        float(options.margin),
+        _C.negatives[options.negatives],
+        _C.positives[options.positives],
+        _C.pairs[options.pairs],
+        options.soft_margin,
+        float(options.band or 0.0),
+    )
+
+
+def _launch(problem: Problem, options: Options, loss_outputs: tuple, mining_outputs: tuple) -> None:
+    """Runs the kernels of the candidates' device; groups of arguments as in TripletArgs (csrc/triplet.h)."""
+    x, y = _rows(problem.candidates), _labels(problem.candidate_labels)
+    count, dim = x.shape
     dtype, device = _DTYPE_CODES[x.dtype], x.device
+    x_address, y_address = x.data_ptr(), y.data_ptr()
+    stride = x.stride(0) if count > 1 else dim
+    offset, num_anchors = problem.anchor_offset, _num_anchors(problem)
+    if offset < 0:
+        a, b = _rows(problem.anchors), _labels(problem.anchor_labels)
+        a_address, b_address = a.data_ptr(), b.data_ptr()
+        anchor_stride = a.stride(0) if num_anchors > 1 else dim
+    else:
+        a_address, b_address = x_address + offset * stride * x.element_size(), y_address + 8 * offset
+        anchor_stride = stride
     on_cuda = device.type == "cuda"
     if on_cuda:
         index = device.index
@@ -133,18 +199,22 @@ def _launch(x: Tensor, y: Tensor, options: tuple, loss_outputs: tuple, mining_ou
         multiprocessors = capability = stream = 0
         threads = torch.get_num_threads()
         guard = _NO_STREAM
+    codes = _option_codes(options)
+    sizes = (num_anchors, count, dim)
     with guard:
         if on_cuda:
             stream = torch.cuda.current_stream().cuda_stream
-        workspace_bytes = _workspace_bytes(on_cuda, rows, rows, dim, 0, dtype, threads, multiprocessors, capability)
+        workspace_bytes = _workspace_bytes(
+            on_cuda, *sizes, offset, dtype, *codes, problem.negatives_only, threads, multiprocessors, capability
+        )
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
-        stride = x.stride(0) if rows > 1 else dim
-        x_address, y_address = x.data_ptr(), y.data_ptr()
         _C.launch_triplet(
             on_cuda,
-            *(x_address, x_address, y_address, y_address),
-            *(rows, rows, dim, stride, stride, 0, dtype),
-            *options,
+            *(a_address, x_address, b_address, y_address),
+            *sizes,
+            *(anchor_stride, stride, offset, dtype),
+            *codes,
+            *(problem.negatives_only, _address(problem.seed)),
             *loss_outputs,
             *mining_outputs,
             *(workspace.data_ptr(), workspace_bytes, threads, stream, multiprocessors, capability),

@@ -12,6 +12,9 @@ import numbers
 import torch
 from torch import Tensor
 
+from . import _options
+from ._options import Options
+
 EMBEDDING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (
     torch.int64,
@@ -23,10 +26,6 @@ LABEL_DTYPES = (
     torch.uint32,
     torch.uint64,
 )
-NEGATIVES = ("semi_hard",)
-FALLBACKS = ("farthest", "skip")
-DISTANCES = ("sqeuclidean", "euclidean")
-REDUCTIONS = ("mean", "mean_active", "sum")
 MAX_ROWS = 2**31 - 1  # the kernels pack a row's index into 32 bits
 
 
@@ -62,13 +61,43 @@ def check_batch(embeddings: Tensor, labels: Tensor) -> None:
         raise ValueError(f"embeddings is on {embeddings.device}; accepted: a tensor on cpu or cuda")
 
 
-def check_options(margin: float, negatives: str, fallback: str, distance: str, reduction: str) -> None:
-    """The options of the loss that are no switches."""
-    check_margin(margin)
-    check_choice("negatives", negatives, NEGATIVES)
-    check_choice("fallback", fallback, FALLBACKS)
-    check_choice("distance", distance, DISTANCES)
-    check_choice("reduction", reduction, REDUCTIONS)
+def check_options(options: Options) -> None:
+    """Every option by itself, then those that exclude each other."""
+    check_margin(options.margin)
+    check_choice("negatives", options.negatives, _options.NEGATIVES)
+    check_choice("positives", options.positives, _options.POSITIVES)
+    check_choice("pairs", options.pairs, _options.PAIRS)
+    check_choice("fallback", options.fallback, _options.FALLBACKS)
+    check_choice("distance", options.distance, _options.DISTANCES)
+    check_choice("reduction", options.reduction, _options.REDUCTIONS)
+    check_switch("soft_margin", options.soft_margin)
+    check_switch("normalize", options.normalize)
+    if options.soft_margin and options.negatives in _options.EVERY:
+        # A sum of hinges over sorted distances is a difference of prefix sums; one of softplus is not.
+        one_each = tuple(rule for rule in _options.NEGATIVES if rule not in _options.EVERY)
+        raise ValueError(
+            f"soft_margin is True with negatives={options.negatives!r}; accepted: False, or negatives one of "
+            f"{_names(one_each)}, which take one negative a pair"
+        )
+    if options.band is not None:
+        check_band(options.band, options.negatives)
+
+
+def check_band(band: float, negatives: str) -> None:
+    if isinstance(band, bool) or not isinstance(band, (int, float, numbers.Real)):
+        raise TypeError(f"band is a {_kind(band)}; accepted: None or a number > 0, in the unit of distance")
+    if not 0 < band < math.inf:
+        raise ValueError(f"band is {band}; accepted: None or a finite number > 0, in the unit of distance")
+    if negatives not in _options.BANDED:
+        raise ValueError(
+            f"band is {band} with negatives={negatives!r}; accepted: None, or negatives one of "
+            f"{_names(_options.BANDED)}"
+        )
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is a {_kind(generator)}; accepted: None or a torch.Generator")
 
 
 def check_margin(margin: float) -> None:

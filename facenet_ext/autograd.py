@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _backend
+from ._backend import Problem
+from ._options import Options
 
 _SECOND_DERIVATIVE = (
     "facenet_ext.triplet_loss has no second derivative: its gradient is computed in the forward pass, with the "
@@ -21,28 +23,23 @@ _SECOND_DERIVATIVE = (
 )
 
 
-def triplet_loss(
-    embeddings: Tensor,
-    labels: Tensor,
-    margin: float,
-    fallback: str,
-    distance: str,
-    reduction: str,
-    normalize: bool,
-    need_stats: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """loss, counts, d2 of checked arguments; the gradient is computed only where someone can ask for it."""
-    need_grad = torch.is_grad_enabled() and embeddings.requires_grad
+def triplet_loss(problem: Problem, options: Options, need_stats: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """loss, counts [5], d2 [3] of checked arguments, differentiable in problem.candidates and problem.anchors.
+
+    A gradient is computed only where someone can ask for it; counts and d2 are None if not `need_stats`.
+    """
+    candidates, anchors = problem.candidates, problem.anchors
+    need_grad = torch.is_grad_enabled()
+    need_grad = need_grad and candidates.requires_grad, need_grad and anchors is not None and anchors.requires_grad
     # A tensor subclass (a fake tensor, for one) has no memory to point at: the dispatcher knows what to do with it.
-    if torch.compiler.is_compiling() or type(embeddings) not in _PLAIN:
-        loss, _, counts, d2 = torch.ops.facenet_ext.triplet_loss(
-            embeddings, labels, margin, fallback, distance, reduction, normalize, need_grad, need_stats
-        )
+    if torch.compiler.is_compiling() or type(candidates) not in _PLAIN:
+        band = 0.0 if options.band is None else float(options.band)
+        flat = options._replace(margin=float(options.margin), band=band)
+        loss, _, _, counts, d2 = torch.ops.facenet_ext.triplet_loss(*problem, *flat, *need_grad, need_stats)
         return (loss, counts, d2) if need_stats else (loss, None, None)
-    options = (margin, fallback, distance, reduction, normalize)
-    if need_grad:
-        return _TripletLoss.apply(embeddings, labels, options, need_stats)
-    loss, _, counts, d2 = _backend.triplet_loss(embeddings, labels, *options, False, need_stats)
+    if True in need_grad:
+        return _TripletLoss.apply(candidates, anchors, problem, options, need_grad, need_stats)
+    loss, _, _, counts, d2 = _backend.triplet_loss(problem, options, need_grad, need_stats)
     return loss, counts, d2
 
 
@@ -51,29 +48,35 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 class _TripletLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, embeddings, labels, options, need_stats):
-        loss, grad, counts, d2 = _backend.triplet_loss(embeddings, labels, *options, True, need_stats)
+    def forward(ctx, candidates, anchors, problem, options, need_grad, need_stats):
+        loss, *grads, counts, d2 = _backend.triplet_loss(problem, options, need_grad, need_stats)
         ctx.set_materialize_grads(False)
         if need_stats:
             ctx.mark_non_differentiable(counts, d2)
-        # embeddings brings no value into backward, only its dtype and the link by which a second derivative is noticed
-        ctx.save_for_backward(grad, embeddings)
+        # The inputs bring no value into backward, only dtypes and the link by which a second derivative is noticed
+        ctx.save_for_backward(*grads, candidates, anchors)
         return loss, counts, d2
 
     @staticmethod
     def backward(ctx, upstream, *_):
         if upstream is None:
-            return None, None, None, None
-        grad, embeddings = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: what comes out must be differentiable, or say that it is not
-            return _ScaledGradient.apply(grad, upstream, embeddings), None, None, None
-        return _backend.scale_gradient(grad, upstream, embeddings.dtype), None, None, None
+            return (None,) * 6
+        grad_candidates, grad_anchors, candidates, anchors = ctx.saved_tensors
+        return _scaled(grad_candidates, upstream, candidates), _scaled(grad_anchors, upstream, anchors), *(None,) * 4
+
+
+def _scaled(grad: Tensor | None, upstream: Tensor, rows: Tensor) -> Tensor | None:
+    if grad is None:
+        return None
+    if torch.is_grad_enabled():  # create_graph=True: what comes out must be differentiable, or say that it is not
+        return _ScaledGradient.apply(grad, upstream, rows)
+    return _backend.scale_gradient(grad, upstream, rows.dtype)
 
 
 class _ScaledGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, grad, upstream, embeddings):
-        return _backend.scale_gradient(grad, upstream, embeddings.dtype)
+    def forward(ctx, grad, upstream, rows):
+        return _backend.scale_gradient(grad, upstream, rows.dtype)
 
     @staticmethod
     def backward(ctx, *_):
@@ -81,70 +84,96 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 # ---- custom ops: what torch.compile and torch.export keep in their graphs --------------------------------------------
-# A custom op returns tensors only: what is not needed comes as an empty one. Sizes follow from N and D alone.
+# A custom op takes tensors and plain values: Problem and Options come spelt out (band 0: none). It returns tensors:
+# what is not needed comes as an empty one. Sizes follow from A, C and D alone.
 
 
 @torch.library.custom_op("facenet_ext::triplet_loss", mutates_args=())
 def _triplet_loss_op(
-    embeddings: Tensor,
-    labels: Tensor,
+    candidates: Tensor,
+    candidate_labels: Tensor,
+    anchors: Tensor | None,
+    anchor_labels: Tensor | None,
+    anchor_offset: int,
+    num_anchors: int,
+    negatives_only: int,
+    seed: Tensor | None,
     margin: float,
+    negatives: str,
+    positives: str,
+    pairs: str,
     fallback: str,
     distance: str,
+    soft_margin: bool,
+    band: float,
     reduction: str,
     normalize: bool,
-    need_grad: bool,
+    need_grad_candidates: bool,
+    need_grad_anchors: bool,
     need_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, grad, counts, d2 = _backend.triplet_loss(
-        embeddings, labels, margin, fallback, distance, reduction, normalize, need_grad, need_stats
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem(
+        candidates, candidate_labels, anchors, anchor_labels, anchor_offset, num_anchors, negatives_only, seed
     )
+    options = Options(
+        margin, negatives, positives, pairs, fallback, distance, soft_margin, band or None, reduction, normalize
+    )
+    need_grad = need_grad_candidates, need_grad_anchors
+    loss, grad_candidates, grad_anchors, counts, d2 = _backend.triplet_loss(problem, options, need_grad, need_stats)
     return (
         loss,
-        loss.new_empty(0) if grad is None else grad,
+        loss.new_empty(0) if grad_candidates is None else grad_candidates,
+        loss.new_empty(0) if grad_anchors is None else grad_anchors,
         loss.new_empty(0, dtype=torch.int64) if counts is None else counts,
         loss.new_empty(0) if d2 is None else d2,
     )
 
 
 @_triplet_loss_op.register_fake
-def _(embeddings, labels, margin, fallback, distance, reduction, normalize, need_grad, need_stats):
-    dtype = _backend.loss_dtype(embeddings.dtype)
+def _(candidates, candidate_labels, anchors, *rest):
+    need_grad_candidates, need_grad_anchors, need_stats = rest[-3:]
+    dtype = _backend.loss_dtype(candidates.dtype)
     return (
-        embeddings.new_empty((), dtype=dtype),
-        embeddings.new_empty(embeddings.shape if need_grad else 0, dtype=dtype),
-        embeddings.new_empty(5 if need_stats else 0, dtype=torch.int64),
-        embeddings.new_empty(3 if need_stats else 0, dtype=dtype),
+        candidates.new_empty((), dtype=dtype),
+        candidates.new_empty(candidates.shape if need_grad_candidates else 0, dtype=dtype),
+        candidates.new_empty(anchors.shape if need_grad_anchors else 0, dtype=dtype),
+        candidates.new_empty(5 if need_stats else 0, dtype=torch.int64),
+        candidates.new_empty(3 if need_stats else 0, dtype=dtype),
     )
 
 
 def _save_gradient(ctx, inputs, output):
-    loss, grad, counts, d2 = output
-    need_grad = inputs[-2]
+    loss, grad_candidates, grad_anchors, counts, d2 = output
+    ctx.need_grad = inputs[-3:-1]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(() if need_grad else (loss,)), grad, counts, d2)
-    ctx.save_for_backward(grad, inputs[0])
+    no_graph = () if True in ctx.need_grad else (loss,)
+    ctx.mark_non_differentiable(*no_graph, grad_candidates, grad_anchors, counts, d2)
+    ctx.save_for_backward(grad_candidates, grad_anchors, inputs[0], inputs[2])
 
 
 def _scale_saved_gradient(ctx, upstream, *_):
-    grad, embeddings = ctx.saved_tensors
-    inputs = 9
-    if upstream is None:
-        return (None,) * inputs
-    return (torch.ops.facenet_ext.triplet_loss_backward(grad, upstream, embeddings), *(None,) * (inputs - 1))
+    grads = [None] * 21  # one for every argument of the op
+    if upstream is not None:
+        grad_candidates, grad_anchors, candidates, anchors = ctx.saved_tensors
+        backward = torch.ops.facenet_ext.triplet_loss_backward
+        if ctx.need_grad[0]:
+            grads[0] = backward(grad_candidates, upstream, candidates)
+        if ctx.need_grad[1]:
+            grads[2] = backward(grad_anchors, upstream, anchors)
+    return tuple(grads)
 
 
 _triplet_loss_op.register_autograd(_scale_saved_gradient, setup_context=_save_gradient)
 
 
 @torch.library.custom_op("facenet_ext::triplet_loss_backward", mutates_args=())
-def _triplet_loss_backward_op(grad: Tensor, upstream: Tensor, embeddings: Tensor) -> Tensor:
-    return _backend.scale_gradient(grad, upstream, embeddings.dtype)
+def _triplet_loss_backward_op(grad: Tensor, upstream: Tensor, rows: Tensor) -> Tensor:
+    return _backend.scale_gradient(grad, upstream, rows.dtype)
 
 
 @_triplet_loss_backward_op.register_fake
-def _(grad, upstream, embeddings):
-    return torch.empty_like(grad, dtype=embeddings.dtype)
+def _(grad, upstream, rows):
+    return torch.empty_like(grad, dtype=rows.dtype)
 
 
 def _no_second_derivative(ctx, *_):

@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from facenet_ext import SemiHardTripletLoss, mine_triplets, triplet_loss
+from facenet_ext import SemiHardTripletLoss, _backend, mine_triplets, triplet_loss
+from facenet_ext._options import Options
 
-OP_OPTIONS = (0.2, "farthest", "sqeuclidean", "mean", False)
+OP_OPTIONS = Options(band=0.0)
+
+
+def op_arguments(x, y, need_grad, need_stats):
+    """The op's arguments for a plain batch."""
+    return *_backend.Problem(x, y), *OP_OPTIONS, need_grad, False, need_stats
 
 
 def batch(device, dtype=torch.float32, n=24, dim=8):
@@ -21,7 +27,7 @@ def batch(device, dtype=torch.float32, n=24, dim=8):
 def test_opcheck(device, dtype, need_grad, need_stats):
     x, y = batch(device, dtype)
     x.requires_grad_(need_grad)
-    torch.library.opcheck(torch.ops.facenet_ext.triplet_loss, (x, y, *OP_OPTIONS, need_grad, need_stats))
+    torch.library.opcheck(torch.ops.facenet_ext.triplet_loss, op_arguments(x, y, need_grad, need_stats))
 
 
 def test_opcheck_backward(device):
@@ -147,7 +153,7 @@ def test_second_derivative_raises(device, call):
     if call == "eager":
         loss = triplet_loss(x, y)
     else:
-        loss = torch.ops.facenet_ext.triplet_loss(x, y, *OP_OPTIONS, True, False)[0]
+        loss = torch.ops.facenet_ext.triplet_loss(*op_arguments(x, y, True, False))[0]
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)  # that alone is fine: others in the graph may need it
     assert grad.requires_grad
     for options in ({}, {"allow_unused": True}):

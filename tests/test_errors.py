@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from facenet_ext import SemiHardTripletLoss, _backend, mine_triplets, triplet_loss
+from facenet_ext import SemiHardTripletLoss, TripletLoss, _backend, mine_triplets, triplet_loss
 
 X = torch.randn(6, 4)
 Y = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -54,10 +54,19 @@ OPTIONS = [
     ({"margin": True}, TypeError, "margin is a bool"),
     ({"margin": None}, TypeError, "margin is a NoneType"),
     ({"margin": torch.tensor(0.2)}, TypeError, "margin is a Tensor"),
-    ({"negatives": "hard"}, ValueError, "negatives is 'hard'; accepted: 'semi_hard'"),
+    ({"negatives": "closest"}, ValueError, "negatives is 'closest'; accepted: 'semi_hard', 'hard', 'random_semi_hard'"),
+    ({"positives": "farthest"}, ValueError, "positives is 'farthest'; accepted: 'all', 'hardest', 'easiest'"),
+    ({"pairs": "both"}, ValueError, "pairs is 'both'; accepted: 'ordered', 'unordered'"),
     ({"fallback": "nearest"}, ValueError, "fallback is 'nearest'; accepted: 'farthest', 'skip'"),
     ({"fallback": None}, TypeError, "fallback is a NoneType; accepted: 'farthest', 'skip'"),
-    ({"distance": "cosine"}, ValueError, "distance is 'cosine'; accepted: 'sqeuclidean', 'euclidean'"),
+    ({"distance": "l2"}, ValueError, "distance is 'l2'; accepted: 'sqeuclidean', 'euclidean', 'cosine'"),
+    ({"soft_margin": 1}, TypeError, "soft_margin is a int; accepted: True or False"),
+    ({"soft_margin": True, "negatives": "all"}, ValueError, "soft_margin is True with negatives='all'; accepted"),
+    ({"soft_margin": True, "negatives": "all_semi_hard"}, ValueError, "soft_margin is True with negatives='all_semi"),
+    ({"band": 0.1}, ValueError, "band is 0.1 with negatives='semi_hard'; accepted: None, or negatives one of 'rando"),
+    ({"band": 0.0, "negatives": "all_semi_hard"}, ValueError, "band is 0.0; accepted: None or a finite number > 0"),
+    ({"band": "m", "negatives": "all_semi_hard"}, TypeError, "band is a str; accepted: None or a number > 0"),
+    ({"generator": 7}, TypeError, "generator is a int; accepted: None or a torch.Generator"),
     ({"reduction": "none"}, ValueError, "reduction is 'none'; accepted: 'mean', 'mean_active', 'sum'"),
     ({"normalize": 1}, TypeError, "normalize is a int; accepted: True or False"),
 ]
@@ -68,11 +77,16 @@ def test_bad_option(options, error, message):
     with pytest.raises(error, match=message):
         triplet_loss(X, Y, **options)
     with pytest.raises(error, match=message):  # at construction, not at the first batch
-        SemiHardTripletLoss(**options)
-    for_mining = {name: value for name, value in options.items() if name in ("negatives", "fallback", "normalize")}
-    if for_mining:
+        TripletLoss(**options)
+    if not {"soft_margin", "reduction"} & set(options):
         with pytest.raises(error, match=message):
-            mine_triplets(X, Y, **for_mining)
+            mine_triplets(X, Y, **options)
+
+
+def test_semi_hard_module_takes_semi_hard_rules():
+    message = "negatives is 'hard'; accepted: 'semi_hard', 'random_semi_hard', 'all_semi_hard'"
+    with pytest.raises(ValueError, match=message):
+        SemiHardTripletLoss(negatives="hard")
 
 
 def test_bad_return_stats():

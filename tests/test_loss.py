@@ -116,9 +116,14 @@ def test_three_points_by_hand(device):
         "pairs": 2,
         "active": 1,
         "fallback": 0,
+        "hard": 0,
+        "semi_hard": 1,
+        "easy": 1,
+        "fallback_rate": 0.0,
         "mean_d2_ap": 1.0,
         "mean_d2_an": 6.5,
         "max_d2_ap": 1.0,
+        "collapsed": 0,
     }
     assert triplet_loss(x, y, margin=5.0, reduction="mean_active").item() == 2.0
     assert triplet_loss(x, y, margin=5.0, reduction="sum").item() == 2.0
@@ -148,7 +153,10 @@ def test_stats_by_key_and_by_attribute(device):
     x, y = torch.randn(12, 4, device=device, requires_grad=True), torch.arange(12, device=device) // 3
     _, stats = triplet_loss(x, y, return_stats=True)
     assert isinstance(stats, TripletStats)
-    assert list(stats) == ["pairs", "active", "fallback", "mean_d2_ap", "mean_d2_an", "max_d2_ap"]
+    assert list(stats) == (
+        ["pairs", "active", "fallback", "hard", "semi_hard", "easy", "fallback_rate"]
+        + ["mean_d2_ap", "mean_d2_an", "max_d2_ap", "collapsed"]
+    )
     for name, value in stats.items():
         assert getattr(stats, name) is value
         assert value.shape == () and value.device == x.device and not value.requires_grad
@@ -239,7 +247,7 @@ def test_gradient_is_not_computed_when_nobody_wants_it(device, monkeypatch):
 
     wanted = []
     original = _backend.triplet_loss
-    monkeypatch.setattr(_backend, "triplet_loss", lambda *args: wanted.append(args[7]) or original(*args))
+    monkeypatch.setattr(_backend, "triplet_loss", lambda *args: wanted.append(args[2]) or original(*args))
     x, y = torch.randn(9, 4, device=device), torch.arange(9, device=device) // 3
     assert not triplet_loss(x, y).requires_grad
     x.requires_grad_()
@@ -248,7 +256,7 @@ def test_gradient_is_not_computed_when_nobody_wants_it(device, monkeypatch):
     with torch.inference_mode():
         triplet_loss(x, y)
     assert triplet_loss(x, y).requires_grad
-    assert wanted == [False, False, False, True]
+    assert wanted == [(False, False)] * 3 + [(True, False)]
 
 
 def test_gradient_survives_two_backwards(device):
@@ -269,8 +277,8 @@ def test_module_is_the_function(device):
     assert torch.equal(loss, criterion(x, y)) and isinstance(stats, TripletStats)
     assert not list(criterion.parameters()) and not criterion.state_dict()
     assert repr(criterion) == (
-        "SemiHardTripletLoss(margin=0.5, negatives='semi_hard', fallback='skip', distance='euclidean', "
-        "reduction='mean_active', normalize=True)"
+        "SemiHardTripletLoss(margin=0.5, negatives='semi_hard', positives='all', pairs='ordered', fallback='skip', "
+        "distance='euclidean', soft_margin=False, band=None, reduction='mean_active', normalize=True)"
     )
 
 

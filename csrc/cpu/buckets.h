@@ -178,7 +178,7 @@ struct Buckets {
   void start(bool want_farthest) {
     const int K = static_cast<int>(row.positives);
     row.radix = S::kStrided && K < kMaxStrided ? static_cast<uint32_t>((K + S::W) / S::W) : 0;
-    row.farthest_positive = t[K - 1];
+    row.farthest_positive = K > 0 ? t[K - 1] : -1;
     row.top = static_cast<uint32_t>(place(K));
     const int size = row.radix ? radix() * S::W : K + 1;
     if (row.radix) {
@@ -191,8 +191,8 @@ struct Buckets {
     upper[0] = -1;
     row.far = 0;
     row.fresh = true;
-    row.top_empty = true;
-    row.track_far = want_farthest;
+    row.top_empty = K > 0;  // without a positive nothing is wanted, ever
+    row.track_far = want_farthest && K > 0;
   }
 
   // Back to ranks in order, for those who read the result.

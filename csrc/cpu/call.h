@@ -22,12 +22,16 @@ struct Call {
   const int64_t A, C, D, Dp, panel_size;
   const bool symmetric;  // anchors and candidates are the same rows in the same order: every product serves both ways
   const bool mining;
+  const bool hard;  // the closest negative, whatever the positives' distances are
+  const bool one_positive;  // the farthest or closest
+  const bool every_pair;  // both (i, j) and (j, i) of all candidates of one label
   const int threads;     // below about a million products a second thread costs more than it brings
 
   Classes classes{};
   bool finite = true;
   double scale = 1, unscale = 1;  // rows are multiplied by `scale`, squared distances by `unscale` = scale^-2 on the way out
   Limit<T> limit{};
+  bool far_is_zero = false;  // a negative beyond the limit makes a term of 0, and nobody asks for its distance
   bool stopped = false;
   // totals, known after the last pass's selection
   RowSum sum{};
@@ -43,6 +47,9 @@ struct Call {
         panel_size(Dp * S::NR),
         symmetric(a.anchor_offset == 0 && A == C),
         mining(a.positive != nullptr),
+        hard(a.negatives == Negatives::hard),
+        one_positive(a.positives != Positives::all),
+        every_pair(!one_positive && a.pairs == PairOrder::ordered && a.negatives_only == 0),
         threads(static_cast<double>(A) * static_cast<double>(C) * static_cast<double>(D) < 1e6 ? 1 : a.num_threads) {}
 
   bool wants_gradient() const { return args.grad_candidates || args.grad_anchors; }

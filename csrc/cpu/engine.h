@@ -23,8 +23,9 @@
 namespace facenet_ext::cpu {
 namespace {
 
+// The rules that take one negative a pair by its place in the order of distances.
 template <class S>
-Status run(const TripletArgs& args) {
+Status run_buckets(const TripletArgs& args) {
   Call<S> c(args);
   inspect(c);
   if (!c.finite && !c.mining) {
@@ -50,6 +51,18 @@ Status run(const TripletArgs& args) {
     begin = end;
   } while (begin < c.classes.live);
   return {};
+}
+
+template <class S>
+Status run(const TripletArgs& args) {
+  switch (args.negatives) {
+    case Negatives::semi_hard:
+    case Negatives::hard:
+      return run_buckets<S>(args);
+    default:
+      break;
+  }
+  return {Code::unsupported, "triplet", "this rule is not on the CPU yet"};
 }
 
 }  // namespace

@@ -29,8 +29,8 @@ void own_gradient(const Call<S>& c, int64_t row, bool first) {
   Gather<S> gather{w.ax + row * c.Dp, w.x, c.Dp, scratch.list, scratch.list_weight, scratch.row};
   const int64_t slot = w.rows[row].slot;
   if (!inside)
-    for (uint32_t place = 0; place < w.rows[row].positives; ++place)
-      if (w.weight[slot + place] != 0) gather.push(w.class_begin[w.aclass[row]] + place, w.weight[slot + place]);
+    for (uint32_t place = 0; place < w.rows[row].pairs; ++place)
+      if (w.weight[slot + place] != 0) gather.push(w.rows[row].positive(place), w.weight[slot + place]);
   const Run<T>* runs = reinterpret_cast<const Run<T>*>(w.key + slot);
   for (uint32_t i = 0; i < w.rows[row].runs; ++i) gather.push(runs[i].candidate, -runs[i].weight);
   gather.flush();
@@ -41,12 +41,13 @@ void own_gradient(const Call<S>& c, int64_t row, bool first) {
     for (int64_t k = 0; k < c.D; ++k) out[k] += scratch.row[k];
 }
 
-// Up to kBatch pairs of one anchor, in order of their positives' distances; only pairs whose distances are needed.
+// Up to kBatch pairs of one anchor, in order of their positives' distances (hard: of place); only pairs whose distances are
+// needed.
 constexpr int kBatch = 64;
 template <class T>
 struct Pairs {
   int count = 0, distinct = 0;
-  uint32_t place[kBatch];    // the positive, by position inside the class
+  uint32_t place[kBatch];    // the positive, see Row
   int32_t negative[kBatch];  // sorted position
   uint8_t fallback[kBatch];
   uint8_t fresh[kBatch];     // not the negative of the pair before
@@ -63,10 +64,10 @@ struct Selection {
   const Call<S>& c;
   const int64_t row;
   const Buckets<S> buckets;
-  const int K;
+  const int K;           // pairs
   const T* x;            // [Dp] the anchor
-  const uint32_t* rank;  // [K] order of distance -> position inside the class
-  const int64_t class_begin, self;
+  const uint32_t* rank;  // [K] order of distance -> place
+  Key closest = kNoKey<T>;  // hard: every pair's negative
   int64_t farthest = -1;  // the fallback's negative, found only where some positive needs it
   int32_t last = -1;      // the negative of the pair before, and its distance
   T last_d2 = 0;
@@ -77,16 +78,9 @@ struct Selection {
       : c(call),
         row(r),
         buckets(call.buckets(r)),
-        K(static_cast<int>(buckets.row.positives)),
+        K(static_cast<int>(buckets.row.pairs)),
         x(c.w.ax + r * c.Dp),
-        rank(c.w.rank + buckets.row.slot),
-        class_begin(c.w.class_begin[c.w.aclass[r]]),
-        self(c.w.aself[r]) {}
-
-  int64_t positive(uint32_t place) const {  // position inside the class, self left out -> sorted candidate
-    const int64_t at = class_begin + place;
-    return at + (self >= 0 && at >= self);
-  }
+        rank(c.w.rank + buckets.row.slot) {}
 
   // Suffix minimum, in place: key[r + 1] becomes the negative of the positive of rank r. Tied positives share one.
   void nearest_farther() {
@@ -98,27 +92,36 @@ struct Selection {
       key[r + 1] = nearest;
     }
     if (key[K] != kNoKey<T> || !buckets.row.track_far) return;
-    if (buckets.row.far) {
-      farthest = c.w.position[~key_index(buckets.row.far)];
-      return;
-    }
-    for (int64_t i = 0; farthest < 0; ++i)  // every distance is NaN: the first candidate of another class
-      if (c.w.class_of[c.w.position[i]] != c.w.aclass[row]) farthest = c.w.position[i];
+    farthest = buckets.row.far ? c.w.position[~key_index(buckets.row.far)] : c.w.position[first_negative()];
   }
 
-  // The pairs of ranks r0 .. r0 + n. Those whose negative lies beyond the hinge's reach are only counted.
+  void nearest() {
+    if (K > 0) closest = buckets.key[1];
+    if (K > 0 && closest == kNoKey<T>)
+      closest = make_key(std::numeric_limits<T>::quiet_NaN(), static_cast<uint32_t>(first_negative()));
+  }
+
+  int64_t first_negative() const {  // by index; for an anchor whose every distance is NaN
+    int64_t i = 0;
+    while (c.w.class_of[c.w.position[i]] == c.w.aclass[row]) ++i;
+    return i;
+  }
+
+  // The pairs of ranks (hard: places) r0 .. r0 + n. Those whose negative lies beyond the hinge's reach are only counted.
+  template <bool kHard>
   void choose(int r0, int n, Pairs<T>& pairs) {
     pairs.count = pairs.distinct = 0;
     T* weight = c.w.weight + buckets.row.slot;
     for (int i = 0; i < n; ++i) {
-      const Key chosen = buckets.key[r0 + i + 1];
-      const uint32_t place = rank[r0 + i];
+      const Key chosen = kHard ? closest : buckets.key[r0 + i + 1];
+      const uint32_t place = kHard ? static_cast<uint32_t>(r0 + i) : rank[r0 + i];
+      const T threshold = kHard ? weight[place] : buckets.t[r0 + i];
       const bool none = chosen == kNoKey<T>;
       weight[place] = 0;
       sum.fallback += none;
       if (none && farthest < 0) continue;  // fallback = skip
       ++sum.pairs;
-      if (!none && c.limit.on && key_value<T>(chosen) > c.limit(buckets.t[r0 + i])) continue;
+      if (!none && c.far_is_zero && key_value<T>(chosen) > c.limit(threshold)) continue;
       const int32_t negative = none ? static_cast<int32_t>(farthest) : c.w.position[key_index(chosen)];
       const int at = pairs.count++;
       pairs.fresh[at] = negative != last;
@@ -131,7 +134,8 @@ struct Selection {
       pairs.fallback[at] = none;
     }
     T distinct_d2[kBatch];
-    direct_distances<S>(x, c.w.x, c.Dp, pairs.count, [&](int i) { return positive(pairs.place[i]); }, pairs.d2_ap);
+    const Row<T>& own = buckets.row;
+    direct_distances<S>(x, c.w.x, c.Dp, pairs.count, [&](int i) { return own.positive(pairs.place[i]); }, pairs.d2_ap);
     direct_distances<S>(x, c.w.x, c.Dp, pairs.distinct, [&](int i) { return pairs.run_of[i]; }, distinct_d2);
     for (int i = 0, at = -1; i < pairs.count; ++i) {
       at += pairs.fresh[i];
@@ -144,7 +148,7 @@ struct Selection {
     const TripletArgs& args = c.args;
     for (int i = 0; i < pairs.count; ++i) {
       const int64_t pair = args.pair_begin[c.w.arow[row]] + pairs.place[i];
-      args.positive[pair] = c.w.order[positive(pairs.place[i])];
+      args.positive[pair] = c.w.order[buckets.row.positive(pairs.place[i])];
       args.negative[pair] = c.w.order[pairs.negative[i]];
       static_cast<T*>(args.d2_ap)[pair] = static_cast<T>(pairs.d2_ap[i] * c.unscale);
       static_cast<T*>(args.d2_an)[pair] = static_cast<T>(pairs.d2_an[i] * c.unscale);
@@ -152,9 +156,10 @@ struct Selection {
     }
   }
 
-  // Hinge, sums, and the weights of d2_ap (by place) and d2_an (one run per distinct negative, over buckets already read).
+  // Terms, sums, and the weights of d2_ap (by place) and d2_an (one run per distinct negative, over buckets already read).
   void hinge(const Pairs<T>& pairs) {
     const int n = pairs.count;
+    const double margin = c.args.margin;
     if (c.args.stat_counts)
       for (int i = 0; i < n; ++i) {
         const double ap = pairs.d2_ap[i] * c.unscale;
@@ -163,21 +168,38 @@ struct Selection {
         sum.max_d2_ap = ap > sum.max_d2_ap ? ap : sum.max_d2_ap;
       }
     // In scaled units first: two distances beyond the number range may still have a difference.
-    double loss[kBatch];
+    double loss[kBatch];  // d_ap - d_an, then the term
     T push[kBatch], pull[kBatch];
+    const double unit = c.args.distance == Distance::cosine ? c.unscale / 2 : c.unscale;
     if (c.args.distance == Distance::euclidean) {
       for (int i = 0; i < n; ++i) {
         const double ap = std::sqrt(static_cast<double>(pairs.d2_ap[i])), an = std::sqrt(static_cast<double>(pairs.d2_an[i]));
-        loss[i] = (ap - an) / c.scale + c.args.margin;
+        loss[i] = (ap - an) / c.scale;
         push[i] = static_cast<T>(ap > 0 ? 1 / ap : 0);
         pull[i] = static_cast<T>(an > 0 ? 1 / an : 0);
       }
     } else {
       for (int i = 0; i < n; ++i) {
-        loss[i] = (static_cast<double>(pairs.d2_ap[i]) - static_cast<double>(pairs.d2_an[i])) * c.unscale + c.args.margin;
+        loss[i] = (static_cast<double>(pairs.d2_ap[i]) - static_cast<double>(pairs.d2_an[i])) * unit;
         push[i] = pull[i] = 1;
       }
     }
+    if (c.args.stat_counts)
+      for (int i = 0; i < n; ++i) {
+        const bool hard = pairs.d2_an[i] <= pairs.d2_ap[i];
+        sum.hard += hard;
+        sum.semi_hard += !hard && loss[i] + margin > 0;
+      }
+    if (c.args.soft_margin)
+      for (int i = 0; i < n; ++i) {  // log(1 + exp(g)) without overflow; its slope is the logistic function
+        const double small = std::exp(-std::fabs(loss[i]));
+        const T slope = static_cast<T>((loss[i] > 0 ? 1 : small) / (1 + small));
+        loss[i] = (loss[i] > 0 ? loss[i] : 0) + std::log1p(small);
+        push[i] *= slope;
+        pull[i] *= slope;
+      }
+    else
+      for (int i = 0; i < n; ++i) loss[i] += margin;
     T* weight = c.w.weight + buckets.row.slot;
     Run<T>* run = reinterpret_cast<Run<T>*>(buckets.key);
     for (int i = 0; i < n; ++i) {
@@ -199,9 +221,12 @@ void select(Call<S>& c, int64_t begin, int64_t end) {
     c.buckets(row).settle();
     Selection<S> selection(c, row);
     Pairs<typename S::T> pairs;
-    selection.nearest_farther();
+    if (c.hard) selection.nearest();
+    else selection.nearest_farther();
     for (int r0 = 0; r0 < selection.K; r0 += kBatch) {
-      selection.choose(r0, selection.K - r0 < kBatch ? selection.K - r0 : kBatch, pairs);
+      const int n = selection.K - r0 < kBatch ? selection.K - r0 : kBatch;
+      if (c.hard) selection.template choose<true>(r0, n, pairs);
+      else selection.template choose<false>(r0, n, pairs);
       if (c.mining) selection.list(pairs);
       else selection.hinge(pairs);
     }
@@ -226,6 +251,8 @@ void total(Call<S>& c) {
     s.pairs += r.pairs;
     s.active += r.active;
     s.fallback += r.fallback;
+    s.hard += r.hard;
+    s.semi_hard += r.semi_hard;
   }
   const int64_t count = args.reduction == Reduction::sum ? 1 : args.reduction == Reduction::mean ? s.pairs : s.active;
   c.factor = count > 0 ? 1.0 / static_cast<double>(count) : 0;
@@ -235,7 +262,8 @@ void total(Call<S>& c) {
     args.stat_counts[0] = s.pairs;
     args.stat_counts[1] = s.active;
     args.stat_counts[2] = s.fallback;
-    args.stat_counts[3] = args.stat_counts[4] = 0;
+    args.stat_counts[3] = s.hard;
+    args.stat_counts[4] = s.semi_hard;
     static_cast<T*>(args.stat_d2)[0] = static_cast<T>(s.d2_ap / pairs);
     static_cast<T*>(args.stat_d2)[1] = static_cast<T>(s.d2_an / pairs);
     static_cast<T*>(args.stat_d2)[2] = static_cast<T>(s.max_d2_ap);

@@ -1,8 +1,9 @@
 // The gradient, without atomics.
 //
 // Every active pair (a, p) puts weight w on (a, p) and -w' on (a, n): w = w' = 1 for the squared distance, 1 / d for the
-// Euclidean one. The gradient of any row i is then one sum over its neighbours j,
-//     grad_i = f * sum_j w_ij (x_i - x_j),    f = 2 / count or 1 / count,
+// Euclidean one, with a soft margin times the logistic function. The gradient of any row i is then one sum over its
+// neighbours j,
+//     grad_i = f * sum_j w_ij (x_i - x_j),    f = 2 / count (squared) or 1 / count,
 // over i's own negatives (finish.h has summed those), the positives both ways (i as anchor, i as positive), and the anchors
 // that took i as their negative, which the reverse lists give. Differences, not x_i * sum w - sum w x_j: rows far from the
 // origin lose nothing. Up to 3 neighbours a pair, each D loads from L2 and 2 D FLOP more than the floor: N K D * 3 * 4 bytes
@@ -67,7 +68,7 @@ void put(const Call<S>& c, typename S::T* sum, typename S::T* out, const typenam
     for (int64_t k = 0; k < c.D; ++k) sum[k] = out[k] + sum[k];
   if (last) {
     // Differences of scaled rows carry `scale`; over a distance they do not.
-    const double f = c.factor * (c.args.distance == Distance::euclidean ? 1 : 2 / c.scale);
+    const double f = c.factor * (c.args.distance == Distance::sqeuclidean ? 2 / c.scale : 1);
     const T factor = static_cast<T>(f);
     if (std::fabs(factor) >= std::numeric_limits<T>::min() && factor <= std::numeric_limits<T>::max())
       for (int64_t k = 0; k < c.D; ++k) sum[k] *= factor;
@@ -90,9 +91,9 @@ void gradient(Call<S>& c, int64_t begin, int64_t end) {
   const TripletArgs& args = c.args;
   const bool first = begin == 0, last = end == c.classes.live;
   const bool inside = args.anchor_offset >= 0;  // anchors are candidates: one gather over the rows x serves everything
-  const auto weight_of = [&](int64_t row, int64_t candidate, int64_t class_begin) {
-    const int64_t self = w.aself[row];
-    return w.weight[w.rows[row].slot + candidate - class_begin - (self >= 0 && candidate > self)];
+  const auto weight_of = [&](int64_t row, int64_t candidate) {
+    const int64_t place = w.rows[row].place(candidate);
+    return place >= 0 ? w.weight[w.rows[row].slot + place] : T(0);
   };
   const auto in_pass = [&](int64_t row) { return row >= begin && row < end; };
 
@@ -109,7 +110,7 @@ void gradient(Call<S>& c, int64_t begin, int64_t end) {
         if (inside) {
           own_part = in_pass(w.row_of[j]);
           const int64_t row0 = w.class_row[k], K = class_end - class_begin - 1;
-          if (K > 0 && w.class_row[k + 1] - row0 == K + 1 && in_pass(row0) && in_pass(row0 + K)) {
+          if (c.every_pair && K > 0 && w.class_row[k + 1] - row0 == K + 1 && in_pass(row0) && in_pass(row0 + K)) {
             // The whole class is in hand: its anchors' weights are a K + 1 by K block, rows `pitch` apart.
             const int64_t pitch = slot_pitch(K), me = j - class_begin;
             const T* block = w.weight + w.rows[row0].slot;
@@ -125,13 +126,13 @@ void gradient(Call<S>& c, int64_t begin, int64_t end) {
           } else
             for (int64_t p = class_begin; p < class_end; ++p) {
               if (p == j) continue;
-              const T weight = (own_part ? weight_of(w.row_of[j], p, class_begin) : T(0)) +
-                               (in_pass(w.row_of[p]) ? weight_of(w.row_of[p], j, class_begin) : T(0));
+              const T weight =
+                  (own_part ? weight_of(w.row_of[j], p) : T(0)) + (in_pass(w.row_of[p]) ? weight_of(w.row_of[p], j) : T(0));
               if (weight != 0) gather.push(p, weight);
             }
         } else {
           for (int64_t row = w.class_row[k]; row < w.class_row[k + 1]; ++row) {
-            const T weight = in_pass(row) ? weight_of(row, j, class_begin) : T(0);
+            const T weight = in_pass(row) ? weight_of(row, j) : T(0);
             if (weight != 0) gather.push(row, weight);
           }
         }

@@ -33,6 +33,8 @@ constexpr int kMaxBins = 8;  // parts in which the reverse lists are built; more
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+constexpr int32_t kNoHole = INT32_MAX;
+
 // Slots of an anchor with K positives: K + 1 buckets.
 constexpr int64_t slot_pitch(int64_t K) { return round_up(K + 1, kSlotPad); }
 
@@ -40,7 +42,7 @@ constexpr int64_t slot_pitch(int64_t K) { return round_up(K + 1, kSlotPad); }
 template <class T>
 struct Row {
   T farthest_positive;  // its largest threshold
-  uint32_t positives;  // K: how many
+  uint32_t positives;  // K: how many thresholds the buckets have
   uint32_t radix;  // R: its buckets stand in R vectors (buckets.h), 0: in order
   uint32_t top;  // place of the bucket beyond all positives
   int64_t slot;  // first of its slots in t, key, upper, rank, weight
@@ -50,12 +52,24 @@ struct Row {
   bool top_empty;  // no negative beyond the farthest positive seen yet
   bool track_far;  // top_empty and the fallback wants the farthest negative
   uint32_t runs;  // after selection: distinct (negative, weight) entries at its slots
+  // Its positives: `pairs` sorted positions from `first` on, `hole` (the anchor itself) left out.
+  uint32_t pairs;
+  int32_t first, hole;
+
+  int64_t positive(uint32_t place) const {  // place: 0 .. pairs, in order of index
+    const int64_t at = first + static_cast<int64_t>(place);
+    return at + (at >= hole);
+  }
+  int64_t place(int64_t candidate) const {  // its inverse, or -1
+    const int64_t at = candidate - first - (candidate > hole);
+    return candidate != hole && at >= 0 && at < static_cast<int64_t>(pairs) ? at : -1;
+  }
 };
 
 // One anchor's share of the result.
 struct RowSum {
   double loss, d2_ap, d2_an, max_d2_ap;
-  int64_t pairs, active, fallback;
+  int64_t pairs, active, fallback, hard, semi_hard;
 };
 
 // All arrays of one call. Sorted order: classes with two or more candidates first, in order of first appearance, inside a
@@ -87,7 +101,7 @@ struct Workspace {
   T* t;  // thresholds: sorted distances of the positives; afterwards the reverse lists' weights
   typename KeyOf<T>::Key* key;  // least (distance, index) per bucket; afterwards the anchor's runs
   uint32_t* rank;  // sorted rank -> position inside the class; afterwards the reverse lists' anchors
-  T* weight;  // by position inside the class: d loss / d d2_ap
+  T* weight;  // by place (Row): d loss / d d2_ap; before selection, negatives = hard: the positives' distances
   T* upper;  // per bucket: distances beyond it change nothing
   // reverse lists: candidate -> anchors that took it as negative
   int64_t* reverse_begin;  // [C + 1]

@@ -18,21 +18,62 @@
 namespace facenet_ext::cpu {
 namespace {
 
+// How many of the ascending values[0 .. n) are below `limit`.
+int64_t count_until(const int32_t* values, int64_t n, int32_t limit) {
+  int64_t low = 0;
+  while (low < n) {
+    const int64_t middle = low + (n - low) / 2;
+    if (values[middle] < limit) low = middle + 1;
+    else n = middle;
+  }
+  return low;
+}
+
 // The longest run of live anchors from `begin` on whose slots fit; sets their places. At least one anchor always fits.
 template <class S>
 int64_t plan_pass(Call<S>& c, int64_t begin) {
+  using T = typename S::T;
   const auto& w = c.w;
   int64_t used = 0, row = begin;
   for (; row < c.classes.live; ++row) {
-    const int32_t k = w.aclass[row];
-    const int64_t K = w.class_begin[k + 1] - w.class_begin[k] - (w.aself[row] >= 0);
-    const int64_t slots = slot_pitch(K);
+    const int32_t k = w.aclass[row], self = w.aself[row];
+    int32_t first = w.class_begin[k], end = w.class_begin[k + 1];
+    if (c.args.negatives_only > 0) {  // they stand at the end, since a class is sorted by index
+      const int32_t limit = static_cast<int32_t>(c.C - c.args.negatives_only);
+      end = first + static_cast<int32_t>(count_until(w.order + first, end - first, limit));
+    }
+    if (c.args.pairs == PairOrder::unordered) first = self + 1;
+    const bool inside = self >= first && self < end;
+    const int32_t K = first < end ? end - first - inside : 0;
+    const int64_t slots = slot_pitch(c.one_positive && K > 1 ? 1 : K);
     if (used + slots > w.slots) break;
-    w.rows[row].positives = static_cast<uint32_t>(K);
-    w.rows[row].slot = used;
+    Row<T>& r = w.rows[row];
+    r.pairs = static_cast<uint32_t>(K);
+    r.first = first;
+    r.hole = inside ? self : kNoHole;
+    r.slot = used;
     used += slots;
   }
   return row;
+}
+
+// One positive an anchor: the farthest or closest of candidates [a, b), d their distances by position, and of those seen
+// before: its distance stays in t[0], its position in rank[0]. A NaN is never the farthest (-1 for now) nor the closest.
+template <class S>
+void keep_one(const Call<S>& c, const typename S::T* d, int64_t a, int64_t b, const Row<typename S::T>& row, typename S::T* t,
+              uint32_t* rank) {
+  using T = typename S::T;
+  constexpr T kMost = std::numeric_limits<T>::max();
+  const bool farthest = c.args.positives == Positives::hardest;
+  for (int64_t j = a; j < b; ++j) {
+    if (j == row.hole) continue;
+    const T value = d[j] <= kMost ? d[j] : farthest ? T(-1) : kMost;
+    const bool first = j == row.positive(0);
+    if (first || (farthest ? value > t[0] : value < t[0])) {
+      t[0] = value;
+      rank[0] = static_cast<uint32_t>(j);
+    }
+  }
 }
 
 // Sorted distances of every anchor's positives, by the block products of the sweep: a positive and a negative at the same
@@ -43,7 +84,7 @@ void thresholds(Call<S>& c, int64_t begin, int64_t end) {
   using T = typename S::T;
   const auto& w = c.w;
   constexpr T kMost = std::numeric_limits<T>::max();
-  const bool want_farthest = c.mining || c.args.fallback == Fallback::farthest;
+  const bool want_farthest = !c.hard && (c.mining || c.args.fallback == Fallback::farthest);
   const int64_t first = begin / S::MR * S::MR;
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic, 4)
   for (int64_t r0 = first; r0 < end; r0 += S::MR) {
@@ -56,22 +97,41 @@ void thresholds(Call<S>& c, int64_t begin, int64_t end) {
       squared_distances<S>(w.ax + r0 * c.Dp, c.Dp, w.anorm + r0, w.panels + c0 / S::NR * c.panel_size, c.panel_size,
                            w.norm + c0, c.D, S::MR, cols, false, scratch.tile, c.kT);
       for (int64_t row = from; row < to; ++row) {
-        const int64_t class_begin = w.class_begin[w.aclass[row]], class_end = w.class_begin[w.aclass[row] + 1];
-        const int64_t a = class_begin > c0 ? class_begin : c0, b = class_end < c0 + cols ? class_end : c0 + cols;
-        T* t = w.t + w.rows[row].slot;
+        const Row<T>& r = w.rows[row];
+        if (r.pairs == 0) continue;
+        const int64_t own_begin = r.first, own_end = r.positive(r.pairs - 1) + 1;
+        const int64_t a = own_begin > c0 ? own_begin : c0, b = own_end < c0 + cols ? own_end : c0 + cols;
+        T* t = (c.hard ? w.weight : w.t) + r.slot;
+        if (c.one_positive) {
+          keep_one(c, scratch.tile + (row - r0) * c.kT - c0, a, b, r, t, w.rank + r.slot);
+          continue;
+        }
         for (int64_t j = a; j < b; ++j) {
-          if (j == w.aself[row]) continue;
+          if (j == r.hole) continue;
           const T d = scratch.tile[(row - r0) * c.kT + (j - c0)];
           // Nothing is farther than a positive at distance NaN.
-          t[j - class_begin - (w.aself[row] >= 0 && j > w.aself[row])] = d <= kMost ? d : kMost;
+          t[j - own_begin - (j > r.hole)] = d <= kMost ? d : kMost;
         }
       }
     }
     for (int64_t row = from; row < to; ++row) {
       Buckets<S> buckets = c.buckets(row);
-      const int K = static_cast<int>(buckets.row.positives);
+      Row<T>& r = buckets.row;
       T* t = buckets.t;
-      uint32_t* rank = w.rank + buckets.row.slot;
+      uint32_t* rank = w.rank + r.slot;
+      if (c.one_positive && r.pairs > 0) {
+        r.first = static_cast<int32_t>(rank[0]);
+        r.pairs = 1;
+        r.hole = kNoHole;
+        T& d = (c.hard ? w.weight : w.t)[r.slot];
+        if (d < 0) d = kMost;
+      }
+      r.positives = r.pairs;
+      if (c.hard && r.pairs > 0) {  // one threshold below every distance: the bucket beyond it keeps the closest negative
+        r.positives = 1;
+        t[0] = -1;
+      }
+      const int K = static_cast<int>(r.positives);
       for (int64_t i = K; i < slot_pitch(K); ++i) t[i] = std::numeric_limits<T>::infinity();
       if (K < kMaxStrided) {  // by counting: K^2 / W comparisons and no branch
         uint32_t* at = scratch.queue;

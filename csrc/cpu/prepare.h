@@ -156,9 +156,11 @@ void pack(Call<S>& c) {
   if (!c.symmetric)
     for (int64_t r = 0; r < c.A; ++r) longest = w.anorm[r] > longest ? w.anorm[r] : longest;
   const double depth = static_cast<double>(c.D < kDepth ? c.D : kDepth) + static_cast<double>(c.D) / kDepth + 4;
-  c.limit.on = !c.mining && !args.stat_counts;
+  c.far_is_zero = !c.mining && !args.stat_counts && !args.soft_margin;
+  c.limit.on = c.far_is_zero && !c.hard;  // the closest negative may lie beyond every limit
   c.limit.euclidean = args.distance == Distance::euclidean;
-  c.limit.margin = static_cast<T>(args.margin * (c.limit.euclidean ? c.scale : c.scale * c.scale));
+  const double unit = args.distance == Distance::cosine ? 2 : 1;
+  c.limit.margin = static_cast<T>(unit * args.margin * (c.limit.euclidean ? c.scale : c.scale * c.scale));
   c.limit.slack = static_cast<T>(8 * depth * static_cast<double>(std::numeric_limits<T>::epsilon()) * longest);
 }
 

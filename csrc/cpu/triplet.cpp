@@ -183,7 +183,6 @@ Status launch_triplet(const TripletArgs& args) {
             "build_info()['cpu_isa'] lists those that do"};
   if (args.num_candidates >= (int64_t{1} << 31) || args.num_anchors >= (int64_t{1} << 31))
     return {Code::invalid, "triplet", "more than 2^31 - 1 anchors or candidates"};
-  if (!is_basic(args)) return {Code::unsupported, "triplet", "this rule is not on the CPU yet"};
   if (args.workspace_bytes < triplet_workspace_bytes(args)) return {Code::invalid, "triplet", "the workspace is too small"};
   return args.dtype == DType::float64 ? kernels->run_double(args) : kernels->run_float(args);
 }
