@@ -36,6 +36,7 @@ import torch  # noqa: F401  first, so that its libgomp.so.1 is the one that _C f
 
 from . import models, reference
 from ._backend import build_info, cpu_isa_active
+from .cached import cached_step
 from .functional import Triplets, TripletStats, mine_triplets, triplet_loss
 from .loss import BatchAllTripletLoss, BatchHardTripletLoss, SemiHardTripletLoss, TripletLoss
 
@@ -50,6 +51,7 @@ __all__ = [
     "Triplets",
     "__version__",
     "build_info",
+    "cached_step",
     "cpu_isa_active",
     "mine_triplets",
     "models",
