@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _options
 from .functional import mine_triplets
 
 __all__ = ["Explanation", "explain"]
@@ -80,7 +80,7 @@ def explain(
     """
     _checks.check_batch(embeddings, labels)
     _checks.check_margin(margin)
-    _checks.check_choice("distance", distance, _checks.DISTANCES)
+    _checks.check_choice("distance", distance, _options.DISTANCES)
     x = embeddings.detach().double()
     mined = mine_triplets(embeddings.detach(), labels, normalize=normalize or distance == "cosine")
     d_ap, d_an = (_in_unit(d2.double(), distance) for d2 in (mined.d2_ap, mined.d2_an))
