@@ -24,8 +24,10 @@ RULES = (
     dict(fallback="skip", reduction="mean_active"),
     dict(distance="euclidean", margin=0.7),
     dict(normalize=True),
+    dict(negatives="hard", positives="hardest", soft_margin=True),
+    dict(negatives="hard", positives="easiest", distance="cosine"),
 )
-REFERENCES = (None, "all", "only")
+REFERENCES = (None, "all", "only", "negatives")
 
 
 def start(rank: int, store: str, jobs: tuple[str, ...]) -> None:
@@ -99,7 +101,7 @@ def random_splits(rank, groups):
                 close(grad_r / ranks, want_r, what)
 
             if which is None:
-                options_of_mining = {k: v for k, v in options.items() if k != "reduction"}
+                options_of_mining = {k: v for k, v in options.items() if k not in ("reduction", "soft_margin")}
                 whole = mine_triplets(x, y, **options_of_mining)
                 mined = mine_triplets(x[own], y[own], process_group=group, **options_of_mining)
                 mine = (whole.anchor >= own.start) & (whole.anchor < own.stop)
