@@ -36,6 +36,8 @@ import torch  # noqa: F401  first, so that its libgomp.so.1 is the one that _C f
 
 from . import models, reference
 from ._backend import build_info, cpu_isa_active
+from .cached import cached_step
+from .diagnostics import Explanation, explain
 from .functional import Triplets, TripletStats, mine_triplets, triplet_loss
 from .loss import BatchAllTripletLoss, BatchHardTripletLoss, SemiHardTripletLoss, TripletLoss
 
@@ -44,12 +46,15 @@ __version__ = build_info()["version"]
 __all__ = [
     "BatchAllTripletLoss",
     "BatchHardTripletLoss",
+    "Explanation",
     "SemiHardTripletLoss",
     "TripletLoss",
     "TripletStats",
     "Triplets",
     "__version__",
     "build_info",
+    "cached_step",
+    "explain",
     "cpu_isa_active",
     "mine_triplets",
     "models",

@@ -29,36 +29,85 @@ LABEL_DTYPES = (
 MAX_ROWS = 2**31 - 1  # the kernels pack a row's index into 32 bits
 
 
-def check_batch(embeddings: Tensor, labels: Tensor) -> None:
+def check_batch(embeddings: Tensor, labels: Tensor, prefix: str = "") -> None:
     """embeddings [N, D] floating, labels [N] integer, both dense and on one device, which is the CPU or a CUDA GPU."""
+    rows, of_rows = prefix + "embeddings", prefix + "labels"
     if not isinstance(embeddings, Tensor):
-        raise TypeError(f"embeddings is a {_kind(embeddings)}; accepted: a torch.Tensor [N, D]")
+        raise TypeError(f"{rows} is a {_kind(embeddings)}; accepted: a torch.Tensor [N, D]")
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels is a {_kind(labels)}; accepted: a torch.Tensor [N] of integers")
+        raise TypeError(f"{of_rows} is a {_kind(labels)}; accepted: a torch.Tensor [N] of integers")
     if embeddings.dtype not in EMBEDDING_DTYPES:
-        raise TypeError(f"embeddings has dtype {embeddings.dtype}; accepted: {_names(EMBEDDING_DTYPES)}")
+        raise TypeError(f"{rows} has dtype {embeddings.dtype}; accepted: {_names(EMBEDDING_DTYPES)}")
     if labels.dtype not in LABEL_DTYPES:
-        raise TypeError(f"labels has dtype {labels.dtype}; accepted: {_names(LABEL_DTYPES)}")
+        raise TypeError(f"{of_rows} has dtype {labels.dtype}; accepted: {_names(LABEL_DTYPES)}")
     if embeddings.layout != torch.strided:
-        raise TypeError(f"embeddings has layout {embeddings.layout}; accepted: torch.strided (dense)")
+        raise TypeError(f"{rows} has layout {embeddings.layout}; accepted: torch.strided (dense)")
     if labels.layout != torch.strided:
-        raise TypeError(f"labels has layout {labels.layout}; accepted: torch.strided (dense)")
+        raise TypeError(f"{of_rows} has layout {labels.layout}; accepted: torch.strided (dense)")
     if embeddings.dim() != 2:
-        raise ValueError(f"embeddings has shape {list(embeddings.shape)}; accepted: [N, D]")
+        raise ValueError(f"{rows} has shape {list(embeddings.shape)}; accepted: [N, D]")
     if labels.dim() != 1:
-        raise ValueError(f"labels has shape {list(labels.shape)}; accepted: [N]")
+        raise ValueError(f"{of_rows} has shape {list(labels.shape)}; accepted: [N]")
     if embeddings.shape[1] < 1:
-        raise ValueError(f"embeddings has shape {list(embeddings.shape)}; accepted: [N, D] with D >= 1")
+        raise ValueError(f"{rows} has shape {list(embeddings.shape)}; accepted: [N, D] with D >= 1")
     if embeddings.shape[0] > MAX_ROWS:
-        raise ValueError(f"embeddings has {embeddings.shape[0]} rows; accepted: at most {MAX_ROWS}")
+        raise ValueError(f"{rows} has {embeddings.shape[0]} rows; accepted: at most {MAX_ROWS}")
     if labels.shape[0] != embeddings.shape[0]:
         raise ValueError(
-            f"labels has length {labels.shape[0]}; accepted: {embeddings.shape[0]}, the number of rows of embeddings"
+            f"{of_rows} has length {labels.shape[0]}; accepted: {embeddings.shape[0]}, the number of rows of {rows}"
         )
     if labels.device != embeddings.device:
-        raise ValueError(f"labels is on {labels.device}; accepted: {embeddings.device}, the device of embeddings")
+        raise ValueError(f"{of_rows} is on {labels.device}; accepted: {embeddings.device}, the device of {rows}")
     if embeddings.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"embeddings is on {embeddings.device}; accepted: a tensor on cpu or cuda")
+        raise ValueError(f"{rows} is on {embeddings.device}; accepted: a tensor on cpu or cuda")
+
+
+def check_references(
+    embeddings: Tensor,
+    reference_embeddings: Tensor | None,
+    reference_labels: Tensor | None,
+    references: str,
+    options: Options,
+    process_group: object,
+) -> None:
+    """Further candidates beside checked embeddings, and what excludes them."""
+    check_choice("references", references, _options.REFERENCES)
+    if reference_embeddings is None and reference_labels is None:
+        if references == "only":
+            raise ValueError("references is 'only' without reference_embeddings; accepted: 'only' with them")
+        return
+    check_batch(reference_embeddings, reference_labels, "reference_")
+    if reference_embeddings.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"reference_embeddings has shape {list(reference_embeddings.shape)}; accepted: [M, {embeddings.shape[1]}], "
+            "as wide as embeddings"
+        )
+    if reference_embeddings.device != embeddings.device:
+        raise ValueError(
+            f"reference_embeddings is on {reference_embeddings.device}; accepted: {embeddings.device}, the device of "
+            "embeddings"
+        )
+    if references == "only" and options.pairs == "unordered":
+        raise ValueError(
+            "pairs is 'unordered' with references='only', where anchors and positives are not of one order; accepted: "
+            "'ordered'"
+        )
+    if references == "only" and options.negatives in _options.RANDOM and process_group is not None:
+        raise ValueError(
+            f"negatives is {options.negatives!r} with references='only' and a process_group, where draws would depend "
+            "on the ranks; accepted: a rule that does not draw, or references 'negatives' or 'all'"
+        )
+
+
+def check_group(process_group: object) -> None:
+    """None or a process group that this rank belongs to."""
+    if process_group is None:
+        return
+    if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group is a {_kind(process_group)}; accepted: None or a torch.distributed.ProcessGroup that this "
+            "rank belongs to, such as torch.distributed.group.WORLD"
+        )
 
 
 def check_options(options: Options) -> None:

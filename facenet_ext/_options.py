@@ -9,6 +9,7 @@ POSITIVES = ("all", "hardest", "easiest")
 PAIRS = ("ordered", "unordered")
 FALLBACKS = ("farthest", "skip")
 DISTANCES = ("sqeuclidean", "euclidean", "cosine")
+REFERENCES = ("negatives", "all", "only")
 REDUCTIONS = ("mean", "mean_active", "sum")
 
 RANDOM = ("random_semi_hard", "random_active")  # draw a negative

@@ -62,10 +62,10 @@ class _TripletLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * 6
         grad_candidates, grad_anchors, candidates, anchors = ctx.saved_tensors
-        return _scaled(grad_candidates, upstream, candidates), _scaled(grad_anchors, upstream, anchors), *(None,) * 4
+        return scaled(grad_candidates, upstream, candidates), scaled(grad_anchors, upstream, anchors), *(None,) * 4
 
 
-def _scaled(grad: Tensor | None, upstream: Tensor, rows: Tensor) -> Tensor | None:
+def scaled(grad: Tensor | None, upstream: Tensor, rows: Tensor) -> Tensor | None:
     if grad is None:
         return None
     if torch.is_grad_enabled():  # create_graph=True: what comes out must be differentiable, or say that it is not

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backend, _checks, _options, autograd
+from . import _backend, _checks, _options, autograd, distributed
 from ._backend import Problem
 from ._options import Options
 from .reference import Triplets, TripletStats
@@ -28,6 +28,10 @@ def triplet_loss(
     reduction: str = "mean",
     normalize: bool = False,
     generator: torch.Generator | None = None,
+    reference_embeddings: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    references: str = "negatives",
+    process_group: torch.distributed.ProcessGroup | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TripletStats]:
     r"""reduction over the terms (a, p, n) of  max(0, d(a, p) - d(a, n) + margin),  or, with ``soft_margin``, of
@@ -96,9 +100,44 @@ def triplet_loss(
     _checks.check_options(options)
     _checks.check_generator(generator)
     _checks.check_switch("return_stats", return_stats)
-    problem = Problem(embeddings, labels, seed=draw_seed(options, generator, embeddings.device))
-    loss, counts, d2 = autograd.triplet_loss(problem, options, return_stats)
+    _checks.check_group(process_group)
+    _checks.check_references(embeddings, reference_embeddings, reference_labels, references, options, process_group)
+    rows = _as_candidates(embeddings, reference_embeddings, reference_labels)
+    seed = draw_seed(options, generator, embeddings.device)
+    if process_group is not None:
+        loss, counts, d2 = _of_all_ranks(embeddings, labels, rows, references, options, seed, process_group)
+    else:
+        loss, counts, d2 = autograd.triplet_loss(
+            problem_of(embeddings, labels, rows, references, seed), options, return_stats
+        )
     return (loss, stats_of(counts, d2, options)) if return_stats else loss
+
+
+@torch.compiler.disable(reason="collectives whose sizes other ranks decide")
+def _of_all_ranks(*arguments):
+    return distributed.triplet_loss(*arguments)
+
+
+def _as_candidates(embeddings: Tensor, rows: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """References as the batch's kin: of its dtype, labels int64."""
+    return None if rows is None else (rows.to(embeddings.dtype), labels.to(torch.int64))
+
+
+def problem_of(
+    embeddings: Tensor, labels: Tensor, rows: tuple[Tensor, Tensor] | None, references: str, seed: Tensor | None
+) -> Problem:
+    """The batch among itself and references (`_as_candidates`)."""
+    if rows is None:
+        return Problem(embeddings, labels, seed=seed)
+    if references == "only":
+        return Problem(*rows, embeddings, labels, anchor_offset=-1, seed=seed)
+    return Problem(
+        torch.cat([embeddings, rows[0]]),
+        torch.cat([labels.to(torch.int64), rows[1]]),
+        num_anchors=embeddings.shape[0],
+        negatives_only=rows[0].shape[0] if references == "negatives" else 0,
+        seed=seed,
+    )
 
 
 def draw_seed(options: Options, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
@@ -129,6 +168,10 @@ def mine_triplets(
     band: float | None = None,
     normalize: bool = False,
     generator: torch.Generator | None = None,
+    reference_embeddings: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    references: str = "negatives",
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Triplets:
     """The terms (a, p, n) of ``triplet_loss`` under the same options; by default every ordered (a, p), a != p, of equal
     labels, with  n = argmin { d2(a, n) : other label, d2(a, n) > d2(a, p) }.
@@ -162,7 +205,15 @@ def mine_triplets(
     options = Options(margin, negatives, positives, pairs, fallback, distance, band=band, normalize=normalize)
     _checks.check_options(options)
     _checks.check_generator(generator)
-    return mine(Problem(embeddings, labels, seed=draw_seed(options, generator, embeddings.device)), options)
+    _checks.check_group(process_group)
+    _checks.check_references(embeddings, reference_embeddings, reference_labels, references, options, process_group)
+    rows = _as_candidates(embeddings, reference_embeddings, reference_labels)
+    seed = draw_seed(options, generator, embeddings.device)
+    if process_group is None or references == "only":
+        return mine(problem_of(embeddings, labels, rows, references, seed), options)
+    problem = distributed.mine_problem(embeddings, labels, rows, references, options, seed, process_group)
+    triplets = mine(problem, options)
+    return triplets._replace(anchor=triplets.anchor + problem.anchor_offset)
 
 
 def mine(problem: Problem, options: Options) -> Triplets:

@@ -38,6 +38,7 @@ class TripletLoss(nn.Module):
         reduction: str = "mean",
         normalize: bool = False,
         generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         options = Options(
@@ -45,15 +46,34 @@ class TripletLoss(nn.Module):
         )
         _checks.check_options(options)
         _checks.check_generator(generator)
+        _checks.check_group(process_group)
         for name, value in options._replace(margin=float(margin))._asdict().items():
             setattr(self, name, value)
         self.generator = generator
+        self.process_group = process_group
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        reference_embeddings: Tensor | None = None,
+        reference_labels: Tensor | None = None,
+        references: str = "negatives",
+        return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, TripletStats]:
         options = {name: getattr(self, name) for name in Options._fields}
-        return triplet_loss(embeddings, labels, **options, generator=self.generator, return_stats=return_stats)
+        return triplet_loss(
+            embeddings,
+            labels,
+            **options,
+            generator=self.generator,
+            reference_embeddings=reference_embeddings,
+            reference_labels=reference_labels,
+            references=references,
+            process_group=self.process_group,
+            return_stats=return_stats,
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in Options._fields)
@@ -85,6 +105,7 @@ class SemiHardTripletLoss(TripletLoss):
         reduction: str = "mean",
         normalize: bool = False,
         generator: torch.Generator | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         _checks.check_choice("negatives", negatives, ("semi_hard", "random_semi_hard", "all_semi_hard"))
         super().__init__(
@@ -99,6 +120,7 @@ class SemiHardTripletLoss(TripletLoss):
             reduction=reduction,
             normalize=normalize,
             generator=generator,
+            process_group=process_group,
         )
 
 
@@ -121,6 +143,7 @@ class BatchHardTripletLoss(TripletLoss):
         soft_margin: bool = False,
         reduction: str = "mean",
         normalize: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             margin,
@@ -130,6 +153,7 @@ class BatchHardTripletLoss(TripletLoss):
             soft_margin=soft_margin,
             reduction=reduction,
             normalize=normalize,
+            process_group=process_group,
         )
 
 
@@ -152,7 +176,14 @@ class BatchAllTripletLoss(TripletLoss):
         distance: str = "sqeuclidean",
         reduction: str = "mean_active",
         normalize: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
-            margin, negatives="all", pairs=pairs, distance=distance, reduction=reduction, normalize=normalize
+            margin,
+            negatives="all",
+            pairs=pairs,
+            distance=distance,
+            reduction=reduction,
+            normalize=normalize,
+            process_group=process_group,
         )
