@@ -207,7 +207,11 @@ def _launch(problem: Problem, options: Options, loss_outputs: tuple, mining_outp
         workspace_bytes = _workspace_bytes(
             on_cuda, *sizes, offset, dtype, *codes, problem.negatives_only, threads, multiprocessors, capability
         )
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        workspace = (
+            torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+            if on_cuda
+            else _cpu_workspace(workspace_bytes)
+        )
         _C.launch_triplet(
             on_cuda,
             *(a_address, x_address, b_address, y_address),
