@@ -1,5 +1,7 @@
 """The networks against the paper's tables: parameters, shapes, pools and multiply-adds of every block."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -22,34 +24,58 @@ def one_thread():
 TOTALS = {
     "nn1": (140_025_664, 140_030_784, 1_608_287_104),
     "nn2": (7_456_304, 7_472_144, 1_599_771_872),
+    "nn3": (7_456_304, 7_472_144, 816_274_400),
     "nn4": (6_607_888, 6_622_640, 285_330_432),
     "nn4_small2": (3_724_656, 3_733_968, 207_420_928),
 }
-# weights + biases and output shape per block, from the paper's Tables 1 and 2 (the pools and norms have none)
-BLOCKS = {
-    "nn1": {
-        "conv1": (9_472, (64, 110, 110)), "conv2a": (4_160, (64, 55, 55)), "conv2": (110_784, (192, 55, 55)),
-        "conv3a": (37_056, (192, 28, 28)), "conv3": (663_936, (384, 28, 28)), "conv4a": (147_840, (384, 14, 14)),
-        "conv4": (884_992, (256, 14, 14)), "conv5a": (65_792, (256, 14, 14)), "conv5": (590_080, (256, 14, 14)),
-        "conv6a": (65_792, (256, 14, 14)), "conv6": (590_080, (256, 14, 14)), "pool4": (0, (256, 7, 7)),
-        "fc1": (102_768_640, (4096,)), "fc2": (33_562_624, (4096,)), "head": (524_416, (128,)),
-    },
-    "nn2": {
-        "conv1": (9_472, (64, 112, 112)), "pool1": (0, (64, 56, 56)), "2": (114_944, (192, 56, 56)),
-        "pool2": (0, (192, 28, 28)), "3a": (163_696, (256, 28, 28)), "3b": (227_776, (320, 28, 28)),
-        "3c": (397_792, (640, 14, 14)), "4a": (545_536, (640, 14, 14)), "4b": (595_216, (640, 14, 14)),
-        "4c": (654_112, (640, 14, 14)), "4d": (722_224, (640, 14, 14)), "4e": (717_408, (1024, 7, 7)),
-        "5a": (1_588_464, (1024, 7, 7)), "5b": (1_588_464, (1024, 7, 7)), "head": (131_200, (128,)),
-    },
-    "nn3": {"3b": (227_776, (320, 20, 20)), "4d": (722_224, (640, 10, 10)), "5b": (1_588_464, (1024, 5, 5))},
-    "nn4": {
-        "conv1": (9_472, (64, 48, 48)), "2": (114_944, (192, 24, 24)), "3a": (163_696, (256, 12, 12)),
-        "3c": (397_792, (640, 6, 6)), "4d": (722_224, (640, 6, 6)), "4e": (471_456, (896, 3, 3)),
-        "5b": (1_295_424, (896, 3, 3)), "head": (114_816, (128,)),
-    },
-    "nn4_small2": {"4a": (545_536, (640, 6, 6)), "4e": (717_408, (1024, 3, 3)), "5a": (791_360, (736, 3, 3)),
-                   "5b": (662_336, (736, 3, 3)), "head": (94_336, (128,))},
+# Every block in order: weights + biases, output channels, side of the map (from the paper's Tables 1 and 2).
+NN1 = {
+    "conv1": (9_472, 64, 110), "pool1": (0, 64, 55), "norm1": (0, 64, 55), "conv2a": (4_160, 64, 55),
+    "conv2": (110_784, 192, 55), "norm2": (0, 192, 55), "pool2": (0, 192, 28), "conv3a": (37_056, 192, 28),
+    "conv3": (663_936, 384, 28), "pool3": (0, 384, 14), "conv4a": (147_840, 384, 14), "conv4": (884_992, 256, 14),
+    "conv5a": (65_792, 256, 14), "conv5": (590_080, 256, 14), "conv6a": (65_792, 256, 14), "conv6": (590_080, 256, 14),
+    "pool4": (0, 256, 7), "fc1": (102_768_640, 4096, None), "fc2": (33_562_624, 4096, None),
+    "head": (524_416, 128, None),
 }
+NN2 = {
+    "conv1": (9_472, 64, 112), "pool1": (0, 64, 56), "norm1": (0, 64, 56), "2": (114_944, 192, 56),
+    "norm2": (0, 192, 56), "pool2": (0, 192, 28), "3a": (163_696, 256, 28), "3b": (227_776, 320, 28),
+    "3c": (397_792, 640, 14), "4a": (545_536, 640, 14), "4b": (595_216, 640, 14), "4c": (654_112, 640, 14),
+    "4d": (722_224, 640, 14), "4e": (717_408, 1024, 7), "5a": (1_588_464, 1024, 7), "5b": (1_588_464, 1024, 7),
+    "head": (131_200, 128, None),
+}
+
+
+def at(blocks, sides, **changed):
+    """NN2's blocks with the maps of another input: ``sides`` maps a side at 224 pixels to the one there."""
+    return {name: (*row[:2], sides.get(row[2])) for name, row in {**blocks, **changed}.items()}
+
+
+NN4_SIDES = {112: 48, 56: 24, 28: 12, 14: 6, 7: 3}
+BLOCKS = {
+    "nn1": NN1,
+    "nn2": NN2,
+    "nn3": at(NN2, {112: 80, 56: 40, 28: 20, 14: 10, 7: 5}),
+    "nn4": at(NN2, NN4_SIDES, **{"4e": (471_456, 896, 7), "5a": (1_295_424, 896, 7), "5b": (1_295_424, 896, 7),
+                                 "head": (114_816, 128, None)}),
+    "nn4_small2": at({name: row for name, row in NN2.items() if name not in ("4b", "4c", "4d")}, NN4_SIDES, **{
+        "5a": (791_360, 736, 7), "5b": (662_336, 736, 7), "head": (94_336, 128, None)}),
+}
+# Outputs of a block's convolutions, reductions and projections included: batch norm adds a pair of numbers for each.
+CONVOLVED = {
+    "2": 64 + 192, "3a": 64 + 96 + 128 + 16 + 32 + 32, "3b": 64 + 96 + 128 + 32 + 64 + 64,
+    "3c": 128 + 256 + 32 + 64, "4a": 256 + 96 + 192 + 32 + 64 + 128, "4b": 224 + 112 + 224 + 32 + 64 + 128,
+    "4c": 192 + 128 + 256 + 32 + 64 + 128, "4d": 160 + 144 + 288 + 32 + 64 + 128, "4e": 160 + 256 + 64 + 128,
+    "5a": 384 + 192 + 384 + 48 + 128 + 128, "5b": 384 + 192 + 384 + 48 + 128 + 128,
+}
+SMALL2 = {"5a": 256 + 96 + 384 + 96, "5b": 256 + 96 + 384 + 96}
+HIGHER = {"4e": 160 + 256, "5a": 384 + 192 + 384 + 128, "5b": 384 + 192 + 384 + 128}  # without 5 x 5
+
+
+def convolved(name, block):
+    if block.startswith("conv"):
+        return BLOCKS[name][block][1]
+    return {**CONVOLVED, **{"nn4": HIGHER, "nn4_small2": SMALL2}.get(name, {})}.get(block, 0)
 
 
 def count(name, batch_norm=False):
@@ -61,16 +87,29 @@ def count(name, batch_norm=False):
 @pytest.mark.parametrize("name", TOTALS)
 def test_totals(name):
     plain, with_norm, multiply_adds = TOTALS[name]
-    parameters, rows = count(name)
-    assert parameters == plain == sum(row["parameters"] for row in rows)
-    assert count(name, batch_norm=True)[0] == with_norm
-    assert sum(row["multiply_adds"] for row in rows) == multiply_adds
+    for batch_norm, total in ((False, plain), (True, with_norm)):
+        parameters, rows = count(name, batch_norm)
+        assert parameters == total == sum(row["parameters"] for row in rows)
+        assert sum(row["multiply_adds"] for row in rows) == multiply_adds
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_blocks(name):
-    rows = {row["name"]: (row["parameters"], row["shape"]) for row in count(name)[1]}
-    assert {block: rows[block] for block in BLOCKS[name]} == BLOCKS[name]
+def test_blocks(name, batch_norm):
+    found = [(row["name"], row["parameters"], row["shape"]) for row in count(name, batch_norm)[1]]
+    assert found == [(block, parameters + 2 * batch_norm * convolved(name, block), (width, *[side] * 2 * bool(side)))
+                     for block, (parameters, width, side) in BLOCKS[name].items()]
+
+
+@pytest.mark.parametrize("dropped, small, parameters", [
+    (("5a", "5b"), (), 6_959_088), (("5a", "5b"), ("4c", "4d"), 5_579_520), (("4e", "5a", "5b"), (), 6_622_640)])
+def test_openface_counts_and_the_5x5_convolutions_that_nn4_drops(dropped, small, parameters):
+    """OpenFace's nn4 and nn4.small1 keep the 5 x 5 branch in 4e, so they are not the paper's NN4."""
+    rows = [dataclasses.replace(row, five=None) if row.name in dropped else row
+            for row in models.NETWORKS["nn2"].rows if row.name not in small]
+    with torch.device("meta"):
+        model = models.FaceNet("nn4", tables.Table((96, 96), tuple(rows), ""), 128, True, (96, 96))
+    assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("name, parameters, multiply_adds", [("nns1", 26e6, 220e6), ("nns2", 4.3e6, 20e6)])
@@ -88,12 +127,12 @@ def pools(model):
 
 def test_pools_of_the_paper():
     with torch.device("meta"):
-        nn1, nn2, nn4 = (pools(models.create(name)) for name in ("nn1", "nn2", "nn4"))
+        nn1, nn2, nn3, nn4, small = (pools(models.create(name)) for name in BLOCKS)
     halve, keep = ("MaxPool2d", 3, 2, 1), ("L2Pool", 3, 1, 1)
     assert nn1 == dict.fromkeys(("pool1", "pool2", "pool3", "pool4"), halve)
     assert nn2 == {"pool1": halve, "pool2": halve, "3a": ("MaxPool2d", 3, 1, 1), "3b": keep, "3c": halve, "4a": keep,
                    "4b": keep, "4c": keep, "4d": keep, "4e": halve, "5a": keep, "5b": ("MaxPool2d", 3, 1, 1)}
-    assert nn4 == nn2
+    assert nn3 == nn4 == nn2 == {**nn2, **small} and nn2.keys() - small.keys() == {"4b", "4c", "4d"}
 
 
 def test_norms_stand_where_the_paper_puts_them():
@@ -187,19 +226,55 @@ def test_bfloat16_gives_finite_unit_embeddings(name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["nn1", "nn4"])
-def test_torch_export_gives_equal_outputs(name):
-    model = tiny(name).eval()
-    x = torch.randn(2, 3, SMALL[name], SMALL[name])
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-    other = torch.randn(5, 3, SMALL[name], SMALL[name])
-    torch.testing.assert_close(exported.module()(other), model(other))
+@pytest.fixture(scope="module", params=["nn1", "nn4", "nns2", "mini"])  # every kind of row stands in one of them
+def exported(request):
+    """A network, what torch.export makes of it with any number of images, and images in another number."""
+    size = SMALL[request.param]
+    model = tiny(request.param).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (torch.randn(2, 3, size, size),), dynamic_shapes=({0: batch},))
+    return model, program, torch.randn(5, 3, size, size)
 
 
-def test_compiles_without_a_graph_break():
-    model = tiny("nn4").eval()
-    x = torch.randn(2, 3, 33, 33)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+def test_torch_export_gives_equal_outputs(exported, tmp_path):
+    model, program, x = exported
+    torch.export.save(program, tmp_path / "model.pt2")
+    for graph in (program, torch.export.load(tmp_path / "model.pt2")):
+        torch.testing.assert_close(graph.module()(x), model(x))
+
+
+def test_onnx_gives_equal_outputs(exported, tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript, which torch.onnx needs, is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime, to run what was exported, is not installed")
+    model, program, x = exported
+    torch.onnx.export(program, f=tmp_path / "model.onnx", input_names=["images"], output_names=["embeddings"],
+                      dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for images in (x, x[:1], torch.zeros_like(x)):  # the last one: nothing but empty windows in the L2 pools
+        (got,) = session.run(["embeddings"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), model(images).detach(), rtol=1e-4, atol=1e-5)
+
+
+# one row of each kind: what the compiler's C++ is asked for, in seconds instead of minutes
+EVERY_ROW = tables.Table((16, 16), (
+    tables.Conv("conv1", 8, 3, 2), tables.Pool("pool1"), tables.Norm("norm1"),
+    tables.Mix("3b", 4, (4, 8), (2, 4), ("l2", 4)), tables.Max("fc1", 16)), "this test's")
+
+
+@pytest.mark.parametrize("name, backend", [("nn4", "eager"), ("nns2", "eager"), ("every row", "inductor")])
+def test_compiles_without_a_graph_break(name, backend):
+    torch.compiler.reset()
+    model = tiny(name) if name in SMALL else models.FaceNet(name, EVERY_ROW, 8, True, EVERY_ROW.size)
+    x = torch.randn(2, 3, *model.input_size)
+    x[0, :, :8] = 0
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    if backend == "eager":
+        want = torch.autograd.grad(model(x)[:, 0].sum(), model.parameters())
+        torch.testing.assert_close(torch.autograd.grad(compiled(x)[:, 0].sum(), model.parameters()), want)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    torch.compiler.reset()
 
 
 def test_input_size_and_embedding_dim():
