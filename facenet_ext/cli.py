@@ -266,7 +266,7 @@ def main(argv=None):
     with_place, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"{message}\n"
     try:
         return options.function(options)
-    except data.DataError as error:
+    except (data.DataError, OSError) as error:  # an OSError names its file
         print(f"facenet-ext: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:

@@ -83,8 +83,8 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
-def scan(root, people=None) -> tuple[list[str], np.ndarray, list[str]]:
-    """Paths, labels [N] int64 and names of root/NAME/file, sorted by name, then file. ``people``: only these names.
+def scan(root) -> tuple[list[str], np.ndarray, list[str]]:
+    """Paths, labels [N] int64 and names of root/NAME/file, sorted by name, then file.
 
     Hidden files are ignored. Folders are not descended into, and a folder seen before (a link to itself, to a parent,
     to another person) is named and skipped: a loop ends, and nobody gets two names.
@@ -93,31 +93,34 @@ def scan(root, people=None) -> tuple[list[str], np.ndarray, list[str]]:
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; expected a folder of NAME/image files")
-    wanted = None if people is None else set(people)
     seen = {parent.resolve() for parent in (root, *root.resolve().parents)}
     paths, labels, names = [], [], []
+
+    def skip(entry, reason):
+        warnings.warn(f"{entry}: skipped ({reason})", stacklevel=3)
+
     for folder in sorted(root.iterdir()):
-        if folder.name.startswith(".") or not folder.is_dir() or (wanted is not None and folder.name not in wanted):
+        if folder.name.startswith(".") or not os.path.isdir(folder):
             continue
         if (real := folder.resolve()) in seen:
-            warnings.warn(f"{folder}: skipped (a link to a folder that counts already)", stacklevel=2)
+            skip(folder, "a link to a folder that counts already")
             continue
         seen.add(real)
-        files = []
-        for entry in sorted(folder.iterdir()):
-            if entry.is_dir():
-                warnings.warn(f"{entry}: skipped (a folder inside a person's folder)", stacklevel=2)
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            skip(folder, error.strerror)
+            continue
+        for entry in entries:
+            if os.path.isdir(entry):
+                skip(entry, "a folder inside a person's folder")
             elif not entry.name.startswith("."):
-                files.append(str(entry))
-        if files:
-            paths += files
-            labels += [len(names)] * len(files)
+                paths.append(str(entry))
+                labels.append(len(names))
+        if labels and labels[-1] == len(names):
             names.append(folder.name)
-    if wanted and (missing := len(wanted - set(names))):
-        warnings.warn(f"{root}: {missing} of the {len(wanted)} people listed have no images here", stacklevel=2)
     if not paths:
-        raise DataError(f"{root}: no images; expected a folder of NAME/image files"
-                        + ("" if wanted is None else " with the people listed"))
+        raise DataError(f"{root}: no images; expected a folder of NAME/image files")
     return paths, np.array(labels, np.int64), names
 
 
@@ -150,14 +153,14 @@ class Images:
                 self._cache[index] = pixels
         return pixels
 
-    def preload(self, progress=iter) -> np.ndarray:
-        """Decode everything on all cores; the sorted indices of the good images. Beyond the cache's room: no-op."""
-        if len(self) > self._room:
-            return np.arange(len(self))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL while it decodes
-            for _ in progress(pool.map(self.get, range(len(self)))):
-                pass
-        return np.array([i for i in range(len(self)) if i not in self.bad], np.int64)
+    def preload(self, indices, progress=iter) -> np.ndarray:
+        """Decode on all cores; the good ones among ``indices``. More than the cache has room for: nothing is read."""
+        indices = np.asarray(indices)
+        if len(indices) <= self._room:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL while it decodes
+                for _ in progress(pool.map(self.get, indices.tolist())):
+                    pass
+        return indices[[i not in self.bad for i in indices.tolist()]]
 
     def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [B, H, W, 3] and labels [B] of the readable ones among ``indices``."""
@@ -290,10 +293,8 @@ def draw_pairs(labels, indices, count: int, seed: int = 0) -> Pairs:
         found[same].add((int(min(pair)), int(max(pair))))
         if len(found[True]) + len(found[False]) == count:
             break
-    pairs = np.array(sorted(found[True]) + sorted(found[False]))
-    same = np.arange(len(pairs)) < len(found[True])
-    mix = rng.permutation(len(pairs))
-    return Pairs(pairs[mix, 0], pairs[mix, 1], same[mix], None)
+    pairs = rng.permutation(np.array(sorted(found[True] | found[False])))
+    return Pairs(*pairs.T, labels[pairs[:, 0]] == labels[pairs[:, 1]], None)
 
 
 def split_people(labels, indices, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -35,11 +35,14 @@ PRESETS = {
     # AdaGrad, whose rate only ever falls, and forgives the choice of lr.
     "modern": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05},
 }
-# What the sizes are where the command line does not say: digits (scans of 8 x 8), a CPU, a GPU (the paper's 45 x 40).
+# Where the command line does not say: for the digits (scans of 8 x 8), on a CPU, on a GPU (the paper's batch).
 SIZES = {
-    "digits": {"network": "mini", "size": (16, 16), "people_per_batch": 16, "images_per_person": 8, "steps": 60},
-    "cpu": {"network": "mini", "size": (48, 48), "people_per_batch": 45, "images_per_person": 4, "steps": 3000},
-    "cuda": {"network": "nn4", "size": (96, 96), "people_per_batch": 45, "images_per_person": 40, "steps": 20000},
+    "network": {"digits": "mini", "cpu": "mini", "cuda": "nn4"},
+    "size": {"digits": (16, 16), "cpu": (48, 48), "cuda": (96, 96)},
+    "people_per_batch": {"digits": 16, "cpu": 45, "cuda": 45},
+    "images_per_person": {"digits": 8, "cpu": 4, "cuda": 40},
+    "singletons": {"digits": 0, "cpu": 0, "cuda": 200},
+    "steps": {"digits": 60, "cpu": 3000, "cuda": 20000},
 }
 SUBSET = 4096  # images that offline mining looks through
 
@@ -50,12 +53,11 @@ def add_arguments(parser):
     add("--data", metavar="FOLDER", help="folder of NAME/image files; without it, scikit-learn's digits")
     add("--people", metavar="FILE", help="LFW people list: train on these only (peopleDevTrain.txt, people.txt)")
     add("--without-set", type=int, metavar="K", help="leave out set K (1 to 10) of --people, the fold to test on")
-    add("--pairs", metavar="FILE", help="LFW pair list to verify on (pairsDevTest.txt, pairs.txt); without it, random "
-        "pairs of people held out")
+    add("--pairs", metavar="FILE", help="LFW pair list to verify on; default: random pairs of people held out")
     add("--hold-out", type=float, default=0.1, metavar="SHARE", help="people held out where no --pairs are given (0.1)")
     add("--crop", type=float, default=1.0, metavar="SHARE", help="central share of each image to use (1.0)")
-    group = parser.add_argument_group("network and batch (defaults: mini at 48 pixels, 45 x 4 on a CPU; nn4 at 96, the "
-                                      "paper's 45 x 40, on a GPU)")
+    group = parser.add_argument_group("network and batch", "On a CPU mini at 48 pixels and batches of 45 people x 4 "
+                                      "images; on a GPU nn4 at 96 and the paper's 45 x 40, and 200 singletons.")
     add = group.add_argument
     add("--network", choices=sorted(models.NETWORKS))
     add("--size", type=pixels, metavar="H[xW]", help="input pixels; default: the table's where --network is given")
@@ -63,18 +65,17 @@ def add_arguments(parser):
     add("--no-batch-norm", action="store_true", help="the paper's parameter counts; slower to train")
     add("--people-per-batch", type=int, metavar="P")
     add("--images-per-person", type=int, metavar="K")
-    add("--singletons", type=int, default=0, metavar="S", help="people with one image in each batch, as negatives (0)")
+    add("--singletons", type=int, metavar="S", help="further people in each batch with their only image, as negatives")
     add("--chunk", type=int, metavar="N", help="embed N images at a time and run each chunk again for its gradient: "
         "the whole batch's loss in the memory of a chunk (with batch norm, statistics are the chunk's)")
     group = parser.add_argument_group("loss and optimizer")
     add = group.add_argument
     add("--margin", type=float, default=0.2, help="in squared distance, 0 to 4 (0.2)")
-    add("--fallback", choices=["farthest", "skip"], default="farthest", help="what to take where no negative is "
-        "semi-hard (farthest)")
+    add("--fallback", choices=["farthest", "skip"], default="farthest", help="of a pair without a semi-hard negative")
     add("--offline", type=int, metavar="STEPS", help=f"the paper's offline way: every STEPS, mine triplets with the "
         f"latest weights over {SUBSET} images, and train on those (default: mine online, within each batch)")
-    add("--preset", choices=sorted(PRESETS), default="modern", help="modern: AdamW 0.001, warm-up, cosine; paper: "
-        "AdaGrad 0.05, lowered at the end (modern)")
+    add("--preset", choices=sorted(PRESETS), default="modern", help="modern: AdamW 0.001, warm-up, cosine, which needs "
+        "fewer steps; paper: AdaGrad 0.05, lowered at the end (modern)")
     add("--lr", type=float, help="learning rate; default: the preset's")
     add("--weight-decay", type=float)
     group = parser.add_argument_group("run")
@@ -102,9 +103,10 @@ def pixels(text):
 def complete(options):
     """Fill what the command line leaves open; the result is stored in the checkpoint."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = SIZES["digits" if options.data is None else options.device.split(":")[0]]
+    where = "digits" if options.data is None else options.device.split(":")[0]
+    sizes = {key: values[where] for key, values in SIZES.items()}
     if options.network and options.data is not None:
-        sizes = {**sizes, "size": models.NETWORKS[options.network].size}
+        sizes["size"] = models.NETWORKS[options.network].size
     for key, value in {**sizes, **PRESETS[options.preset]}.items():
         if getattr(options, key, None) is None:
             setattr(options, key, value)
@@ -121,13 +123,21 @@ def load_data(options):
         images, train, unseen = data.digits(options.size)
         return images, train, data.draw_pairs(images.labels, unseen, 2400, options.seed)
     images = data.Images(*data.scan(options.data), options.size, options.crop)
-    train = images.preload(lambda todo: tqdm(todo, "reading images", len(images), unit="img", disable=None))
-    pairs = data.read_pairs(options.pairs, images.paths) if options.pairs else None
+    train, used = np.arange(len(images)), []
     if options.people:
         sets = data.read_people(options.people)
         wanted = {name for k, names in enumerate(sets, 1) if k != options.without_set for name in names}
-        train = train[[images.names[images.labels[i]] in wanted for i in train]]
-    if pairs is None:
+        if missing := sorted(wanted.difference(images.names)):
+            warnings.warn(f"{options.people}: {len(missing)} of {len(wanted)} people have no images in {options.data}, "
+                          f"for example {missing[0]}", stacklevel=2)
+        train = train[[images.names[label] in wanted for label in images.labels]]
+    if options.pairs:
+        pairs = data.read_pairs(options.pairs, images.paths)
+        used = np.concatenate([pairs.a, pairs.b])
+    todo = np.union1d(train, used).astype(int)
+    good = images.preload(todo, lambda work: tqdm(work, "reading images", len(todo), unit="img", disable=None))
+    train = np.intersect1d(train, good)
+    if not options.pairs:
         train, unseen = data.split_people(images.labels, train, options.hold_out, options.seed)
         pairs = data.draw_pairs(images.labels, unseen, 2400, options.seed) if len(unseen) else None
     return images, train, pairs
@@ -209,35 +219,31 @@ class Log:
                     continue
         self.file = open(path, "w", buffering=1)
         self.file.writelines(kept)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(out), purge_step=step or None)
-        except ImportError:
-            self.board = None
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and no other command needs it
+        self.board = SummaryWriter(str(out), purge_step=step or None)
 
     def __call__(self, step, kind, **values):
         self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         for key, value in values.items():
-            if self.board and isinstance(value, float):
+            if isinstance(value, float):
                 self.board.add_scalar(f"{kind}/{key}", value, step)
 
     def close(self):
         self.file.close()
-        if self.board:
-            self.board.close()
+        self.board.close()
 
 
 class Run:
-    """A training run: what it needs, in the order in which it needs it."""
+    """A training run: what it needs, in the order in which it needs it. ``loaded``: instead of ``load_data``'s."""
 
-    def __init__(self, options):
+    def __init__(self, options, loaded=None):
         self.options, self.out = options, Path(options.out)
         self.stored = {key: value for key, value in vars(options).items() if key != "function"}  # cli's, no option
         self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() \
             else (0, 1)
         self.device = torch.device(options.device)
         torch.manual_seed(options.seed)
-        self.images, indices, self.pairs = load_data(options)
+        self.images, indices, self.pairs = loaded or load_data(options)
         self.sampler = data.IdentitySampler(self.images.labels, options.people_per_batch, options.images_per_person,
                                             options.singletons, options.seed, indices, self.rank, self.world)
         self.model = models.create(options.network, options.dim, not options.no_batch_norm, options.size)
@@ -306,15 +312,13 @@ class Run:
         pool = pool[[self.images.get(int(i)) is not None for i in pool]]
         vectors = torch.from_numpy(evaluate.embed(self.model, self.images, pool, self.device))
         found = mine_triplets(vectors, torch.from_numpy(self.images.labels[pool]))
-        order = torch.argsort(found.d2_ap, descending=True, stable=True)
-        order = order[torch.argsort(found.anchor[order], stable=True)]  # by anchor, its farthest positive first
-        first = torch.ones(len(order), dtype=torch.bool)
-        first[1:] = found.anchor[order][1:] != found.anchor[order][:-1]
-        taken = order[first & (found.d2_ap - found.d2_an + self.options.margin > 0)[order]]
+        order = np.lexsort((-found.d2_ap, found.anchor))  # by anchor, its farthest positive first
+        first = order[np.unique(found.anchor[order], return_index=True)[1]]
+        taken = first[(found.d2_ap - found.d2_an + self.options.margin > 0).numpy()[first]]
         if not len(taken):
             raise data.DataError(f"--offline: at step {step} no triplet of {len(pool)} images violates the margin")
-        columns = torch.stack([found.anchor[taken], found.positive[taken], found.negative[taken]], 1)
-        self.state["mined"] = torch.from_numpy(pool)[columns]
+        triplets = torch.stack([found.anchor, found.positive, found.negative], 1)[taken]
+        self.state["mined"] = torch.from_numpy(pool)[triplets]
 
     def loss(self, vectors, labels):
         """Loss and what to show of it: the criterion's, or that of the triplets mined offline."""
@@ -340,13 +344,14 @@ class Run:
             loss, shown = self.loss(self.embed(x), labels)
             loss.backward()
             return shown
-        chunks = x.split(self.options.chunk)
+        count = -(-len(x) // self.options.chunk)
+        chunks = x.tensor_split(count)  # equal to one image: batch norm has no use for a rest of one
         with torch.no_grad():
             vectors = torch.cat([self.embed(chunk) for chunk in chunks])
         loss, shown = self.loss(vectors.requires_grad_(), labels)
         loss.backward()
-        for number, (chunk, gradient) in enumerate(zip(chunks, vectors.grad.split(self.options.chunk), strict=True), 1):
-            last = self.world == 1 or number == len(chunks)
+        for number, (chunk, gradient) in enumerate(zip(chunks, vectors.grad.tensor_split(count), strict=True), 1):
+            last = self.world == 1 or number == count
             with nullcontext() if last else self.wrapped.no_sync():  # one exchange of gradients per step
                 self.embed(chunk).backward(gradient)
         return shown

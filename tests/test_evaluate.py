@@ -50,6 +50,17 @@ def test_equals_the_definitions_on_tied_scores(seed, far_target):
 
 
 @pytest.mark.parametrize("seed", range(10))
+def test_val_and_far_at_every_threshold_are_the_points_of_the_roc(seed):
+    """Tied distances are accepted together: one point of scikit-learn's curve for each distinct distance."""
+    d2, same, _ = scores(seed)
+    thresholds, accepted_same, accepted_different = evaluate._accepted(d2, same)
+    far, val, score = roc_curve(same, -d2, drop_intermediate=False)
+    np.testing.assert_array_equal(thresholds, -score[1:])
+    np.testing.assert_allclose(accepted_same / same.sum(), val[1:], rtol=1e-15)
+    np.testing.assert_allclose(accepted_different / (~same).sum(), far[1:], rtol=1e-15)
+
+
+@pytest.mark.parametrize("seed", range(10))
 def test_auc_and_equal_error_rate(seed):
     d2, same, folds = scores(seed)
     got = verification(d2, same, folds, 0.1)
