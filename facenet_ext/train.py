@@ -4,7 +4,8 @@
     (read ahead in a thread)
 
 Everything random is drawn from (seed, step), so model, optimizer and step number are the whole state of a run: resumed
-after ``kill -9`` it ends with the bits of the uninterrupted run (CPU, same number of threads, length in --steps).
+after ``kill -9`` it ends with the bits of the uninterrupted run (CPU, same number of threads, length in --steps; not
+with --bf16, as oneDNN's bfloat16 convolutions do not repeat themselves).
 Under torchrun every rank draws people of its own and mines among them; gradients are averaged.
 """
 
@@ -88,7 +89,7 @@ def add_arguments(parser):
     add("--out", metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard; default: a new folder under runs/")
     add("--resume", metavar="DIR", help="go on with the run in DIR, with its options")
     add("--device", help="default: cuda where there is a GPU, else cpu")
-    add("--bf16", action="store_true", help="bfloat16 autocast")
+    add("--bf16", action="store_true", help="bfloat16 autocast; on a CPU no run repeats to the bit")
     add("--threads", type=int, help="CPU threads")
     add("--seed", type=int, default=0)
 

