@@ -4,23 +4,30 @@
 
 FOLDER holds ``images/NAME/NAME_0001.jpg`` and the published lists. Every network is trained from nothing on the people
 of View 1 (peopleDevTrain.txt) for an equal share of the budget and verified on pairsDevTest.txt, whose people it never
-saw. The paper trains on 260 million faces of 8 million people and measures VAL at FAR = 1e-3 on a hold-out of its own;
-LFW's 1,000 pairs allow accuracy and VAL at 1e-2. So compare the order within a column, never the columns.
+saw. What is finished is kept: the same command again, after whatever end, does the rest.
 """
 
 import argparse
+import functools
 import io
 import json
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from report import environment, replace_file, write_json
+from tqdm import tqdm
 
-from facenet_ext import data, evaluate, train
+from facenet_ext import data, evaluate, models, train
 
+DIFFERENCE = """The paper trains on up to 260 million faces of 8 million people for weeks and prints VAL at FAR = 1e-3
+on a hold-out of its own; here it is 9,525 faces of 4,038 people for {minutes:.2f} minutes a run, and LFW's 1,000 pairs
+allow accuracy and VAL at FAR = 1e-2. Compare the order within a column, never the columns. The faces have 112 x 112
+pixels after the crop: image sizes above 12,544 pixels add nothing to them."""
+TRAINING = 0.7  # share of the budget spent in training steps; reading, mining, verification take the rest
+SIDE = 112  # what --crop 0.7 leaves of LFW's 160 x 160
 FAR = 1e-2
 # What the paper prints: VAL at FAR = 1e-3 in percent.
 PAPER = {
@@ -43,17 +50,20 @@ VARIANTS = {  # value -> options that differ from the base run; None: the base r
 }
 
 
-class Degraded(data.Images):
-    """Images that went through ``spoil`` (PIL image to PIL image) at their own resolution before being resized."""
+@functools.cache
+def original(path, crop):
+    return data.read_image(path, (SIDE, SIDE), crop)
 
-    def __init__(self, images, spoil, side):
-        super().__init__(images.paths, images.labels, images.names, images.size, images.crop)
-        self.spoil, self.side = spoil, side
+
+class Faces(data.Images):
+    """LFW, decoded once for all runs and read when first needed; ``spoil`` (image to image) acts before the resize."""
+
+    spoil = staticmethod(lambda image: image)
 
     def get(self, index):
         if index not in self._cache:
-            image = Image.fromarray(data.read_image(self.paths[index], (self.side, self.side), self.crop))
-            self._cache[index] = np.asarray(self.spoil(image).resize(self.size[::-1], Image.Resampling.LANCZOS))
+            image = self.spoil(Image.fromarray(original(self.paths[index], self.crop)))
+            self._cache[index] = np.asarray(image.resize(self.size[::-1], Image.Resampling.LANCZOS))
         return self._cache[index]
 
 
@@ -70,51 +80,113 @@ def shrink(pixels):
     return lambda image: image.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def prepare(options, extra):
-    """A run for this variant: the base's options, overridden by ``extra``."""
-    lfw = Path(options.lfw)
-    base = ["--data", str(lfw / "images"), "--people", str(lfw / "peopleDevTrain.txt"), "--pairs",
-            str(lfw / "pairsDevTest.txt"), "--crop", "0.7", "--seed", str(options.seed), "--device", options.device,
-            "--out", str(options.out / "run"), "--verify-every", "1000000000", *options.base.split()]
-    return train.complete(train.parse([*base, *extra]))
+class Run(train.Run):
+    """Verified once, at the end, by ``measure``; only the base run's network is asked for again."""
+
+    keep = False
+
+    def check(self, name):
+        return None
+
+    def save(self, name="last.pt"):
+        if self.keep:
+            super().save(name)
 
 
-def train_one(options, minutes, extra, share=1.0):
-    """Train for ``minutes``; returns the run, which holds the model, the images and the pairs."""
-    prepared = prepare(options, extra)
-    prepared.minutes = minutes
-    load = train.load_data
-    if share < 1:
-        def part(o):
-            images, indices, pairs = load(o)
-            people = np.unique(images.labels[indices])
-            kept = np.random.default_rng(options.seed).permutation(people)[:max(2, round(share * len(people)))]
-            return images, indices[np.isin(images.labels[indices], kept)], pairs
-        train.load_data = part
-    try:
-        run = train.Run(prepared)
-    finally:
-        train.load_data = load
-    run.state["before"] = 0.0  # nobody asks what an untrained network can do in each of twenty runs
-    run.check = lambda name: None
-    run.train()
-    return run
+class Study:
+    """The rows measured so far, in experiments.json; asked for one that is missing, it trains or measures it."""
+
+    def __init__(self, options, runs):
+        self.options, self.lfw = options, Path(options.lfw)
+        self.minutes = TRAINING * options.budget / runs
+        self.pairs = self.labels = None
+        self.path = options.out / "experiments.json"
+        self.settings = {"budget_minutes": options.budget, "minutes_per_run": self.minutes, "base": options.base,
+                         "scale": options.scale, "seed": options.seed, "far": FAR}
+        self.found = {"benchmark": "experiments", "settings": self.settings, "results": {},
+                      "environment": environment(options.device, torch.get_num_threads()),
+                      "protocol": "trained on LFW peopleDevTrain.txt alone, verified on pairsDevTest.txt"}
+        if self.path.exists():
+            self.found = json.loads(self.path.read_text())
+            if self.found["settings"] != self.settings:
+                raise SystemExit(f"{self.path} holds a study with other settings, {self.found['settings']}: take "
+                                 "those, or another --out")
+
+    def row(self, name, value, work):
+        rows = self.found["results"].setdefault(name, {})
+        if str(value) not in rows:
+            rows[str(value)] = {**work(), "paper": PAPER.get(name, {}).get(value)}
+            write_json(self.path, self.found)
+        return rows[str(value)]
+
+    def load(self, prepared, share=1.0):
+        """What ``train.load_data`` returns, with ``Faces``, of a share of the people."""
+        images = Faces(*data.scan(prepared.data), prepared.size, prepared.crop)
+        people = np.array(sorted(set(data.read_people(prepared.people)[0])))
+        people = np.random.default_rng(self.options.seed).permutation(people)[:max(2, round(share * len(people)))]
+        label = {name: number for number, name in enumerate(images.names)}
+        indices = np.flatnonzero(np.isin(images.labels, [label[name] for name in people if name in label]))
+        return images, indices, data.read_pairs(prepared.pairs, images.paths)
+
+    def train(self, key, extra, share=1.0):
+        """Trains for the run's minutes and measures; ``extra``: options that differ from the base's."""
+        prepared = train.complete(train.parse([
+            "--data", str(self.lfw / "images"), "--people", str(self.lfw / "peopleDevTrain.txt"), "--pairs",
+            str(self.lfw / "pairsDevTest.txt"), "--crop", "0.7", "--seed", str(self.options.seed), "--device",
+            self.options.device, "--out", str(self.options.out / key), "--minutes", str(self.minutes),
+            *self.options.base.split(), *extra]))
+        run = Run(prepared, self.load(prepared, share))
+        run.keep = key == "base"
+        run.train()
+        return self.measure(run.model, run.images, run.pairs, steps=run.state["step"], size=list(prepared.size))
+
+    def measure(self, model, images, pairs, **more):
+        found, _ = evaluate.verify(evaluate.distances(model, images, pairs, self.options.device), pairs, FAR)
+        kept = ("accuracy", "accuracy_se", "val", "val_se", "auc")
+        return {**{key: getattr(found, key) for key in kept}, **more}
+
+    def spoiled(self, spoil):
+        """The base run's network on images that went through ``spoil``."""
+        model, trained = train.load_model(self.options.out / "base", self.options.device)
+        images, _, pairs = self.load(trained)
+        images.spoil = spoil
+        return self.measure(model, images, pairs)
+
+    def experiment(self, name):
+        for value in PAPER[name] if name in ("jpeg", "pixels") else VARIANTS[name]:
+            if name in ("jpeg", "pixels"):
+                spoil = jpeg(value) if name == "jpeg" else shrink(value)
+                self.row(name, value, lambda spoil=spoil: self.spoiled(spoil))
+            elif (extra := VARIANTS[name][value]) is None:
+                self.row(name, value, lambda: {**self.base()})
+            else:
+                if name == "network" and self.options.scale != 1:
+                    sides = [max(16, round(self.options.scale * side)) for side in models.NETWORKS[value].size]
+                    extra = [*extra, "--size", "x".join(map(str, sides))]
+                share = value if name == "data" else 1.0
+                key = f"{name}-{value}".replace(" ", "-")
+                self.row(name, value, lambda extra=extra, key=key, share=share: self.train(key, extra, share))
+            yield value
+        rows = self.found["results"][name]
+        plot(name, rows, self.options.out / f"{name}.png")
+        tqdm.write("\n" + table(name, rows))
+
+    def base(self):
+        return self.row("base", "base", lambda: self.train("base", []))
 
 
-def measure(run, images=None):
-    d2 = evaluate.distances(run.model, images or run.images, run.pairs, run.device)
-    found, _ = evaluate.verify(d2, run.pairs, FAR)
-    return {"accuracy": found.accuracy, "accuracy_se": found.accuracy_se, "val": found.val, "val_se": found.val_se,
-            "auc": found.auc, "steps": run.state["step"]}
-
-
-def show(name, rows, out):
-    """One table and one plot: ours beside the paper's."""
-    print(f"\n{TITLES[name]}\n{'':>20} {'accuracy %':>18} {f'VAL at {FAR:g} %':>18} {'steps':>7} {'paper %':>9}")
+def table(name, rows):
+    """Markdown: ours beside the paper's."""
+    lines = [f"### {TITLES[name]}", "", f"| | accuracy | VAL at FAR {FAR:g} | AUC | steps | paper: VAL at FAR 0.001 |",
+             "|---|---:|---:|---:|---:|---:|"]
     for value, row in rows.items():
-        paper = PAPER.get(name, {}).get(value)
-        print(f"{value!s:>20} {100 * row['accuracy']:11.2f} ± {100 * row['accuracy_se']:4.2f} "
-              f"{100 * row['val']:11.2f} ± {100 * row['val_se']:4.2f} {row['steps']:7d} {paper or '-':>9}", flush=True)
+        percent = [f"{100 * row[key]:.1f} ± {100 * row[key + '_se']:.1f}" for key in ("accuracy", "val")]
+        cells = [value, *percent, f"{row['auc']:.3f}", row.get("steps", ""), row["paper"] or "–"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def plot(name, rows, path):
     from matplotlib.figure import Figure
 
     figure = Figure((6, 3.6), layout="constrained")
@@ -124,51 +196,42 @@ def show(name, rows, out):
         values, errors = ([100 * row[k] for row in rows.values()] for k in (key, key + "_se"))
         axis.errorbar(places, values, errors, marker="o", capsize=3, label=label)
     if name in PAPER:
-        axis.plot(places, [PAPER[name].get(value, np.nan) for value in rows], "k--s",
+        axis.plot(places, [row["paper"] or np.nan for row in rows.values()], "k--s",
                   label="paper: VAL at FAR 0.001, other data")
-    axis.set_xticks(places, map(str, rows))
+    axis.set_xticks(places, rows, fontsize=7)
     axis.set(title=TITLES[name], ylabel="%")
     axis.legend(fontsize=7)
-    with data.atomic(out / f"{name}.png") as file:
-        figure.savefig(file, format="png", dpi=110)
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
     parser.add_argument("--lfw", required=True, metavar="FOLDER")
-    parser.add_argument("--budget", type=float, default=40, help="minutes of training, all runs together (40)")
+    parser.add_argument("--budget", type=float, default=40, help="minutes for all of it; a real run on a GPU: 230 (40)")
+    parser.add_argument("--scale", type=float, default=1.0 if cuda else 0.3, help="side of the input in the comparison "
+                        "of networks, as a share of the published one (1 on a GPU, else 0.3)")
     parser.add_argument("--only", nargs="+", choices=sorted(TITLES), default=list(TITLES))
     parser.add_argument("--base", default="", help="further options of facenet-ext train for every run")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in TITLES if name in options.only]
     runs = 1 + sum(extra is not None for name in wanted for extra in VARIANTS.get(name, {}).values())
-    minutes = options.budget / runs
-    print(f"{runs} runs of {minutes:.2f} minutes each on {options.device}")
-    base = train_one(options, minutes, [])
-    measured, results = measure(base), {}
-    for name in wanted:
-        rows = {}
-        if name in ("jpeg", "pixels"):
-            for value in PAPER[name]:
-                spoil = jpeg(value) if name == "jpeg" else shrink(value)
-                rows[value] = measure(base, Degraded(base.images, spoil, 160))
-        for value, extra in VARIANTS.get(name, {}).items():
-            rows[value] = measured if extra is None else \
-                measure(train_one(options, minutes, extra, value if name == "data" else 1.0))
-        show(name, rows, options.out)
-        results[name] = {str(value): {**row, "paper": PAPER.get(name, {}).get(value)} for value, row in rows.items()}
-        settings = {k: v for k, v in base.stored.items() if k not in ("data", "people", "pairs", "out")}
-        with data.atomic(options.out / "experiments.json") as file:
-            file.write(json.dumps({
-                "date": time.strftime("%Y-%m-%d"), "minutes_per_run": minutes, "far": FAR, "torch": torch.__version__,
-                "machine": torch.cuda.get_device_name() if options.device.startswith("cuda") else
-                f"{platform.machine()}, {torch.get_num_threads()} threads",
-                "protocol": "trained on LFW peopleDevTrain.txt alone, verified on pairsDevTest.txt",
-                "base": settings, "results": results}, indent=1, default=str).encode())
+    study, began = Study(options, runs), time.monotonic()
+    with tqdm(total=sum(len(VARIANTS.get(name, PAPER.get(name))) for name in wanted), unit="row") as bar:
+        bar.set_postfix_str(f"{runs} runs of {study.minutes:.2f} minutes")
+        study.base()
+        for name in wanted:
+            for value in study.experiment(name):
+                bar.set_description(f"{name} {value}")
+                bar.update()
+    text = [DIFFERENCE.format(minutes=study.minutes), *(table(name, study.found["results"][name]) for name in wanted)]
+    replace_file(options.out / "experiments.md", lambda temporary: temporary.write_text("\n\n".join(text) + "\n"))
+    study.found["wall_minutes"] = study.found.get("wall_minutes", 0) + (time.monotonic() - began) / 60
+    write_json(study.path, study.found)
 
 
 if __name__ == "__main__":
