@@ -136,7 +136,7 @@ void thresholds(Call<S>& c, int64_t begin, int64_t end) {
       if (K < kMaxStrided) {  // by counting: K^2 / W comparisons and no branch
         uint32_t* at = scratch.queue;
         T* sorted = scratch.strip;
-        for (int i = 0; i < K; i += S::W) S::ranks(t, K, i, at);
+        for (int i = 0; i < K; i += S::W) S::sorted_places(t, K, i, at);
         for (int i = 0; i < K; ++i) {
           sorted[at[i]] = t[i];
           rank[at[i]] = static_cast<uint32_t>(i);

@@ -91,7 +91,7 @@ struct Avx2 {
     return count;
   }
 
-  static void ranks(const T* t, int n, int first, uint32_t* at) {
+  static void sorted_places(const T* t, int n, int first, uint32_t* at) {
     const V mine = load(t + first);
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     __m256i below = _mm256_setzero_si256();

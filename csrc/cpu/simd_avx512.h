@@ -101,7 +101,7 @@ struct Avx512 {
     return below;
   }
 
-  static void ranks(const T* t, int n, int first, uint32_t* at) {
+  static void sorted_places(const T* t, int n, int first, uint32_t* at) {
     const V mine = load(t + first);
     const __m512i one = _mm512_set1_epi32(1);
     __m512i below = _mm512_setzero_si512();

@@ -87,7 +87,7 @@ struct Generic {
   }
 
   // at[i] = #{ j < n : t[j] < t[i] or t[j] == t[i] and j < i } for i of [first, first + W): where t[i] stands once sorted.
-  static void ranks(const T* t, int n, int first, uint32_t* at) {
+  static void sorted_places(const T* t, int n, int first, uint32_t* at) {
     for (int i = first; i < first + W; ++i) {
       at[i] = 0;
       for (int j = 0; j < i; ++j) at[i] += t[j] <= t[i];

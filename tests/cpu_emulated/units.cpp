@@ -81,17 +81,17 @@ void counting() {
   }
 }
 
-void ranks() {
+void sorted_places() {
   const int n = static_cast<int>(1 + draw() % 100), padded = static_cast<int>(round_up(n, kSlotPad));
   std::vector<T> t(static_cast<size_t>(padded), kInf);
   for (int i = 0; i < n; ++i)
     t[static_cast<size_t>(i)] = i > 0 && draw() % 4 == 0 ? t[draw() % static_cast<size_t>(i)] : uniform();
   std::vector<uint32_t> at(static_cast<size_t>(padded));
-  for (int i = 0; i < n; i += W) S::ranks(t.data(), n, i, at.data());
+  for (int i = 0; i < n; i += W) S::sorted_places(t.data(), n, i, at.data());
   std::vector<int> order(static_cast<size_t>(n));
   for (int i = 0; i < n; ++i) order[static_cast<size_t>(i)] = i;
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return t[static_cast<size_t>(a)] < t[static_cast<size_t>(b)]; });
-  for (int r = 0; r < n; ++r) check(at[static_cast<size_t>(order[static_cast<size_t>(r)])] == static_cast<uint32_t>(r), "ranks");
+  for (int r = 0; r < n; ++r) check(at[static_cast<size_t>(order[static_cast<size_t>(r)])] == static_cast<uint32_t>(r), "sorted_places");
 }
 
 template <class S>  // S again: a struct whose buckets stay in order has no search
@@ -148,7 +148,7 @@ int main() {
   for (int i = 0; i < 3000; ++i) {
     arithmetic();
     counting();
-    ranks();
+    sorted_places();
     search<S>();
     transpose();
   }
