@@ -35,7 +35,10 @@ void direct_distances(const typename S::T* x, const typename S::T* const* y, int
       const V d0 = S::load(x + k) - S::load(y[m] + k);
       sum[m] = S::madd(d0, d0, sum[m]);
     }
-  for (int m = 0; m < M; ++m) out[m] = S::sum(sum[m] + more[m]);
+  for (int m = 0; m < M; ++m) sum[m] = sum[m] + more[m];
+  if constexpr (M == 4) S::sums(sum, out);
+  else
+    for (int m = 0; m < M; ++m) out[m] = S::sum(sum[m]);
 }
 
 // The same for any number of rows of `base`; at(i) says which.

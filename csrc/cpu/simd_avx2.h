@@ -42,6 +42,9 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
 
+  static void sums(const V (&v)[4], T* out) {
+    for (int m = 0; m < 4; ++m) out[m] = sum(v[m]);
+  }
   static V sqrt(V v) { return _mm256_sqrt_ps(v); }
   static V smaller(V a, V b) { return _mm256_min_ps(a, b); }
   static V larger(V a, V b) { return _mm256_max_ps(a, b); }

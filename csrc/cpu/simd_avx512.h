@@ -30,6 +30,16 @@ struct Avx512 {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
 
+  // out[m] = sum(v[m]), to the bit: the four are folded side by side.
+  static void sums(const V (&v)[4], T* out) {
+    const V ab = _mm512_shuffle_f32x4(v[0], v[1], 0x44) + _mm512_shuffle_f32x4(v[0], v[1], 0xEE);
+    const V cd = _mm512_shuffle_f32x4(v[2], v[3], 0x44) + _mm512_shuffle_f32x4(v[2], v[3], 0xEE);
+    V s = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xDD);  // a quarter for each
+    s = s + _mm512_shuffle_ps(s, s, 0x4E);
+    s = s + _mm512_shuffle_ps(s, s, 0xB1);
+    const __m512i fourth = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+    _mm_storeu_ps(out, _mm256_castps256_ps128(_mm512_castps512_ps256(_mm512_permutexvar_ps(fourth, s))));
+  }
   static V sqrt(V v) { return _mm512_sqrt_ps(v); }
   static V smaller(V a, V b) { return _mm512_min_ps(a, b); }
   static V larger(V a, V b) { return _mm512_max_ps(a, b); }

@@ -73,6 +73,9 @@ struct Generic {
     return v[0];
   }
 
+  static void sums(const V (&v)[4], T* out) {
+    for (int m = 0; m < 4; ++m) out[m] = sum(v[m]);
+  }
   static V sqrt(V v) {
     for (int i = 0; i < W; ++i) v[i] = std::sqrt(v[i]);
     return v;

@@ -68,6 +68,10 @@ void arithmetic() {
   T total = 0;
   for (T& e : whole.at) total += e = static_cast<T>(draw() % 1000);
   check(S::sum(whole.v()) == total, "sum");
+  V four[4] = {a.v(), b.v(), whole.v(), c.v()};
+  T sums[4];
+  S::sums(four, sums);
+  for (int m = 0; m < 4; ++m) check(same(sums[m], S::sum(four[m])), "sums: not sum to the bit");
 }
 
 void counting() {
