@@ -3,7 +3,8 @@
 // Of an anchor's sorted positives t[0 .. K), a negative at distance d makes terms with one range of ranks [from, to):
 //
 //        t[0]      t[from]          t[to]                all            d < t + m        from = #{ t <= d - m },  to = K
-//     ─────┼──────────┼──────┼───┼────┼──────> d         all_semi_hard  t < d < t + m    from the same,           to = #{ t < d }
+//     ─────┼──────────┼──────┼───┼────┼──────> d         all_semi_hard  t < d < t + m    from the same,           to = #{ t <
+//     d }
 //                   d - m        d
 //
 // so that two look-ups give the weight of (a, n), to - from, and two histograms of ranks give every positive's, whose prefix
@@ -16,9 +17,9 @@
 //      distances of a tile  ->  weights S[I,J]: rows' anchors plus columns' anchors
 //                           ->  grad[I] += S X[J] - rowsum x,   grad[J] += S' X[I] - columnsum x
 //
-// 3 N^2 D FLOP in all where anchors and candidates are the same rows (N^2 D for distances, 2 N^2 D for the sums). Row sums are taken
-// tile by tile too: no more than 192 terms cancel at a time. Distances are expanded squares, since no pair is looked at twice;
-// so that rows far from the origin keep their accuracy, all rows are moved there first (centre).
+// 3 N^2 D FLOP in all where anchors and candidates are the same rows (N^2 D for distances, 2 N^2 D for the sums). Row sums
+// are taken tile by tile too: no more than 192 terms cancel at a time. Distances are expanded squares, since no pair is
+// looked at twice; so that rows far from the origin keep their accuracy, all rows are moved there first (centre).
 #pragma once
 
 #include "gradient.h"
@@ -108,7 +109,8 @@ void add_differences(const Call<S>& c, const typename S::T* u, int64_t row_step,
   constexpr int NR = S::NR, MR = S::MR, W = S::W;
   alignas(64) T sum[MR * NR];
   for (int64_t k0 = 0; k0 < c.Dp; k0 += NR) {
-    const int width = static_cast<int>(c.Dp - k0 < NR ? c.Dp - k0 : NR), real = static_cast<int>(c.D - k0 < width ? c.D - k0 : width);
+    const int width = static_cast<int>(c.Dp - k0 < NR ? c.Dp - k0 : NR),
+              real = static_cast<int>(c.D - k0 < width ? c.D - k0 : width);
     for (int k = 0; k < depth; ++k)
       for (int v = 0; v < width; v += W) S::store(panel + k * NR + v, S::load(x + k * c.Dp + k0 + v));
     for (int r = 0; r < rows; r += MR) {
@@ -138,7 +140,7 @@ struct Dense {
   const int64_t begin, end;
   const bool euclidean = c.args.distance == Distance::euclidean;
   const bool above = c.args.negatives == Negatives::all_semi_hard;  // only negatives farther than the positive
-  const bool closed = above && c.args.band > 0;                     // a term where d <= t + width
+  const bool closed = above && c.args.band > 0;  // a term where d <= t + width
   const bool stats = c.args.stat_counts != nullptr;
   const double unit = euclidean ? c.scale : c.scale * c.scale;  // of distances
   const T margin = static_cast<T>(c.args.margin * unit), width = static_cast<T>(c.args.band * unit);
@@ -242,7 +244,8 @@ struct Dense {
       double total = 0;
       for (int j = 0; j < n; ++j) {
         const int terms = closed ? to[j] - term[j] : above ? to[j] - from[j] : d[j] < kNoNegative<T> ? K : 0;
-        total += terms * (euclidean ? static_cast<double>(d[j]) * d[j] : static_cast<double>(d[j]));
+        const double here = d[j];
+        if (terms > 0) total += terms * (euclidean ? here * here : here);
       }
       sum.d2_an += total;
     }
@@ -313,9 +316,8 @@ struct Dense {
       add_differences(c, d + first * kT, kT, 1, rows, cols, row_total + first, w.ax + (top + first) * c.Dp,
                       w.x + tile.c0 * c.Dp, scratch.aside, [&](int r) { return out + place(top + first + r); });
     if (T* out = static_cast<T*>(c.args.grad_candidates))
-      add_differences(c, d + first * kT, 1, kT, static_cast<int>(tile.c1 - tile.c0), rows, col_total,
-                      w.x + tile.c0 * c.Dp, w.ax + (top + first) * c.Dp, scratch.aside,
-                      [&](int r) { return out + w.order[tile.c0 + r] * c.D; });
+      add_differences(c, d + first * kT, 1, kT, static_cast<int>(tile.c1 - tile.c0), rows, col_total, w.x + tile.c0 * c.Dp,
+                      w.ax + (top + first) * c.Dp, scratch.aside, [&](int r) { return out + w.order[tile.c0 + r] * c.D; });
   }
 
   // Where the anchors' gradient is summed: in the output, except where they are some of the candidates.
@@ -350,7 +352,6 @@ struct Dense {
         w.weight[slot + w.rank[slot + r]] = static_cast<T>(euclidean ? (t[r] > 0 ? active / t[r] : T(0)) : active);
         sum.active += active;
         sum.pairs += terms;
-        sum.fallback += terms == 0;
         if (stats && terms > 0) {
           const double d2 = c.unscale * (euclidean ? static_cast<double>(t[r]) * t[r] : static_cast<double>(t[r])) *
                             (args.distance == Distance::cosine ? 2 : 1);

@@ -62,12 +62,19 @@ struct Deal {
   Tile at(int64_t I, int64_t J, bool both) const {
     const auto most = [](int64_t a, int64_t b) { return a > b ? a : b; };
     const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
-    return {I, J, both, most(I * kT, begin), least((I + 1) * kT, end), J * kT, least((J + 1) * kT, C),
-            both ? most(J * kT, begin) : 0, both ? least((J + 1) * kT, end) : 0};
+    return {I,
+            J,
+            both,
+            most(I * kT, begin),
+            least((I + 1) * kT, end),
+            J * kT,
+            least((J + 1) * kT, C),
+            both ? most(J * kT, begin) : 0,
+            both ? least((J + 1) * kT, end) : 0};
   }
 };
 
-// Larger than any distance, with room to be squared or shifted: candidates that are no negatives of the anchor.
+// Larger than any distance, with room to be shifted: candidates that are no negatives of the anchor.
 template <class T>
 constexpr T kNoNegative = std::numeric_limits<T>::max() / 4;
 
@@ -135,7 +142,8 @@ void visit_tiles(Call<S>& c, int64_t begin, int64_t end, Visit visit) {
     for (int i = 0; i < 2; ++i)
       while (__atomic_load_n(called + place[i], __ATOMIC_ACQUIRE) != mine[i]) sched_yield();
     visit(tile, distances);
-    for (int i = 0; i < (place[0] == place[1] ? 1 : 2); ++i) __atomic_store_n(called + place[i], mine[i] + 1, __ATOMIC_RELEASE);
+    for (int i = 0; i < (place[0] == place[1] ? 1 : 2); ++i)
+      __atomic_store_n(called + place[i], mine[i] + 1, __ATOMIC_RELEASE);
     if (c.args.interrupted && omp_get_thread_num() == 0 && c.args.interrupted(c.args.interrupted_context))
       __atomic_store_n(&stop, 1, __ATOMIC_RELAXED);
   }

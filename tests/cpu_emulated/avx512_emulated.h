@@ -100,6 +100,10 @@ inline __m512i _mm512_cvttps_epi32(__m512 a) {
 }
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { return word_lanes([&](int i) { return words(a)[i] + words(b)[i]; }); }
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return word_lanes([&](int i) { return words(a)[i] - words(b)[i]; }); }
+inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) { return word_lanes([&](int i) { return words(a)[i] * words(b)[i]; }); }
+inline __m512i _mm512_min_epi32(__m512i a, __m512i b) {
+  return int_lanes([&](int i) { return ints(a)[i] < ints(b)[i] ? ints(a)[i] : ints(b)[i]; });
+}
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 inline __m512i _mm512_andnot_si512(__m512i a, __m512i b) { return ~a & b; }
 inline __m512i _mm512_sllv_epi32(__m512i a, __m512i by) {  // the whole count is looked at: from 32 on nothing is left
@@ -111,15 +115,21 @@ inline __m512i _mm512_srli_epi32(__m512i a, unsigned by) {
 
 // ---- comparisons and masks ----
 inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
-  if (predicate != _CMP_LT_OQ) __builtin_trap();  // the only one the kernels use
+  if (predicate != _CMP_LT_OQ && predicate != _CMP_LE_OQ) __builtin_trap();  // the only ones the kernels use
   unsigned mask = 0;
-  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(a[i] < b[i]) << i;
+  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(predicate == _CMP_LT_OQ ? a[i] < b[i] : a[i] <= b[i]) << i;
   return static_cast<__mmask16>(mask);
 }
 inline __mmask16 _mm512_movepi32_mask(__m512i a) {
   unsigned mask = 0;
   for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(ints(a)[i] < 0) << i;
   return static_cast<__mmask16>(mask);
+}
+inline __m512i _mm512_mask_add_epi32(__m512i source, __mmask16 mask, __m512i a, __m512i b) {
+  return word_lanes([&](int i) { return mask >> i & 1 ? words(a)[i] + words(b)[i] : words(source)[i]; });
+}
+inline __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 a, __m512 b) {
+  return lanes<__m512>([&](int i) { return mask >> i & 1 ? b[i] : a[i]; });
 }
 inline __m512i _mm512_maskz_compress_epi32(__mmask16 mask, __m512i a) {  // kept lanes to the front, zeros behind
   Int16 r{};
@@ -136,6 +146,17 @@ inline __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b) { 
   return int_lanes([&](int i) {
     const uint32_t at = words(index)[i];
     return at & 16 ? ints(b)[at & 15] : ints(a)[at & 15];
+  });
+}
+inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b) {
+  return lanes<__m512>([&](int i) {
+    const uint32_t at = words(index)[i];
+    return at & 16 ? b[at & 15] : a[at & 15];
+  });
+}
+inline __m512 _mm512_i32gather_ps(__m512i index, const void* base, int scale) {
+  return lanes<__m512>([&](int i) {
+    return from_memory<float>(static_cast<const char*>(base) + static_cast<int64_t>(ints(index)[i]) * scale);
   });
 }
 inline __m512i _mm512_i32gather_epi32(__m512i index, const void* base, int scale) {
