@@ -32,6 +32,7 @@ struct Call {
   double scale = 1, unscale = 1;  // rows are multiplied by `scale`, squared distances by `unscale` = scale^-2 on the way out
   Limit<T> limit{};
   bool far_is_zero = false;  // a negative beyond the limit makes a term of 0, and nobody asks for its distance
+  const T* centre = nullptr;  // [Dp] has been subtracted from every row
   bool stopped = false;
   // totals, known after the last pass's selection
   RowSum sum{};
@@ -66,6 +67,8 @@ struct Call {
     T* row;  // [Dp]
     uint32_t* queue;  // [kQueue]
     const T** list;  // [kList]
+    T* weights;  // [kT, kT] where every distance is looked at
+    T* aside;  // [kT, 64] likewise
   };
   Scratch scratch(int thread) const {
     Scratch s;
@@ -75,6 +78,8 @@ struct Call {
     s.row = s.list_weight + kList;
     s.queue = reinterpret_cast<uint32_t*>(s.row + Dp);
     s.list = reinterpret_cast<const T**>(s.queue + kQueue);
+    s.weights = reinterpret_cast<T*>(s.list + kList);
+    s.aside = s.weights + kT * kT;
     return s;
   }
 };

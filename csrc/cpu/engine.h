@@ -18,7 +18,7 @@
 // calling thread polls between tiles.
 #pragma once
 
-#include "gradient.h"
+#include "dense.h"
 
 namespace facenet_ext::cpu {
 namespace {
@@ -59,6 +59,9 @@ Status run(const TripletArgs& args) {
     case Negatives::semi_hard:
     case Negatives::hard:
       return run_buckets<S>(args);
+    case Negatives::all:
+    case Negatives::all_semi_hard:
+      return run_dense<S>(args);
     default:
       break;
   }

@@ -35,7 +35,7 @@ void own_gradient(const Call<S>& c, int64_t row, bool first) {
   for (uint32_t i = 0; i < w.rows[row].runs; ++i) gather.push(runs[i].candidate, -runs[i].weight);
   gather.flush();
   // A candidate's row may hold what earlier passes' anchors gave it.
-  if (!inside || first)
+  if ((!inside || first) && !counts_all(c.args))
     for (int64_t k = 0; k < c.D; ++k) out[k] = scratch.row[k];
   else
     for (int64_t k = 0; k < c.D; ++k) out[k] += scratch.row[k];

@@ -75,10 +75,11 @@ void put(const Call<S>& c, typename S::T* sum, typename S::T* out, const typenam
     else
       for (int64_t k = 0; k < c.D; ++k) sum[k] = static_cast<T>(sum[k] * f);
     if (c.args.normalize && c.classes.live > 0) {  // x = u |x|: grad = (g - (g.u) u) / |x|
+      const auto u = [&](int64_t k) -> double { return c.centre ? static_cast<double>(x[k]) + c.centre[k] : x[k]; };
       double along = 0;
       if (inverse > 0)
-        for (int64_t k = 0; k < c.D; ++k) along += static_cast<double>(sum[k]) * static_cast<double>(x[k]);
-      for (int64_t k = 0; k < c.D; ++k) sum[k] = static_cast<T>((sum[k] - along * x[k]) * std::fabs(inverse));
+        for (int64_t k = 0; k < c.D; ++k) along += static_cast<double>(sum[k]) * u(k);
+      for (int64_t k = 0; k < c.D; ++k) sum[k] = static_cast<T>((sum[k] - along * u(k)) * std::fabs(inverse));
     }
   }
   for (int64_t k = 0; k < c.D; ++k) out[k] = sum[k];
@@ -141,7 +142,7 @@ void gradient(Call<S>& c, int64_t begin, int64_t end) {
         gather.flush();
       }
       put(c, scratch.row, static_cast<T*>(args.grad_candidates) + w.order[j] * c.D, x,
-          args.normalize && end > begin ? w.inverse_length[j] : T(1), own_part || !first, last);
+          args.normalize && end > begin ? w.inverse_length[j] : T(1), own_part || !first || counts_all(args), last);
     }
   }
   if (args.grad_anchors && last) {  // own_gradient has filled the rows of anchors with a pair

@@ -111,6 +111,11 @@ struct Workspace {
   int64_t hash_size;
   int32_t* scratch_index;  // [max(A, C) + 1]
   int32_t* locks;  // [tiles]
+  // rules that look at every distance
+  int32_t* turns;  // [1 + 2 (tiles of anchors + tiles of candidates)]
+  T* centre;  // [1 + 2 threads, Dp] what the rows are moved by; every term counts
+  T* anchor_grad;  // [A, Dp] every term counts, and anchors are some of the candidates
+  uint64_t* draws;  // [2 slots] random rules: the least (hash, candidate index) of each interval
   char* thread_scratch;  // [threads] of scratch_bytes each
   int64_t scratch_bytes;
   int64_t total;  // bytes
@@ -125,6 +130,14 @@ constexpr int kMaxStrided = 1024;  // buckets of an anchor that are searched by 
 constexpr int kList = 64;  // neighbours gathered at a time: bounds the error of a float32 sum of thousands
 
 namespace {
+
+// Every negative is a term of its own.
+bool counts_all(const TripletArgs& args) {
+  return args.negatives == Negatives::all || args.negatives == Negatives::all_semi_hard;
+}
+bool draws_one(const TripletArgs& args) {
+  return args.negatives == Negatives::random_semi_hard || args.negatives == Negatives::random_active;
+}
 
 int64_t hash_capacity(int64_t n) {
   int64_t size = 16;
@@ -190,9 +203,16 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.table, w.hash_size);
   take(w.scratch_index, (A > C ? A : C) + 1);
   take(w.locks, (A + kTile<T> - 1) / kTile<T> + 1);
-  // per thread: a tile of distances, a transposed strip, the queue, a gather list, one gradient row
+  const bool every = counts_all(args) || draws_one(args);
+  const auto tiles = [](int64_t n) { return (n + kTile<T> - 1) / kTile<T>; };
+  if (every) take(w.turns, 1 + 2 * (tiles(A) + tiles(C)));
+  if (counts_all(args)) take(w.centre, (1 + 2 * static_cast<int64_t>(args.num_threads)) * Dp);
+  if (counts_all(args) && args.anchor_offset >= 0 && !symmetric) take(w.anchor_grad, A * Dp);
+  if (draws_one(args)) take(w.draws, 2 * w.slots);
+  // per thread: a tile of distances, a transposed strip, the queue, a gather list, one gradient row; a second tile
   w.scratch_bytes = round_up(static_cast<int64_t>(sizeof(T)) * (kTile<T> * kTile<T> + 16 * kTile<T>)+4 * kQueue + 8 * kList +
-                                 static_cast<int64_t>(sizeof(T)) * (kList + Dp) + 1024,
+                                 static_cast<int64_t>(sizeof(T)) * (kList + Dp) + 1024 +
+                                 (every ? static_cast<int64_t>(sizeof(T)) * kTile<T> * (kTile<T> + 64) : 0),
                              64);
   take(w.thread_scratch, w.scratch_bytes * args.num_threads);
   w.total = used;

@@ -145,7 +145,7 @@ void thresholds(Call<S>& c, int64_t begin, int64_t end) {
       } else {
         sort_thresholds(t, rank, K);
       }
-      buckets.start(want_farthest);
+      if (!counts_all(c.args)) buckets.start(want_farthest);
     }
   }
 }

@@ -79,8 +79,8 @@ void inspect(Call<S>& c) {
   }
 }
 
-// One sorted row: converted, scaled or normalised, zero padded. Returns the inverse length, negative where the length is
-// below 1e-12: there the divisor is a constant and no gradient flows through it.
+// One sorted row: converted, scaled or normalised, moved to the centre, zero padded. Returns the inverse length, negative
+// where the length is below 1e-12: there the divisor is a constant and no gradient flows through it.
 template <class S>
 typename S::T prepare_row(const Call<S>& c, const void* source, int64_t begin, typename S::T* out) {
   using T = typename S::T;
@@ -93,10 +93,14 @@ typename S::T prepare_row(const Call<S>& c, const void* source, int64_t begin, t
     const bool constant = length < 1e-12;
     const double inverse = 1 / (constant ? 1e-12 : length);
     for (int64_t k = 0; k < c.D; ++k) out[k] = static_cast<T>(out[k] * inverse);
+    if (c.centre)
+      for (int64_t k = 0; k < c.D; ++k) out[k] -= c.centre[k];
     return static_cast<T>(constant ? -inverse : inverse);
   }
   if (c.scale != 1)
     for (int64_t k = 0; k < c.D; ++k) out[k] = static_cast<T>(out[k] * c.scale);
+  if (c.centre)
+    for (int64_t k = 0; k < c.D; ++k) out[k] -= c.centre[k];
   return 1;
 }
 

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <limits>
+
 #include "simd_generic.h"
 
 namespace facenet_ext::cpu {
@@ -126,6 +128,58 @@ struct Avx512 {
     for (int j = first + W; j < n; ++j)
       below = _mm512_mask_add_epi32(below, _mm512_cmp_ps_mask(set1(t[j]), mine, _CMP_LT_OQ), below, one);
     _mm512_storeu_si512(at + first, below);
+  }
+
+  // As in Generic::ranks: 64 steps of the list in four registers, and what lies between two of them from memory. Six
+  // permutations for up to 63 entries, then one gather for each doubling.
+  template <bool kClosed>
+  static void ranks(const T* t, int K, T shift, const T* d, int n, int32_t* rank) {
+    constexpr int kCompare = kClosed ? _CMP_LE_OQ : _CMP_LT_OQ;
+    int stride = 1;
+    while (stride * 64 <= K) stride *= 2;
+    T steps[64];
+    if (stride > 1)
+      for (int i = 0; i < 64; ++i)
+        steps[i] = (i + 1) * stride <= K ? t[(i + 1) * stride - 1] : std::numeric_limits<T>::infinity();
+    const auto part = [&](int i) {  // an anchor's slots end with the vector that holds entry K
+      return stride > 1 ? load(steps + i) : i <= K ? load(t + i) : set1(std::numeric_limits<T>::infinity());
+    };
+    const V a0 = part(0), a1 = part(16), a2 = part(32), a3 = part(48), s = set1(shift);
+    const V middle = set1(stride > 1 ? steps[31] : t[K < 31 ? K : 31]);
+    const auto step = [](__m512i at, __mmask16 above, int by) {
+      return _mm512_mask_add_epi32(at, above, at, _mm512_set1_epi32(by));
+    };
+    const __m512i last = _mm512_set1_epi32(K);  // t[K] is +inf
+    for (int j = 0; j < n; j += W) {
+      const V v = load(d + j) - s;
+      __m512i at = _mm512_set1_epi32(-1);  // the entries 0 .. at are below
+      if (K < 32) {
+#pragma GCC unroll 5
+        for (int by = 16; by > 0; by /= 2) {
+          const V probe = _mm512_permutex2var_ps(a0, _mm512_add_epi32(at, _mm512_set1_epi32(by)), a1);
+          at = step(at, _mm512_cmp_ps_mask(probe, v, kCompare), by);
+        }
+      } else {
+        const __mmask16 upper = _mm512_cmp_ps_mask(middle, v, kCompare);
+        at = step(at, upper, 32);
+#pragma GCC unroll 5
+        for (int by = 16; by > 0; by /= 2) {
+          const __m512i next = _mm512_add_epi32(at, _mm512_set1_epi32(by));  // five bits of it count
+          const V probe =
+              _mm512_mask_blend_ps(upper, _mm512_permutex2var_ps(a0, next, a1), _mm512_permutex2var_ps(a2, next, a3));
+          at = step(at, _mm512_cmp_ps_mask(probe, v, kCompare), by);
+        }
+      }
+      at = _mm512_add_epi32(at, _mm512_set1_epi32(1));
+      if (stride > 1) {
+        at = _mm512_mullo_epi32(at, _mm512_set1_epi32(stride));
+        for (int by = stride / 2; by > 0; by /= 2) {
+          const __m512i probe = _mm512_min_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(by - 1)), last);
+          at = step(at, _mm512_cmp_ps_mask(_mm512_i32gather_ps(probe, t, 4), v, kCompare), by);
+        }
+      }
+      _mm512_storeu_si512(rank + j, at);
+    }
   }
 
   static void transpose(const T* tile, int64_t stride, int rows, T* out) {

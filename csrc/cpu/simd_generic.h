@@ -98,6 +98,23 @@ struct Generic {
     }
   }
 
+  // rank[j] = #{ i < K : t[i] < d[j] - shift }, kClosed: <=. t ascends and is +inf at K; n is a multiple of W; no NaN. O(n
+  // log K)
+  template <bool kClosed>
+  static void ranks(const T* t, int K, T shift, const T* d, int n, int32_t* rank) {
+    int half = 1;
+    while (2 * half <= K) half *= 2;
+    for (int j = 0; j < n; ++j) {
+      const T v = d[j] - shift;
+      int at = 0;
+      for (int by = half; by > 0; by /= 2) {
+        const int probe = at + by - 1 < K ? at + by - 1 : K;
+        at += (kClosed ? t[probe] <= v : t[probe] < v) ? by : 0;
+      }
+      rank[j] = at;
+    }
+  }
+
   // out[c * rows + r] = tile[r * stride + c] for W columns; rows is a multiple of W.
   static void transpose(const T* tile, int64_t stride, int rows, T* out) {
     for (int r = 0; r < rows; ++r)

@@ -93,6 +93,11 @@ inline __m512 _mm512_sqrt_ps(__m512 a) { return lanes<__m512>([&](int i) { retur
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { return word_lanes([&](int i) { return words(a)[i] + words(b)[i]; }); }
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return word_lanes([&](int i) { return words(a)[i] - words(b)[i]; }); }
 
+inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) { return word_lanes([&](int i) { return words(a)[i] * words(b)[i]; }); }
+inline __m512i _mm512_min_epi32(__m512i a, __m512i b) {
+  return int_lanes([&](int i) { return ints(a)[i] < ints(b)[i] ? ints(a)[i] : ints(b)[i]; });
+}
+
 // ---- comparisons and masks ----
 inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   unsigned mask = 0;
@@ -120,7 +125,22 @@ inline __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i a, __m512i b) {  
   return int_lanes([&](int i) { return mask >> i & 1 ? ints(b)[i] : ints(a)[i]; });
 }
 
+inline __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 a, __m512 b) {
+  return lanes<__m512>([&](int i) { return mask >> i & 1 ? b[i] : a[i]; });
+}
+
 // ---- permutations ----
+inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b) {  // bit 4 picks the source
+  return lanes<__m512>([&](int i) {
+    const uint32_t at = words(index)[i];
+    return at & 16 ? b[at & 15] : a[at & 15];
+  });
+}
+inline __m512 _mm512_i32gather_ps(__m512i index, const void* base, int scale) {
+  return lanes<__m512>([&](int i) {
+    return from_memory<float>(static_cast<const char*>(base) + static_cast<int64_t>(ints(index)[i]) * scale);
+  });
+}
 inline __m512 _mm512_permutexvar_ps(__m512i index, __m512 a) {  // four bits of the index count
   return lanes<__m512>([&](int i) { return a[words(index)[i] & 15]; });
 }

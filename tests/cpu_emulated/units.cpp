@@ -98,6 +98,25 @@ void sorted_places() {
   for (int r = 0; r < n; ++r) check(at[static_cast<size_t>(order[static_cast<size_t>(r)])] == static_cast<uint32_t>(r), "sorted_places");
 }
 
+// Lists of every length that one table of steps holds, and longer ones; ties, and values that are thresholds.
+void ranks() {
+  const int K = static_cast<int>(draw() % (draw() % 8 ? 70 : 1500));
+  std::vector<T> t(static_cast<size_t>(slot_pitch(K)), kInf);
+  for (int i = 0; i < K; ++i) t[static_cast<size_t>(i)] = static_cast<T>(draw() % 64) / 16;
+  std::sort(t.begin(), t.begin() + K);
+  const int n = static_cast<int>(1 + draw() % 4) * W;
+  const T shift = draw() % 2 ? T(0.25) : T(0);
+  std::vector<T> d(static_cast<size_t>(n));
+  for (T& e : d) e = draw() % 9 == 0 ? std::numeric_limits<T>::max() / 4 : static_cast<T>(draw() % 80) / 16;
+  std::vector<int32_t> below(d.size(), -1), until(d.size(), -1);
+  S::template ranks<false>(t.data(), K, shift, d.data(), n, below.data());
+  S::template ranks<true>(t.data(), K, shift, d.data(), n, until.data());
+  for (size_t j = 0; j < d.size(); ++j) {
+    check(below[j] == std::lower_bound(t.begin(), t.begin() + K, d[j] - shift) - t.begin(), "ranks: how many are below");
+    check(until[j] == std::upper_bound(t.begin(), t.begin() + K, d[j] - shift) - t.begin(), "ranks: how many are no greater");
+  }
+}
+
 template <class S>  // S again: a struct whose buckets stay in order has no search
 void search() {
   if constexpr (S::kStrided) {
@@ -153,6 +172,7 @@ int main() {
     arithmetic();
     counting();
     sorted_places();
+    ranks();
     search<S>();
     transpose();
   }

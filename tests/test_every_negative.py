@@ -1,0 +1,73 @@
+"""The rules that give every negative a term, against the reference, which lists the triplets: on small integers, whose
+distances are exact, so that counts agree to the unit; and the same bits for any number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_rules import integers
+
+from facenet_ext import autograd, functional, reference
+
+RULES = ("all", "all_semi_hard")
+
+
+def loss_and_gradients(problem, x, r, options, need_stats):
+    x, r = x.detach().requires_grad_(), r.detach().requires_grad_()
+    loss, counts, d2 = autograd.triplet_loss(problem(x, r), options, need_stats)
+    return loss, counts, d2, torch.autograd.grad(loss, (x, r), allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_every_term_equals_the_reference(part):
+    terms = 0
+    for seed in range(50 * part, 50 * part + 50):
+        x, r, problem, plain, options = integers(seed, RULES, 40)
+        x.requires_grad_(), r.requires_grad_()
+        loss, stats = plain(reference.triplet_loss, x, r, **options._asdict(), return_stats=True)
+        grads = torch.autograd.grad(loss, (x, r), allow_unused=True, materialize_grads=True)
+        got, counts, d2, got_grads = loss_and_gradients(problem, x, r, options, True)
+        alone, _, _, alone_grads = loss_and_gradients(problem, x, r, options, False)
+        assert torch.equal(got, alone) and all(map(torch.equal, got_grads, alone_grads)), (seed, options)
+        torch.testing.assert_close(got, loss, rtol=1e-12, atol=1e-11)
+        torch.testing.assert_close(got_grads, grads, rtol=1e-10, atol=1e-10)
+        got_stats = functional.stats_of(counts, d2, options)
+        for name, value in stats.items():
+            torch.testing.assert_close(got_stats[name], value, rtol=1e-12, atol=1e-12)
+        single, single_counts, _, single_grads = loss_and_gradients(problem, x.float(), r.float(), options, True)
+        assert torch.equal(single_counts, counts), (seed, options)
+        torch.testing.assert_close(single.double(), loss, rtol=2e-6, atol=2e-6 * float(loss.detach() + options.margin))
+        scale = max(float(g.abs().max()) if g.numel() else 0.0 for g in grads)
+        for one, want in zip(single_grads, grads, strict=True):
+            torch.testing.assert_close(one.double(), want, rtol=1e-5, atol=1e-5 * scale + 1e-9)
+        terms += int(stats.pairs)
+    assert terms > 5_000  # the cases are not empty ones
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("distance", ["sqeuclidean", "euclidean", "cosine"])
+def test_unit_rows_in_float32_over_several_tiles(rule, distance):
+    generator = torch.Generator().manual_seed(7)
+    x = torch.nn.functional.normalize(torch.randn(230, 30, generator=generator), dim=1)
+    x = x + 3 if distance == "sqeuclidean" else x  # far from the origin
+    y = torch.randint(0, 40, (230,), generator=generator)
+    exact = x.double().requires_grad_()
+    want = reference.triplet_loss(exact, y, negatives=rule, distance=distance)
+    (want_grad,) = torch.autograd.grad(want, exact)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            own = x.clone().requires_grad_()
+            loss, _ = functional.triplet_loss(own, y, negatives=rule, distance=distance, return_stats=True)
+            results.append((loss.detach(), *torch.autograd.grad(loss, own)))
+    finally:
+        torch.set_num_threads(before)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+    # Of the band's terms a few lie within rounding of d(a, n) = d(a, p), where a whole margin is counted or not.
+    rtol = 2e-6 if rule == "all" else 5e-5
+    torch.testing.assert_close(results[0][0].double(), want.detach(), rtol=rtol, atol=0)
+    error = (results[0][1].double() - want_grad).norm() / want_grad.norm()
+    assert error < 1e-3, error
