@@ -20,8 +20,6 @@ int64_t bytes_with(const TripletArgs& args) {
 }  // namespace
 
 int64_t triplet_workspace_bytes(const TripletArgs& args) {
-  if (!is_basic(args)) return {Code::unsupported, name, "this rule is not on the GPU yet"};
-
   if (args.num_anchors == 0 || args.num_candidates == 0) return 0;
   // The widest format that the options allow: sizes, dtype and device are known here, options are not.
   const int64_t bytes = args.dtype == DType::float64 ? bytes_with<Math::simt64>(args) : bytes_with<Math::split>(args);
