@@ -74,8 +74,9 @@ def triplet_loss(
     Raises:
         TypeError: an argument is not of an accepted type or dtype.
         ValueError: a shape, length, device, option or margin is not accepted, or two options exclude each other.
-        RuntimeError: ``embeddings`` is on a GPU and the CUDA backend is not compiled in, or the GPU reports an error or
-            does not know the rule yet; a second derivative is asked for.
+        RuntimeError: ``embeddings`` is on a GPU and the CUDA backend is not compiled in, or the GPU reports an error;
+            the rule is not built for that device yet (the random rules on none, on a GPU all but "semi_hard"); a second
+            derivative is asked for.
 
     Notes:
         Distances have float32 accuracy (float64 for float64 input), also of half-precision input, whose gradient is

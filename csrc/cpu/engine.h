@@ -1,15 +1,17 @@
 // The CPU backend for one instruction set.
 //
-//   labels ── classes ─┐
-//   rows ── scale, normalise ── sorted rows x, panels, norms                     prepare.h
-//                      │
-//        ┌─ for each pass: anchors whose positives fit the slots (nearly always all anchors at once)
-//        │    thresholds   block-diagonal distances, sorted                      mine.h       2 N K D FLOP
-//        │    sweep        tiles of distances -> filter -> buckets               buckets.h    N^2 D FLOP, half of the full
-//        product │    select       suffix minimum, direct distances, hinge, weights      finish.h     up to 6 N K D FLOP │
-//        reverse      candidate -> anchors that took it                     gradient.h └─   gradient     one gather per row
-//        gradient.h   up to 9 N K D FLOP
-//   loss, statistics: sums of per-anchor float64 values in anchor order          finish.h
+//   labels -> classes; rows -> scaled or normalised, sorted, packed; norms     prepare.h
+//
+//   for each pass over anchors whose slots fit (nearly always one pass):
+//     thresholds   block-diagonal distances, sorted                            mine.h      2 N K D FLOP
+//     sweep        tiles of distances -> search -> buckets                     buckets.h   N^2 D FLOP
+//     select       suffix minimum, direct distances, term, weights             finish.h    up to 6 N K D FLOP
+//     reverse      candidate -> the anchors that took it                       gradient.h
+//     gradient     one gather a row                                            gradient.h  up to 9 N K D FLOP
+//
+//   loss, statistics: sums of per-anchor float64 values in anchor order        finish.h
+//
+// Rules that make every negative a term go another way from the thresholds on (dense.h).
 //
 // Memory: two copies of the rows, and per anchor its K thresholds and buckets: O(N D), never N x N. A class so large that its
 // anchors' slots exceed their bound (layout.h) is worked off in several passes.

@@ -1,14 +1,13 @@
 // Thresholds and the sweep: what fills the buckets.
 //
 //             candidates J
-//           ┌────┬────┬────┬────┐   Symmetric case: tile (I, J) serves the anchors of I (its rows) and, transposed strip by
-//   anchors │ ◥  │ ██ │ ██ │    │   strip, the anchors of J (its columns), so every product is made once. The tiles of a pass
-//      I    ├────┼────┼────┼────┤   are dealt diagonal by diagonal, (i, i + s), so that neighbours in time share no anchors
-//      and
-//           │    │ ◥  │ ██ │ ██ │   rarely wait for each other's lock.
-//           ├────┼────┼────┼────┤   A tile: 192 x 192 float32 distances = 144 KiB, in L2. Bytes from L3 or memory per tile:
-//           │ ██ │    │ ◥  │ ██ │   2 * 192 * D * 4, against 192^2 * D products: below 1 byte a cycle.
-//           └────┴────┴────┴────┘
+//           +----+----+----+----+   Symmetric case: tile (I, J) serves the anchors of I (its rows) and, transposed strip by
+//           | \\ | ## | ## |    |   strip, the anchors of J (its columns), so every product is made once. The tiles of a
+//   anchors +----+----+----+----+   pass are dealt diagonal by diagonal, (i, i + s), so that neighbours in time share no
+//      I    |    | \\ | ## | ## |   anchors and rarely wait for each other's lock.
+//           +----+----+----+----+
+//           | ## |    | \\ | ## |   A tile: 192 x 192 float32 distances = 144 KiB, in L2. Bytes from L3 or memory per tile:
+//           +----+----+----+----+   2 * 192 * D * 4, against 192^2 * D products: below 1 byte a cycle.
 #pragma once
 
 #include <sched.h>
