@@ -40,12 +40,14 @@ from .cached import cached_step
 from .diagnostics import Explanation, explain
 from .functional import Triplets, TripletStats, mine_triplets, triplet_loss
 from .loss import BatchAllTripletLoss, BatchHardTripletLoss, SemiHardTripletLoss, TripletLoss
+from .memory import CrossBatchMemory
 
 __version__ = build_info()["version"]
 
 __all__ = [
     "BatchAllTripletLoss",
     "BatchHardTripletLoss",
+    "CrossBatchMemory",
     "Explanation",
     "SemiHardTripletLoss",
     "TripletLoss",

@@ -1,0 +1,103 @@
+"""The memory of earlier batches: which rows it holds, and that a loss with it equals the same loss on plain tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from facenet_ext import CrossBatchMemory, SemiHardTripletLoss, mine_triplets, reference
+
+
+def batch(n: int, seed: int, dim: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, dim, generator=generator), torch.randint(4, (n,), generator=generator)
+
+
+@pytest.mark.parametrize("sizes", [[3, 4], [7], [6, 6, 1], [20], [5, 20, 3], [0, 2, 0], [7, 7, 7]])
+def test_holds_the_last_rows(sizes):
+    memory = CrossBatchMemory(7, 5)
+    rows, labels = [], []
+    for seed, n in enumerate(sizes):
+        x, y = batch(n, seed)
+        memory.add(x, y)
+        rows += x.tolist()
+        labels += y.tolist()
+    kept = min(7, len(rows))
+    assert len(memory) == kept
+    held = memory.references()
+    if kept:
+        have = sorted(zip(held["reference_embeddings"].tolist(), held["reference_labels"].tolist(), strict=True))
+        assert have == sorted(zip(rows[-kept:], labels[-kept:], strict=True))
+    else:
+        assert held == {}
+
+
+@pytest.mark.parametrize("positives", [False, True])
+def test_loss_and_gradient_are_those_of_the_rows(positives):
+    memory = CrossBatchMemory(16, 5, positives=positives, dtype=torch.float64)
+    old, old_labels = batch(12, 1)
+    memory.add(old, old_labels)
+    x, y = batch(10, 2)
+    x = x.double().requires_grad_()
+    criterion = SemiHardTripletLoss(margin=0.5)
+    loss = criterion(x, y, **memory.references())
+    memory.add(x, y)  # must not disturb the graph made before
+    (gradient,) = torch.autograd.grad(loss, x)
+    plain = x.detach().clone().requires_grad_()
+    expected = reference.triplet_loss(
+        plain,
+        y,
+        margin=0.5,
+        reference_embeddings=old.double(),
+        reference_labels=old_labels,
+        references="all" if positives else "negatives",
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, plain)[0], rtol=1e-11, atol=1e-12)
+    assert not memory.embeddings.requires_grad
+
+
+def test_miner_takes_negatives_from_the_memory():
+    memory = CrossBatchMemory(4, 1)
+    memory.add(torch.tensor([[3.0]]), torch.tensor([7]))
+    mined = mine_triplets(torch.tensor([[0.0], [1.0], [9.0]]), torch.tensor([1, 1, 2]), **memory.references())
+    assert mined.negative.tolist() == [3, 3]  # the row after the batch's three
+
+
+def test_state_comes_back_and_goes_on():
+    memory = CrossBatchMemory(6, 5)
+    memory.add(*batch(4, 1))
+    other = CrossBatchMemory(6, 5)
+    other.load_state_dict(memory.state_dict())
+    for one in (memory, other):
+        one.add(*batch(5, 2))
+    assert len(other) == 6 and other.added == 9
+    assert torch.equal(memory.embeddings, other.embeddings) and torch.equal(memory.labels, other.labels)
+
+
+def test_warm_up():
+    memory = CrossBatchMemory(6, 5, warmup=5)
+    memory.add(*batch(4, 1))
+    assert memory.references() == {}
+    memory.add(*batch(1, 2))
+    assert len(memory.references()["reference_labels"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, 5), ValueError, "size is 0"),
+        ((4, 2.5), TypeError, "dim is a float"),
+    ],
+)
+def test_bad_sizes_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        CrossBatchMemory(*arguments)
+
+
+def test_bad_rows_are_named():
+    memory = CrossBatchMemory(4, 5)
+    with pytest.raises(ValueError, match=r"embeddings has shape \[2, 3\]; accepted: \[N, 5\]"):
+        memory.add(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(TypeError, match="labels has dtype torch.float32"):
+        memory.add(torch.zeros(2, 5), torch.zeros(2))
