@@ -41,6 +41,7 @@ from .diagnostics import Explanation, explain
 from .functional import Triplets, TripletStats, mine_triplets, triplet_loss
 from .loss import BatchAllTripletLoss, BatchHardTripletLoss, SemiHardTripletLoss, TripletLoss
 from .memory import CrossBatchMemory
+from .peers import like
 
 __version__ = build_info()["version"]
 
@@ -56,8 +57,9 @@ __all__ = [
     "__version__",
     "build_info",
     "cached_step",
-    "explain",
     "cpu_isa_active",
+    "explain",
+    "like",
     "mine_triplets",
     "models",
     "reference",
