@@ -1,0 +1,46 @@
+"""The miner inside pytorch-metric-learning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed")
+
+from pytorch_metric_learning import losses, reducers
+
+import facenet_ext
+from facenet_ext.interop import SemiHardMiner
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(40, 6, generator=generator, dtype=torch.float64), torch.arange(40) % 8
+
+
+@pytest.mark.parametrize("fallback", ["skip", "farthest"])
+def test_their_loss_of_our_triplets_is_our_loss(fallback):
+    x, y = batch()
+    x.requires_grad_()
+    loss = losses.TripletMarginLoss(margin=0.3, reducer=reducers.MeanReducer())
+    theirs = loss(x, y, SemiHardMiner(fallback=fallback)(x, y))
+    ours = facenet_ext.triplet_loss(x, y, margin=0.3, distance="euclidean", normalize=True, fallback=fallback)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
+    gradients = [torch.autograd.grad(value, x)[0] for value in (theirs, ours)]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-12)
+
+
+def test_references_take_the_place_of_the_batch():
+    x, y = batch(1)
+    rows, labels = batch(2)
+    a, p, n = SemiHardMiner()(x, y, rows[:30], labels[:30])
+    assert len(a) and (y[a] == labels[p]).all() and (y[a] != labels[n]).all() and max(p.max(), n.max()) < 30
+    unit = torch.nn.functional.normalize
+    d_ap, d_an = (torch.linalg.vector_norm(unit(x)[a] - unit(rows)[i], dim=1) for i in (p, n))
+    assert (d_an > d_ap).all()
+    losses.TripletMarginLoss()(x, y, (a, p, n), ref_emb=rows[:30], ref_labels=labels[:30])
+
+
+def test_bad_options_are_named():
+    with pytest.raises(ValueError, match="negatives is 'all'; accepted: 'semi_hard', 'hard'"):
+        SemiHardMiner(negatives="all")
