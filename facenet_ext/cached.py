@@ -34,7 +34,7 @@ def cached_step(
         labels: [N], or whatever ``criterion`` takes as its second argument.
         criterion: ``criterion(embeddings, labels)`` gives the loss, or a tuple that begins with it. Any loss of whole
             embeddings, those of this package with ``process_group`` and ``reference_embeddings`` included.
-        chunk: images at a time, >= 1. None, or N and more: the plain step, once through the network.
+        chunk: images at a time at most, >= 1. None, or N and more: the plain step, once through the network.
         scaler: its scale multiplies the loss before the backward pass; ``scaler.step`` and ``update`` stay yours.
 
     Returns:
@@ -61,7 +61,8 @@ def cached_step(
     if chunk is None or len(images) <= chunk:
         return _backward(criterion(model(images), labels), scaler)
 
-    chunks = images.split(chunk)
+    count = -(-len(images) // chunk)
+    chunks = images.tensor_split(count)  # equal to one image: batch norm has no use for a rest of one
     states, parts = [], []
     with torch.no_grad():
         for part in chunks:
@@ -74,10 +75,10 @@ def cached_step(
     result = _backward(criterion(embeddings, labels), scaler)
 
     after = _rng_states()
-    for number, (part, gradient) in enumerate(zip(chunks, embeddings.grad.split(chunk), strict=True), 1):
+    for number, (part, gradient) in enumerate(zip(chunks, embeddings.grad.tensor_split(count), strict=True), 1):
         _set_rng_states(states[number - 1])
         # DDP exchanges what has been added up, during the backward pass of the last chunk.
-        with nullcontext() if number == len(chunks) else getattr(model, "no_sync", nullcontext)():
+        with nullcontext() if number == count else getattr(model, "no_sync", nullcontext)():
             model(part).backward(gradient)
     _set_rng_states(after)
     return result

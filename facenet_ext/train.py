@@ -18,7 +18,6 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import SemiHardTripletLoss, data, evaluate, mine_triplets, models
+from . import SemiHardTripletLoss, cached_step, data, evaluate, mine_triplets, models
 
 PRESETS = {
     # AdaGrad 0.05, lowered at the end (paper section 3).
@@ -335,27 +334,10 @@ class Run:
                               "fallback": (d2_an <= d2_ap).float().mean(), "d2_ap": d2_ap.mean(),
                               "d2_an": d2_an.mean(), "max_d2_ap": d2_ap.max()}
 
-    def embed(self, x):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
-            return self.wrapped(x)
-
     def forward_backward(self, x, labels):
-        """Gradients of the batch's loss; by chunks, twice through the network and one chunk's activations at a time."""
-        if not self.options.chunk:
-            loss, shown = self.loss(self.embed(x), labels)
-            loss.backward()
-            return shown
-        count = -(-len(x) // self.options.chunk)
-        chunks = x.tensor_split(count)  # equal to one image: batch norm has no use for a rest of one
-        with torch.no_grad():
-            vectors = torch.cat([self.embed(chunk) for chunk in chunks])
-        loss, shown = self.loss(vectors.requires_grad_(), labels)
-        loss.backward()
-        for number, (chunk, gradient) in enumerate(zip(chunks, vectors.grad.tensor_split(count), strict=True), 1):
-            last = self.world == 1 or number == count
-            with nullcontext() if last else self.wrapped.no_sync():  # one exchange of gradients per step
-                self.embed(chunk).backward(gradient)
-        return shown
+        """Gradients of the batch's loss, and what to show of it."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+            return cached_step(self.wrapped, x, labels, self.loss, chunk=self.options.chunk or None)[1]
 
     def step(self, step, pixels, labels):
         start = time.monotonic()
