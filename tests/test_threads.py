@@ -116,7 +116,8 @@ def test_one_openmp_runtime():
 def test_ctrl_c_ends_a_long_call():
     """The call would take many seconds; the interrupt comes as KeyboardInterrupt soon after the signal."""
     code = """
-        import sys, time, torch, facenet_ext
+        import signal, sys, time, torch, facenet_ext
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
         torch.set_num_threads(1)
         x, y = torch.randn(60_000, 256), torch.arange(60_000) // 4
         print("ready", flush=True)
