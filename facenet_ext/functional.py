@@ -65,6 +65,14 @@ def triplet_loss(
         normalize: divide every row by max(its L2 norm, 1e-12) first; the gradient goes through the division.
         generator: draws the random rules' seed, one number a call; default: torch's own of the device. Equal seed and
             batch, equal draws, on any device and number of threads. Other rules do not look at it.
+        reference_embeddings, reference_labels: [M, D] and [M], further candidates on the same device, converted to the
+            dtype of ``embeddings``; no anchors. Their gradient is returned where they require one.
+        references: what they serve as. "negatives": negatives beside the batch's; of an anchor's own label they count
+            for nothing. "all": positives too. "only": positives and negatives are references alone.
+        process_group: mines this rank's rows among the rows of all ranks of the group, in order of rank; numbers of
+            rows may differ and be 0. Loss and stats are those of one process with the whole batch, the same on every
+            rank; the gradient is world size times its own, so that DistributedDataParallel's average is exact. The host
+            waits for one small collective. References must be the same rows on every rank. Breaks a compiled graph.
         return_stats: also return a ``TripletStats``.
 
     Returns:
@@ -184,6 +192,9 @@ def mine_triplets(
         negatives, positives, pairs, normalize, generator: as for ``triplet_loss``.
         fallback: under "semi_hard", where no negative is farther than the positive: "farthest": the farthest one, with
             ``fallback`` set. "skip": such pairs are left out. Other rules do not look at it.
+        reference_embeddings, reference_labels, references, process_group: as for ``triplet_loss``. Indices count the
+            batch (of all ranks), then the references; with references="only" positives and negatives are indices of
+            those, anchors of the batch.
 
     Returns:
         ``Triplets``: anchor, positive, negative [T] int64; d2_ap, d2_an [T] squared distances, float32 (float64 for
