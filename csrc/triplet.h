@@ -115,12 +115,6 @@ struct TripletArgs {
   int32_t compute_capability;  // CUDA only: 10 * major + minor
 };
 
-// CUDA knows no other rule than semi_hard with all ordered pairs and the hinge yet.
-inline bool is_basic(const TripletArgs& args) {
-  return args.negatives == Negatives::semi_hard && args.positives == Positives::all && args.pairs == PairOrder::ordered &&
-         !args.soft_margin && args.negatives_only == 0 && args.distance != Distance::cosine;
-}
-
 // A non-finite element anywhere in anchors or candidates makes loss, stat_d2 and every gradient element NaN and the counts 0.
 // When mining, a NaN distance is never "farther than" anything and never the farthest while a finite one exists.
 

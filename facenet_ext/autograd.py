@@ -70,6 +70,11 @@ def scaled(grad: Tensor | None, upstream: Tensor, rows: Tensor) -> Tensor | None
         return None
     if torch.is_grad_enabled():  # create_graph=True: what comes out must be differentiable, or say that it is not
         return _ScaledGradient.apply(grad, upstream, rows)
+    if grad.dtype == rows.dtype and not upstream.is_cuda and upstream.item() == 1:
+        # loss.backward(): the saved gradient is the answer. Where the graph is retained, the engine copies it, and
+        # autograd's version check refuses a second backward over one that was changed in place. (A GPU would have to be
+        # waited for.)
+        return grad
     return _backend.scale_gradient(grad, upstream, rows.dtype)
 
 

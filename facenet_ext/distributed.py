@@ -89,22 +89,25 @@ def _gather(
     seed: Tensor | None = None,
     need_grad: bool = False,
     agree: object = (),
+    references: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Gathered:
-    """No gradient. `agree`: what must be the same on all ranks; ValueError on each of them if it is not."""
+    """No gradient. `agree`, `references`: what must be the same on all ranks; ValueError on each of them if not."""
     world, rank, device = dist.get_world_size(group), dist.get_rank(group), embeddings.device
     n, dim = embeddings.shape
     check = zlib.crc32(repr((dim, embeddings.dtype, agree)).encode())
-    header = torch.tensor([n, check, need_grad, 0], device=device)
+    header = torch.tensor([n, check, need_grad, 0, 0], device=device)
     if seed is not None:
-        header[3:] = seed
-    headers = header.new_empty(world, 4)
+        header[3:4] = seed
+    if references[0] is not None:
+        header[4] = _fingerprint(*references)
+    headers = header.new_empty(world, 5)
     _all_gather(headers.view(-1), header, group=group)
-    counts, checks, needs, _ = headers.T.tolist()
-    odd = [r for r in range(world) if checks[r] != checks[0]]
+    counts, checks, needs, _, prints = headers.T.tolist()
+    odd = [r for r in range(world) if (checks[r], prints[r]) != (checks[0], prints[0])]
     if odd:
         raise ValueError(
-            f"process_group: rank {', '.join(map(str, odd))} has another width or dtype of embeddings, number of "
-            "references or option than rank 0; accepted: the same on every rank"
+            f"process_group: rank {', '.join(map(str, odd))} has another width or dtype of embeddings, other "
+            "references or another option than rank 0; accepted: the same on every rank"
         )
 
     most = max(counts)
@@ -128,6 +131,14 @@ def _gather(
         seed=None if seed is None else headers[0, 3:],
         need_grad=any(needs),
     )
+
+
+def _fingerprint(rows: Tensor, labels: Tensor) -> Tensor:
+    """[] int64 on the device: the bits of rows and labels, each times its place, so that memories that a rank filled
+    with rows of its own do not pass for one. Integer sums wrap and do not depend on their order."""
+    bits = rows.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
+    bits = torch.cat([bits.flatten().long(), labels])
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
 
 
 def triplet_loss(
@@ -157,7 +168,8 @@ def mine_problem(
     """Own rows against the rows of all ranks, for the miner."""
     rows, row_labels = references or (None, None)
     agree = options, which, None if rows is None else len(rows)
-    return _problem(_gather(embeddings, labels, group, seed=seed, agree=agree), len(labels), rows, row_labels, which)
+    gathered = _gather(embeddings, labels, group, seed=seed, agree=agree, references=(rows, row_labels))
+    return _problem(gathered, len(labels), rows, row_labels, which)
 
 
 class _GlobalTripletLoss(torch.autograd.Function):
@@ -170,7 +182,15 @@ class _GlobalTripletLoss(torch.autograd.Function):
             problem = Problem(references, reference_labels, embeddings, labels, anchor_offset=-1)
         else:
             agree = options, which, None if references is None else len(references)
-            gathered = _gather(embeddings, labels, group, seed=seed, need_grad=need_grad, agree=agree)
+            gathered = _gather(
+                embeddings,
+                labels,
+                group,
+                seed=seed,
+                need_grad=need_grad,
+                agree=agree,
+                references=(references, reference_labels),
+            )
             of_all, counts_of_ranks, need_grad = len(gathered.rows), gathered.counts, gathered.need_grad
             problem = _problem(gathered, ctx.n, references, reference_labels, which)
         loss, grad, own, counts, d2 = _backend.triplet_loss(

@@ -64,7 +64,8 @@ def triplet_loss(
             paper's).
         normalize: divide every row by max(its L2 norm, 1e-12) first; the gradient goes through the division.
         generator: draws the random rules' seed, one number a call; default: torch's own of the device. Equal seed and
-            batch, equal draws, on any device and number of threads. Other rules do not look at it.
+            batch, equal draws, for any number of threads and ranks; on another device too, but for negatives within
+            rounding of the band's edge. Other rules do not look at it.
         reference_embeddings, reference_labels: [M, D] and [M], further candidates on the same device, converted to the
             dtype of ``embeddings``; no anchors. Their gradient is returned where they require one.
         references: what they serve as. "negatives": negatives beside the batch's; of an anchor's own label they count
@@ -72,7 +73,8 @@ def triplet_loss(
         process_group: mines this rank's rows among the rows of all ranks of the group, in order of rank; numbers of
             rows may differ and be 0. Loss and stats are those of one process with the whole batch, the same on every
             rank; the gradient is world size times its own, so that DistributedDataParallel's average is exact. The host
-            waits for one small collective. References must be the same rows on every rank. Breaks a compiled graph.
+            waits for one small collective. References must be the same rows on every rank, or it is an error; under
+            "only", where nothing is gathered, it is not checked. Breaks a compiled graph.
         return_stats: also return a ``TripletStats``.
 
     Returns:
@@ -83,8 +85,7 @@ def triplet_loss(
         TypeError: an argument is not of an accepted type or dtype.
         ValueError: a shape, length, device, option or margin is not accepted, or two options exclude each other.
         RuntimeError: ``embeddings`` is on a GPU and the CUDA backend is not compiled in, or the GPU reports an error;
-            the rule is not built for that device yet (the random rules on none, on a GPU all but "semi_hard"); a second
-            derivative is asked for.
+            a second derivative is asked for.
 
     Notes:
         Distances have float32 accuracy (float64 for float64 input), also of half-precision input, whose gradient is
@@ -257,7 +258,7 @@ def _mine_every(problem: Problem, options: Options) -> Triplets:
     none = index[:0], index[:0], index[:0], candidates.new_empty(0), candidates.new_empty(0)
     columns = [none]
     step = max(1, _SLICE // max(1, candidates.numel()))
-    for begin in range(0, len(anchors), step):
+    for begin in range(0, len(anchors) if count else 0, step):
         rows = anchors[begin : begin + step]  # [S, D]
         d2 = (rows[:, None] - candidates).square().sum(dim=2)  # [S, C]
         same = anchor_labels[begin : begin + step, None] == labels

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from facenet_ext import SemiHardTripletLoss, _backend, mine_triplets, triplet_loss
+from facenet_ext import SemiHardTripletLoss, _backend, functional, mine_triplets, triplet_loss
 from facenet_ext._options import Options
 
 OP_OPTIONS = Options(band=0.0)
@@ -193,3 +193,99 @@ def test_grad_scaler_sees_infinity(device):
     scaler.step(optimizer)
     scaler.update()
     assert torch.equal(layer.weight, before) and scaler.get_scale() == 2.0**9
+
+
+# ---- every rule, and references --------------------------------------------------------------------------------------
+
+RULES = [
+    dict(negatives="hard", positives="hardest", soft_margin=True),
+    dict(negatives="random_semi_hard", band=0.5, pairs="unordered", reduction="mean_active"),
+    dict(negatives="random_active", distance="cosine", positives="easiest", reduction="sum"),
+    dict(negatives="all", distance="euclidean", normalize=True),
+    dict(negatives="all_semi_hard", band=0.7, reduction="mean_active"),
+    dict(fallback="skip", soft_margin=True, distance="euclidean"),
+]
+IDS = [rule.get("negatives", "semi_hard") for rule in RULES]
+
+
+@pytest.fixture
+def cpu():
+    return torch.device("cpu")  # where every rule is
+
+
+def kept(references, rows, labels, options):
+    """Keywords for reference rows; None: no references. Unordered pairs exclude "only"."""
+    if references is None:
+        return {}
+    references = "all" if references == "only" and "pairs" in options else references
+    return dict(reference_embeddings=rows, reference_labels=labels, references=references)
+
+
+def flat_arguments(options, x, y, r, z, references, need_grad):
+    """The op's arguments under these options, as autograd.triplet_loss gives them."""
+    options = Options(**options)
+    draw = functional.draw_seed(options, torch.Generator().manual_seed(1), x.device)
+    problem = functional.problem_of(x, y, None if references is None else (r, z), references, draw)
+    flat = options._replace(band=options.band or 0.0)
+    return *problem, *flat, need_grad, need_grad and problem.anchors is not None, True
+
+
+@pytest.mark.parametrize("references", [None, "negatives", "all", "only"])
+@pytest.mark.parametrize("options", RULES, ids=IDS)
+def test_opcheck_of_every_rule(cpu, options, references):
+    x, y = batch(cpu, n=12)
+    r, z = batch(cpu, n=8)
+    x.requires_grad_(), r.requires_grad_()
+    arguments = flat_arguments(options, x, y, r, z, kept(references, r, z, options).get("references"), True)
+    torch.library.opcheck(torch.ops.facenet_ext.triplet_loss, arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "references"),
+    list(zip(RULES, ["only", None, "negatives", "all", "negatives", None], strict=True)),
+    ids=IDS,
+)
+def test_fullgraph_of_every_rule(cpu, fresh_compiler, options, references):
+    """Eager and compiled alike, gradients of batch and references too; another number of rows makes no new graph."""
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    def loss(x, y, r, z):
+        more = kept(references, r, z, options)
+        return triplet_loss(x * 2, y, margin=0.6, **options, **more, return_stats=True)
+
+    compiled, first = torch.compile(loss, fullgraph=True, backend=graphs, dynamic=True), None
+    for n, m in ((12, 7), (19, 11), (32, 5)):
+        (x, y), (r, z) = batch(cpu, n=n), batch(cpu, n=m)
+        x.requires_grad_(), r.requires_grad_()
+        results = []
+        for function in (loss, compiled):
+            torch.manual_seed(7)  # draws the random rules' seed
+            value, stats = function(x, y, r, z)
+            grads = torch.autograd.grad(value, (x, r), allow_unused=True, materialize_grads=True)
+            results.append((value.detach(), *grads, *stats.values()))
+        assert all(map(torch.equal, *results))
+        first = first or graphs.frame_count
+    assert graphs.frame_count == first
+
+
+@pytest.mark.parametrize("references", [None, "negatives", "all", "only"])
+@pytest.mark.parametrize("options", RULES, ids=IDS)
+def test_gradcheck_of_every_rule(cpu, options, references):
+    (x, y), (r, z) = batch(cpu, torch.float64, n=11, dim=4), batch(cpu, torch.float64, n=7, dim=4)
+    x.requires_grad_(), r.requires_grad_(references is not None)
+
+    def function(x, r):
+        generator = torch.Generator().manual_seed(2)
+        return triplet_loss(x, y, margin=0.6, **options, **kept(references, r, z, options), generator=generator)
+
+    assert torch.autograd.gradcheck(function, (x, r), nondet_tol=0.0)
+
+
+def test_compiled_draws_follow_torchs_seed(cpu, fresh_compiler):
+    """The seed is drawn inside the graph: every call of the compiled loss draws anew."""
+    x, y = batch(cpu, n=40)
+    compiled = torch.compile(lambda x, y: triplet_loss(x, y, negatives="random_active"), fullgraph=True)
+    torch.manual_seed(3)
+    first = [float(compiled(x, y)) for _ in range(4)]
+    torch.manual_seed(3)
+    assert [float(compiled(x, y)) for _ in range(4)] == first and len(set(first)) > 1

@@ -71,3 +71,19 @@ def test_unit_rows_in_float32_over_several_tiles(rule, distance):
     torch.testing.assert_close(results[0][0].double(), want.detach(), rtol=rtol, atol=0)
     error = (results[0][1].double() - want_grad).norm() / want_grad.norm()
     assert error < 1e-3, error
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
+def test_near_duplicates_of_other_labels_keep_their_direction(spread):
+    """A Euclidean distance's gradient divides by it: from |a|² + |n|² - 2 a.n a small one would be noise."""
+    generator = torch.Generator().manual_seed(1)
+    base = torch.nn.functional.normalize(torch.randn(20, 16, generator=generator), dim=1)
+    x = base.repeat(4, 1) + spread * torch.randn(80, 16, generator=generator) / 4
+    y = torch.arange(80) // 5
+    gradients = []
+    for rows in (x, x.double()):
+        rows = rows.requires_grad_()
+        triplet = functional.triplet_loss if rows.dtype == torch.float32 else reference.triplet_loss
+        loss = triplet(rows, y, negatives="all", distance="euclidean", margin=3.0)
+        gradients.append(torch.autograd.grad(loss, rows)[0].double())
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()

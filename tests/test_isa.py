@@ -36,6 +36,20 @@ for dim in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 
             labels = torch.arange(n) // 3
             x = geometry(random.Random(dim), torch.Generator().manual_seed(dim * n), labels, dim, "mid")
             assert_case(x.to(dtype), labels, margin=0.2)
+# Distances of small integers are exact: the draws are the reference's, over several tiles and in every dtype.
+for seed in range(24):
+    generator = torch.Generator().manual_seed(seed)
+    n, dim, classes = (12, 60, 230)[seed % 3], 1 + seed % 9, (2, 5, 20, 60)[seed % 4]
+    x = torch.randint(-3, 4, (n, dim), generator=generator).to(DTYPES[seed % 4])
+    y = torch.randint(0, classes, (n,), generator=generator)
+    for negatives in ("random_semi_hard", "random_active"):
+        distance = ("sqeuclidean", "euclidean")[seed // 4 % 2]
+        options = dict(negatives=negatives, margin=float(seed % 7), distance=distance)
+        got, want = (
+            mine(x, y, generator=torch.Generator().manual_seed(seed), **options)
+            for mine in (facenet_ext.mine_triplets, facenet_ext.reference.mine_triplets)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (seed, options)
 # Threads change no bit on this path either.
 x, y = torch.randn(500, 40), torch.arange(500) // 9
 results = []

@@ -110,7 +110,7 @@ def test_drawn_triplets_are_eligible(name):
     x, y = batch(3)
     module = facenet_ext.like(name)
     options = dict(margin=module.margin, negatives=module.negatives, pairs=module.pairs, normalize=module.normalize)
-    mined = facenet_ext.reference.mine_triplets(x, y, **options, generator=torch.Generator().manual_seed(0))
+    mined = facenet_ext.mine_triplets(x, y, **options, generator=torch.Generator().manual_seed(0))
     d = torch.tensor(distances(normalize(x) if module.normalize else x, "squared"), dtype=torch.float64)
     least = 0.0 if module.negatives == "random_semi_hard" else -math.inf
     gap = d[mined.anchor, mined.negative] - d[mined.anchor, mined.positive]
@@ -120,6 +120,8 @@ def test_drawn_triplets_are_eligible(name):
         (a, p) for a, p in pairs if any(least < g < module.margin for g in (d[a] - d[a, p])[y != y[a]].tolist())
     ]
     assert list(zip(mined.anchor.tolist(), mined.positive.tolist(), strict=True)) == with_one
+    module.generator = torch.Generator().manual_seed(0)
+    assert float(module(x, y)) == pytest.approx(float((module.margin - gap).mean()), rel=1e-9)  # all of them active
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -297,3 +297,21 @@ def test_near_duplicates_keep_relative_accuracy(device):
 def test_public_names():
     for name in facenet_ext.__all__:
         assert getattr(facenet_ext, name) is not None
+
+
+def test_upstream_one_hands_over_the_saved_gradient_safely(device):
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(3)).to(device).requires_grad_(True)
+    loss = triplet_loss(x, torch.arange(60, device=device) // 4)
+    (once,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (half,) = torch.autograd.grad(loss, x, 0.5 * torch.ones_like(loss), retain_graph=True)
+    assert torch.equal(half, 0.5 * once)
+    loss.backward(retain_graph=True)
+    kept = x.grad
+    loss.backward(retain_graph=True)
+    assert torch.equal(kept, 2 * once)  # accumulated where x.grad is, not in the saved tensor
+    (again,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert torch.equal(again, once)
+    if x.device.type == "cpu":
+        again.mul_(3)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

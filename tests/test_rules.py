@@ -1,5 +1,6 @@
-"""The rules that place one negative a pair by the order of distances, and who is an anchor and who a candidate, against
-the reference: on small integers, whose float64 distances are exact, so that the selection must agree index by index."""
+"""The rules that take one negative a pair, by the order of distances or drawn, and who is an anchor and who a
+candidate, against the reference: on small integers, whose float64 distances are exact, so that the selection must agree
+index by index."""
 
 from __future__ import annotations
 
@@ -8,8 +9,7 @@ import random
 import pytest
 import torch
 
-from facenet_ext import autograd, functional, reference
-from facenet_ext._backend import Problem
+from facenet_ext import _options, autograd, functional, reference
 from facenet_ext._options import Options
 
 
@@ -30,22 +30,18 @@ def integers(seed: int, rules: tuple[str, ...], rows: int):
         pairs="ordered" if references == "only" else rng.choice(("ordered", "unordered")),
         fallback=rng.choice(("farthest", "skip")),
         distance=rng.choice(("sqeuclidean", "euclidean")),
-        soft_margin=rule in ("semi_hard", "hard") and rng.random() < 0.5,
-        band=rng.choice((None, 2.0)) if rule == "all_semi_hard" else None,
+        soft_margin=rule not in _options.EVERY and rng.random() < 0.5,
+        band=rng.choice((None, 2.0)) if rule in _options.BANDED else None,
         reduction=rng.choice(("mean", "mean_active", "sum")),
     )
 
     def problem(x, r):
-        if references == "none":
-            return Problem(x, y)
-        if references == "only":
-            return Problem(r, z, x, y, anchor_offset=-1)
-        only_negatives = m if references == "negatives" else 0
-        return Problem(torch.cat([x, r]), torch.cat([y, z]), num_anchors=n, negatives_only=only_negatives)
+        draw = functional.draw_seed(options, torch.Generator().manual_seed(seed), x.device)
+        return functional.problem_of(x, y, (r, z) if m else None, references, draw)
 
     def plain(function, x, r, **more):
         more |= dict(reference_embeddings=r, reference_labels=z, references=references) if m else {}
-        return function(x, y, **more)
+        return function(x, y, generator=torch.Generator().manual_seed(seed), **more)
 
     return x, r, problem, plain, options
 
@@ -54,11 +50,12 @@ def for_mining(options: Options) -> dict:
     return {k: v for k, v in options._asdict().items() if k not in ("soft_margin", "reduction")}
 
 
+@pytest.mark.parametrize("rules", [("semi_hard", "hard"), _options.RANDOM], ids=["placed", "drawn"])
 @pytest.mark.parametrize("part", range(4))
-def test_placed_negatives_equal_the_reference(part):
+def test_one_negative_a_pair_equals_the_reference(rules, part):
     terms = 0
     for seed in range(100 * part, 100 * part + 100):
-        x, r, problem, plain, options = integers(seed, ("semi_hard", "hard"), 60)
+        x, r, problem, plain, options = integers(seed, rules, 60)
         mined = functional.mine(problem(x, r), options)
         want = plain(reference.mine_triplets, x, r, **for_mining(options))
         assert all(torch.equal(a, b) for a, b in zip(mined, want, strict=True)), (seed, options)
@@ -90,3 +87,15 @@ def test_lists_of_every_negative_equal_the_reference(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(mined, want, strict=True)), (seed, options)
         terms += len(mined.anchor)
     assert terms > 1000
+
+
+@pytest.mark.parametrize("rule", _options.NEGATIVES)
+@pytest.mark.parametrize("positives", _options.POSITIVES)
+@pytest.mark.parametrize("references", _options.REFERENCES)
+def test_no_references(rule, positives, references):
+    """An empty memory: nothing but the batch, or nothing at all."""
+    x, y = torch.rand(6, 2), torch.arange(6) // 2
+    more = dict(reference_embeddings=x[:0], reference_labels=y[:0], references=references)
+    mined = functional.mine_triplets(x, y, negatives=rule, positives=positives, **more)
+    loss = functional.triplet_loss(x, y, negatives=rule, positives=positives, **more)
+    assert references != "only" or (len(mined.anchor) == 0 and float(loss) == 0)

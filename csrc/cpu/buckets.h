@@ -195,20 +195,18 @@ struct Buckets {
     row.track_far = want_farthest && K > 0;
   }
 
-  // Back to ranks in order, for those who read the result.
+  // Back to ranks in order, for those who read the result. Bucket 0 is nobody's.
   void settle() {
     if (row.radix <= 1) return;  // one vector is in order
-    const int size = radix() * S::W;
+    const int K = static_cast<int>(row.positives);
     Key ordered[kMaxStrided];
-    for (int p = 0, r = 0; p < S::W; ++p)
+    for (int p = 0, r = 0; r <= K; ++p)
       for (int i = 0; i < radix(); ++i, ++r) {
         upper[r] = t[i * S::W + p];
         ordered[r] = key[i * S::W + p];
       }
-    for (int r = 0; r < size; ++r) {
-      t[r] = upper[r];
-      key[r] = ordered[r];
-    }
+    for (int r = 0; r <= K; ++r) t[r] = upper[r];
+    for (int r = 0; r <= K; ++r) key[r] = ordered[r];
     row.radix = 0;
   }
 
@@ -221,9 +219,11 @@ struct Buckets {
     if constexpr (S::kStrided) return S::search(t, upper, radix(), ceiling, d, n, tag, queue);
     else return 0;
   }
-  // To be called once d is taken in.
+  // To be called once d is taken in. While no negative beyond all positives is known, some positive may need the fallback,
+  // the farthest negative.
   void look_for_top(const T* d, int n, const int32_t* index, const Limit<T>& limit) {
-    if (row.top_empty) look(d, n, index, limit);
+    look(limit);
+    if (row.track_far) take_farthest(d, n, index);
   }
 
   // Both steps for one anchor: at first nearly everything is wanted, soon much less.
@@ -242,7 +242,7 @@ struct Buckets {
         for (int j = 0; j < step; ++j)
           if (from[j] <= ceiling) put(from, index + done, static_cast<uint32_t>(j), static_cast<uint32_t>(bucket(from[j])));
       }
-      look_for_top(from, step, index + done, limit);
+      look(limit);
     }
   }
 
@@ -267,13 +267,9 @@ struct Buckets {
     return base + S::count_below(t + base, 32, d);
   }
 
-  // While no negative beyond all positives is known, some positive may need the fallback: the farthest negative. Once one is
-  // known nobody does, and every bucket closes where the hinge ends.
-  void look(const T* d, int n, const int32_t* index, const Limit<T>& limit) {
-    if (key[row.top] == kNoKey<T>) {
-      if (row.track_far) take_farthest(d, n, index);
-      return;
-    }
+  // Once a negative beyond all positives is known, nobody needs the fallback, and every bucket closes where the hinge ends.
+  void look(const Limit<T>& limit) {
+    if (!row.top_empty || key[row.top] == kNoKey<T>) return;
     row.top_empty = row.track_far = false;
     if (!limit.on) return;
     if (!row.radix) {

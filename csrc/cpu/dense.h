@@ -19,7 +19,8 @@
 //
 // 3 N^2 D FLOP in all where anchors and candidates are the same rows (N^2 D for distances, 2 N^2 D for the sums). Row sums
 // are taken tile by tile too: no more than 192 terms cancel at a time. Distances are expanded squares, since no pair is
-// looked at twice; so that rows far from the origin keep their accuracy, all rows are moved there first (centre).
+// looked at twice; so that rows far from the origin keep their accuracy, all rows are moved there first (centre). Pairs that
+// are close even so are few: their distance and their part of the gradient are summed directly.
 #pragma once
 
 #include "gradient.h"
@@ -162,12 +163,8 @@ struct Dense {
     const auto& w = c.w;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t K = w.rows[row].positives, pitch = slot_pitch(K);
-      T* t = w.t + w.rows[row].slot;
-      for (int64_t i = 0; i < pitch; i += W) {
-        if (euclidean) S::store(t + i, S::sqrt(S::load(t + i)));
-        if (c.args.distance == Distance::cosine) S::store(t + i, S::load(t + i) * S::set1(T(0.5)));
-      }
+      const int64_t pitch = slot_pitch(w.rows[row].positives);
+      thresholds_in_unit(c, row);
       const Histograms h = histograms(row);
       fill(h.from, pitch, 0u);
       fill(h.to, pitch, 0u);
@@ -213,13 +210,25 @@ struct Dense {
         active += to[j] - from[j];
         count[j] = static_cast<T>(to[j] - from[j]);
       }
-      if (active > 0 || closed)
+      if (closed) {
         for (int j = 0; j < n; ++j) {
           ++h.from[from[j]];
           ++h.to[to[j]];
+          ++h.term[term[j]];
         }
-      if (closed)
-        for (int j = 0; j < n; ++j) ++h.term[term[j]];
+      } else if (active > 0) {
+        // An empty range adds nothing, and most are empty at one rank, the last: each would wait for the one before.
+        int32_t* __restrict some = reinterpret_cast<int32_t*>(count + kT);
+        int m = 0;
+        for (int j = 0; j < n; ++j) {
+          some[m] = j;
+          m += from[j] < to[j];
+        }
+        for (int i = 0; i < m; ++i) {
+          ++h.from[from[some[i]]];
+          ++h.to[to[some[i]]];
+        }
+      }
     } else {
       for (int j = 0; j < n; ++j) {
         active += K - from[j];
@@ -298,13 +307,12 @@ struct Dense {
       if (r >= r0 && r < r1) any |= take(top + r, weight, cols, weight, scratch.aside);
       else fill(weight, cols, T(0));
       if (!c.wants_gradient()) continue;
+      if (tile.both)
+        for (int j = 0; j < cols; j += W) S::store(weight + j, S::load(weight + j) + S::load(scratch.weights + r * kT + j));
+      NearBits<S>(c, top + r).for_each([&](int j) { add_near(top + r, tile.c0 + j, weight + j); });
       V total = S::zero();
       for (int j = 0; j < cols; j += W) {
-        V sum = S::load(weight + j);
-        if (tile.both) {
-          sum = sum + S::load(scratch.weights + r * kT + j);
-          S::store(weight + j, sum);
-        }
+        const V sum = S::load(weight + j);
         total = total + sum;
         S::store(col_total + j, S::load(col_total + j) + sum);
       }
@@ -318,6 +326,21 @@ struct Dense {
     if (T* out = static_cast<T*>(c.args.grad_candidates))
       add_differences(c, d + first * kT, 1, kT, static_cast<int>(tile.c1 - tile.c0), rows, col_total, w.x + tile.c0 * c.Dp,
                       w.ax + (top + first) * c.Dp, scratch.aside, [&](int r) { return out + w.order[tile.c0 + r] * c.D; });
+  }
+
+  // A near pair's part, and its weight is 0 for the products: those subtract row sums, which would leave rounding alone.
+  void add_near(int64_t row, int64_t candidate, T* weight) const {
+    if (*weight == 0) return;
+    const T *x = c.w.ax + row * c.Dp, *y = c.w.x + candidate * c.Dp;
+    if (T* out = anchor_rows()) {
+      out += place(row);
+      for (int64_t k = 0; k < c.D; ++k) out[k] += *weight * (y[k] - x[k]);
+    }
+    if (T* out = static_cast<T*>(c.args.grad_candidates)) {
+      out += c.w.order[candidate] * c.D;
+      for (int64_t k = 0; k < c.D; ++k) out[k] += *weight * (x[k] - y[k]);
+    }
+    *weight = 0;
   }
 
   // Where the anchors' gradient is summed: in the output, except where they are some of the candidates.

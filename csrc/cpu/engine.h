@@ -11,7 +11,8 @@
 //
 //   loss, statistics: sums of per-anchor float64 values in anchor order        finish.h
 //
-// Rules that make every negative a term go another way from the thresholds on (dense.h).
+// Rules that draw a negative sweep and choose in a way of their own (draw.h); rules that make every negative a term go
+// another way from the thresholds on (dense.h).
 //
 // Memory: two copies of the rows, and per anchor its K thresholds and buckets: O(N D), never N x N. A class so large that its
 // anchors' slots exceed their bound (layout.h) is worked off in several passes.
@@ -21,11 +22,12 @@
 #pragma once
 
 #include "dense.h"
+#include "draw.h"
 
 namespace facenet_ext::cpu {
 namespace {
 
-// The rules that take one negative a pair by its place in the order of distances.
+// The rules that take one negative a pair: by its place in the order of distances, or drawn.
 template <class S>
 Status run_buckets(const TripletArgs& args) {
   Call<S> c(args);
@@ -42,8 +44,15 @@ Status run_buckets(const TripletArgs& args) {
   do {
     const int64_t end = plan_pass(c, begin);
     thresholds(c, begin, end);
-    sweep(c, begin, end);
+    const Draw<S> draw{c, begin, end};
+    if (draws_one(args)) {
+      draw.start();
+      visit_tiles(c, begin, end, [&](const Tile& tile, const typename S::T* d) { draw.visit(tile, d); });
+    } else {
+      sweep(c, begin, end);
+    }
     if (c.stopped) return {Code::interrupted, "triplet", "interrupted"};
+    if (draws_one(args)) draw.finish();
     select(c, begin, end);
     if (!c.mining && end == c.classes.live) total(c);
     if (c.wants_gradient()) {
@@ -57,17 +66,7 @@ Status run_buckets(const TripletArgs& args) {
 
 template <class S>
 Status run(const TripletArgs& args) {
-  switch (args.negatives) {
-    case Negatives::semi_hard:
-    case Negatives::hard:
-      return run_buckets<S>(args);
-    case Negatives::all:
-    case Negatives::all_semi_hard:
-      return run_dense<S>(args);
-    default:
-      break;
-  }
-  return {Code::unsupported, "triplet", "this rule is not on the CPU yet"};
+  return counts_all(args) ? run_dense<S>(args) : run_buckets<S>(args);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // From filled buckets to chosen negatives, hinge, weights, sums — or, when mining, to the list of pairs.
 #pragma once
 
-#include "gather.h"
+#include "mine.h"
 
 namespace facenet_ext::cpu {
 namespace {
@@ -119,7 +119,10 @@ struct Selection {
       const bool none = chosen == kNoKey<T>;
       weight[place] = 0;
       sum.fallback += none;
-      if (none && farthest < 0) continue;  // fallback = skip
+      if (none && farthest < 0) {  // the pair does not count
+        if (c.mining) list_none(place);
+        continue;
+      }
       ++sum.pairs;
       if (!none && c.far_is_zero && key_value<T>(chosen) > c.limit(threshold)) continue;
       const int32_t negative = none ? static_cast<int32_t>(farthest) : c.w.position[key_index(chosen)];
@@ -141,6 +144,15 @@ struct Selection {
       at += pairs.fresh[i];
       pairs.d2_an[i] = last_d2 = at < 0 ? last_d2 : distinct_d2[at];
     }
+  }
+
+  void list_none(uint32_t place) const {
+    const TripletArgs& args = c.args;
+    const int64_t pair = args.pair_begin[c.w.arow[row]] + place;
+    args.positive[pair] = c.w.order[buckets.row.positive(place)];
+    args.negative[pair] = -1;
+    static_cast<T*>(args.d2_ap)[pair] = static_cast<T*>(args.d2_an)[pair] = std::numeric_limits<T>::quiet_NaN();
+    args.is_fallback[pair] = 1;
   }
 
   // Mining: the pairs as they are.
@@ -222,7 +234,7 @@ void select(Call<S>& c, int64_t begin, int64_t end) {
     Selection<S> selection(c, row);
     Pairs<typename S::T> pairs;
     if (c.hard) selection.nearest();
-    else selection.nearest_farther();
+    else if (!draws_one(c.args)) selection.nearest_farther();  // what is drawn stands there already (draw.h)
     for (int r0 = 0; r0 < selection.K; r0 += kBatch) {
       const int n = selection.K - r0 < kBatch ? selection.K - r0 : kBatch;
       if (c.hard) selection.template choose<true>(r0, n, pairs);

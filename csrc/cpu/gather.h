@@ -1,7 +1,7 @@
 // Sums over rows that stand anywhere: direct distances and weighted differences.
 #pragma once
 
-#include "mine.h"
+#include "prepare.h"
 
 namespace facenet_ext::cpu {
 namespace {

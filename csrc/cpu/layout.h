@@ -115,7 +115,7 @@ struct Workspace {
   int32_t* turns;  // [1 + 2 (tiles of anchors + tiles of candidates)]
   T* centre;  // [1 + 2 threads, Dp] what the rows are moved by; every term counts
   T* anchor_grad;  // [A, Dp] every term counts, and anchors are some of the candidates
-  uint64_t* draws;  // [2 slots] random rules: the least (hash, candidate index) of each interval
+  uint64_t* draws;  // [2 slots] random rules: the least (hash, candidate index) of each range (draw.h)
   char* thread_scratch;  // [threads] of scratch_bytes each
   int64_t scratch_bytes;
   int64_t total;  // bytes
@@ -127,6 +127,7 @@ constexpr int kTile = sizeof(T) == 4 ? 192 : 96;  // anchors and candidates of a
 constexpr int kGroup = 16;  // anchors whose searches run ahead of what they find
 constexpr int kQueue = 4096;  // entries of a work list: a group's share of a tile and a vector more
 constexpr int kMaxStrided = 1024;  // buckets of an anchor that are searched by whole vectors (buckets.h)
+constexpr uint32_t kFarRadix = 8;  // from so many vectors of buckets on, the state of a tile's anchors does not stay in L2
 constexpr int kList = 64;  // neighbours gathered at a time: bounds the error of a float32 sum of thousands
 
 namespace {
@@ -137,6 +138,15 @@ bool counts_all(const TripletArgs& args) {
 }
 bool draws_one(const TripletArgs& args) {
   return args.negatives == Negatives::random_semi_hard || args.negatives == Negatives::random_active;
+}
+
+// splitmix64's finaliser.
+inline uint64_t mix(uint64_t h) {
+  h ^= h >> 30;
+  h *= 0xbf58476d1ce4e5b9u;
+  h ^= h >> 27;
+  h *= 0x94d049bb133111ebu;
+  return h ^ (h >> 31);
 }
 
 int64_t hash_capacity(int64_t n) {

@@ -12,7 +12,7 @@
 
 #include <sched.h>
 
-#include "prepare.h"
+#include "gather.h"
 
 namespace facenet_ext::cpu {
 namespace {
@@ -75,6 +75,22 @@ void keep_one(const Call<S>& c, const typename S::T* d, int64_t a, int64_t b, co
   }
 }
 
+// Where no pair is looked at again, an expanded square that is small against its rows, and so mostly their rounding, gives
+// way to the direct sum: a Euclidean distance's gradient divides by it.
+template <class T>
+constexpr T kNear = T(1) / 64;
+template <class S>
+bool is_near(const Call<S>& c, typename S::T d, int64_t row, int64_t candidate) {
+  return d < kNear<typename S::T> * (c.w.anorm[row] + c.w.norm[candidate]);
+}
+template <class S>
+typename S::T direct_distance(const Call<S>& c, int64_t row, int64_t candidate) {
+  const typename S::T* y = c.w.x + candidate * c.Dp;
+  typename S::T d;
+  direct_distances<S, 1>(c.w.ax + row * c.Dp, &y, c.Dp, &d);
+  return d;
+}
+
 // Sorted distances of every anchor's positives, by the block products of the sweep: a positive and a negative at the same
 // true distance differ by rounding of the same kind, and identical rows do not differ at all. 2 N K D FLOP and up to N NR D
 // wasted.
@@ -101,6 +117,11 @@ void thresholds(Call<S>& c, int64_t begin, int64_t end) {
         const int64_t own_begin = r.first, own_end = r.positive(r.pairs - 1) + 1;
         const int64_t a = own_begin > c0 ? own_begin : c0, b = own_end < c0 + cols ? own_end : c0 + cols;
         T* t = (c.hard ? w.weight : w.t) + r.slot;
+        if (counts_all(c.args))
+          for (int64_t j = a; j < b; ++j) {
+            T& d = scratch.tile[(row - r0) * c.kT + (j - c0)];
+            if (is_near(c, d, row, j)) d = direct_distance(c, row, j);
+          }
         if (c.one_positive) {
           keep_one(c, scratch.tile + (row - r0) * c.kT - c0, a, b, r, t, w.rank + r.slot);
           continue;
@@ -133,18 +154,13 @@ void thresholds(Call<S>& c, int64_t begin, int64_t end) {
       const int K = static_cast<int>(r.positives);
       for (int64_t i = K; i < slot_pitch(K); ++i) t[i] = std::numeric_limits<T>::infinity();
       if (K < kMaxStrided) {  // by counting: K^2 / W comparisons and no branch
-        uint32_t* at = scratch.queue;
         T* sorted = scratch.strip;
-        for (int i = 0; i < K; i += S::W) S::sorted_places(t, K, i, at);
-        for (int i = 0; i < K; ++i) {
-          sorted[at[i]] = t[i];
-          rank[at[i]] = static_cast<uint32_t>(i);
-        }
+        S::sorted_places(t, K, sorted, rank);
         for (int i = 0; i < K; ++i) t[i] = sorted[i];
       } else {
         sort_thresholds(t, rank, K);
       }
-      if (!counts_all(c.args)) buckets.start(want_farthest);
+      if (!counts_all(c.args) && !draws_one(c.args)) buckets.start(want_farthest);
     }
   }
 }
@@ -170,6 +186,8 @@ void take_rows(const Call<S>& c, int64_t row, int count, const typename S::T* d,
     for (int g = 0; g < group; ++g) {
       Buckets<S> buckets = c.buckets(row + g0 + g);
       const typename S::T* from = d + (g0 + g) * stride;
+      if (buckets.row.radix >= kFarRadix)
+        for (int at = 0; at < buckets.radix() * S::W; at += 64 / sizeof(*buckets.key)) __builtin_prefetch(buckets.key + at);
       if (buckets.searchable()) wanted += buckets.search(from, n, static_cast<uint32_t>(g) << 26, queue + wanted);
       else buckets.take(from, n, index, c.limit, queue + wanted);
     }

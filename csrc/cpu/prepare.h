@@ -160,7 +160,7 @@ void pack(Call<S>& c) {
   if (!c.symmetric)
     for (int64_t r = 0; r < c.A; ++r) longest = w.anorm[r] > longest ? w.anorm[r] : longest;
   const double depth = static_cast<double>(c.D < kDepth ? c.D : kDepth) + static_cast<double>(c.D) / kDepth + 4;
-  c.far_is_zero = !c.mining && !args.stat_counts && !args.soft_margin;
+  c.far_is_zero = !c.mining && !args.stat_counts && !args.soft_margin && !draws_one(args);
   c.limit.on = c.far_is_zero && !c.hard;  // the closest negative may lie beyond every limit
   c.limit.euclidean = args.distance == Distance::euclidean;
   const double unit = args.distance == Distance::cosine ? 2 : 1;

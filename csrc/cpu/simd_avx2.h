@@ -96,7 +96,18 @@ struct Avx2 {
     return count;
   }
 
-  static void sorted_places(const T* t, int n, int first, uint32_t* at) {
+  static void sorted_places(const T* t, int n, T* sorted, uint32_t* rank) {
+    uint32_t at[W];
+    for (int i = 0; i < n; i += W) {
+      places(t, n, i, at);
+      for (int j = i; j < i + W && j < n; ++j) {
+        sorted[at[j - i]] = t[j];
+        rank[at[j - i]] = static_cast<uint32_t>(j);
+      }
+    }
+  }
+  // Where t[first + 0 .. W) belong.
+  static void places(const T* t, int n, int first, uint32_t* at) {
     const V mine = load(t + first);
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     __m256i below = _mm256_setzero_si256();
@@ -110,7 +121,7 @@ struct Avx2 {
     }
     for (int j = first + W; j < n; ++j)
       below = _mm256_sub_epi32(below, _mm256_castps_si256(_mm256_cmp_ps(set1(t[j]), mine, _CMP_LT_OQ)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + first), below);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), below);
   }
 
   // As in Avx512::ranks, with 8 steps in one register.

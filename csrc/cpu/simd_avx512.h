@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <limits>
+#include <type_traits>
 
 #include "simd_generic.h"
 
@@ -62,48 +63,133 @@ struct Avx512 {
         return search_in<0>(t, upper, radix, ceiling, d, n, tag, queue);
     }
   }
-  // R > 0: thresholds and bounds stay in registers; 0: `radix` of each, from L1.
+
+  // A search is one chain of some 80 cycles; three side by side keep the ports busy (Zen 5: 21 -> 16 cycles a vector at R =
+  // 3). Where most distances lie beyond the ceiling, as they do once training is under way, those below it are packed first.
   template <int R>
   static int search_in(const T* t, const T* upper, int radix, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
-    V threshold[R > 0 ? R : 1], bound[R > 0 ? R : 1];
-#pragma GCC unroll 4
-    for (int i = 0; i < R; ++i) {
-      threshold[i] = load(t + i * W);
-      bound[i] = load(upper + i * W);
-    }
-    const int vectors = R > 0 ? R : radix;
-    const V last = load(t + (vectors - 1) * W), middle = set1(t[(vectors - 1) * W + 7]), top = set1(ceiling);
-    const __m512i one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2), step = _mm512_set1_epi32(W << 16);
-    __m512i columns = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(tag)),
-                                       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    constexpr int kStep = 3 * W, kPart = 4 * kStep;
+    const Finder<R> find(t, upper, radix);
+    const V top = set1(ceiling);
+    const __m512i first = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(tag)),
+                                           _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    const auto columns = [&](int j) { return _mm512_add_epi32(first, _mm512_set1_epi32(j)); };
+    const auto near = [&](int j) { return _mm512_cmp_ps_mask(load(d + j), top, _CMP_LE_OQ); };
+    const auto size = [](__mmask16 mask) { return __builtin_popcount(static_cast<unsigned>(mask)); };
     int count = 0;
-    for (int j = 0; j < n; j += W, columns = _mm512_add_epi32(columns, _mm512_set1_epi32(W))) {
-      const V v = load(d + j);
-      if (!_mm512_cmp_ps_mask(v, top, _CMP_LE_OQ)) continue;  // late in training nearly always
-      // The lane: how many of the first 15 in `last` are below v. `probe` is the next to ask, then one 4, 2, 1 away.
-      __m512i probe =
-          _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(middle, v, _CMP_LT_OQ), _mm512_set1_epi32(3), _mm512_set1_epi32(11));
-      const auto below = [&](V table, __m512i at) {
-        return _mm512_cmp_ps_mask(_mm512_permutexvar_ps(at, table), v, _CMP_LT_OQ);
-      };
-      probe = _mm512_mask_add_epi32(_mm512_sub_epi32(probe, two), below(last, probe), probe, two);
-      probe = _mm512_mask_add_epi32(_mm512_sub_epi32(probe, one), below(last, probe), probe, one);
-      const __m512i lane = _mm512_mask_add_epi32(probe, below(last, probe), probe, one);
-      __m512i place = _mm512_slli_epi32(lane, 16);
-      V wanted = _mm512_permutexvar_ps(lane, R > 0 ? bound[0] : load(upper));
-#pragma GCC unroll 3
-      for (int i = 0; i + 1 < vectors; ++i) {
-        const __mmask16 more = below(R > 0 ? threshold[i] : load(t + i * W), lane);
-        place = _mm512_mask_add_epi32(place, more, place, step);
-        wanted = _mm512_mask_permutexvar_ps(wanted, more, lane, R > 0 ? bound[i + 1] : load(upper + (i + 1) * W));
+    for (int begin = 0; begin < n; begin += kPart) {
+      const int end = begin + kPart < n ? begin + kPart : n;
+      int j = begin;
+      if (j + kStep <= end && size(near(j)) + size(near(j + W)) + size(near(j + 2 * W)) > kStep / 2) {
+        for (; j + kStep <= end; j += kStep) {
+          const V v[3] = {load(d + j), load(d + j + W), load(d + j + 2 * W)};
+          const __m512i at[3] = {columns(j), columns(j + W), columns(j + 2 * W)};
+          count = find.template put<3>(v, at, queue, count);
+        }
       }
-      const __mmask16 mask = _mm512_cmp_ps_mask(v, wanted, _CMP_LE_OQ);
-      // Compress in the register, then store: the compressing store is microcoded on Zen 4.
-      _mm512_storeu_si512(queue + count, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(place, columns)));
-      count += __builtin_popcount(static_cast<unsigned>(mask));
+      T packed[kPart + W];
+      uint32_t packed_at[kPart + W];
+      int m = 0;
+      const auto pack = [&](int from, __mmask16 mask) {
+        _mm512_storeu_ps(packed + m, _mm512_maskz_compress_ps(mask, load(d + from)));
+        _mm512_storeu_si512(packed_at + m, _mm512_maskz_compress_epi32(mask, columns(from)));
+        m += size(mask);
+      };
+      for (; j + kStep <= end; j += kStep) {
+        const __mmask16 a = near(j), b = near(j + W), c = near(j + 2 * W);
+        if (!(a | b | c)) continue;  // late in training nearly always
+        pack(j, a);
+        pack(j + W, b);
+        pack(j + 2 * W, c);
+      }
+      for (; j < end; j += W) pack(j, near(j));
+      store(packed + m, set1(std::numeric_limits<T>::quiet_NaN()));
+      int i = 0;
+      const auto at_of = [&](int k) { return _mm512_loadu_si512(packed_at + k); };
+      for (; i + 2 * W < m; i += kStep) {
+        const V v[3] = {load(packed + i), load(packed + i + W), load(packed + i + 2 * W)};
+        const __m512i at[3] = {at_of(i), at_of(i + W), at_of(i + 2 * W)};
+        count = find.template put<3>(v, at, queue, count);
+      }
+      if (i + W < m) {
+        const V v[2] = {load(packed + i), load(packed + i + W)};
+        const __m512i at[2] = {at_of(i), at_of(i + W)};
+        count = find.template put<2>(v, at, queue, count);
+      } else if (i < m) {
+        const V v[1] = {load(packed + i)};
+        const __m512i at[1] = {at_of(i)};
+        count = find.template put<1>(v, at, queue, count);
+      }
     }
     return count;
   }
+
+  // The bucket of each of U vectors of distances. R > 0: thresholds and bounds stay in registers; 0: `radix` of each, from
+  // L1.
+  template <int R>
+  struct Finder {
+    const T* t;
+    const T* upper;
+    const int vectors;
+    V threshold[R > 0 ? R : 1], bound[R > 0 ? R : 1];
+    V last, middle;
+
+    Finder(const T* thresholds, const T* bounds, int radix)
+        : t(thresholds), upper(bounds), vectors(R > 0 ? R : radix), last(load(t + (vectors - 1) * W)) {
+      middle = set1(t[(vectors - 1) * W + 7]);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) {
+        threshold[i] = load(t + i * W);
+        bound[i] = load(upper + i * W);
+      }
+    }
+
+    template <int U>
+    int put(const V (&v)[U], const __m512i (&columns)[U], uint32_t* queue, int count) const {
+      const __m512i one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2), step = _mm512_set1_epi32(W << 16);
+      __m512i lane[U], place[U];
+      V wanted[U];
+      __mmask16 below[U];
+      const auto each = [](auto what) {
+#pragma GCC unroll 3
+        for (int u = 0; u < U; ++u) what(u);
+      };
+      const auto ask = [&](V table) {
+        each([&](int u) { below[u] = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(lane[u], table), v[u], _CMP_LT_OQ); });
+      };
+      // The lane: how many of the first 15 in `last` are below v. `lane` is the next to ask, then one 4, 2, 1 away.
+      each([&](int u) {
+        lane[u] = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(middle, v[u], _CMP_LT_OQ), _mm512_set1_epi32(3),
+                                          _mm512_set1_epi32(11));
+      });
+      ask(last);
+      each([&](int u) { lane[u] = _mm512_mask_add_epi32(_mm512_sub_epi32(lane[u], two), below[u], lane[u], two); });
+      ask(last);
+      each([&](int u) { lane[u] = _mm512_mask_add_epi32(_mm512_sub_epi32(lane[u], one), below[u], lane[u], one); });
+      ask(last);
+      each([&](int u) {
+        lane[u] = _mm512_mask_add_epi32(lane[u], below[u], lane[u], one);
+        place[u] = _mm512_add_epi32(_mm512_slli_epi32(lane[u], 16), columns[u]);
+        wanted[u] = _mm512_permutexvar_ps(lane[u], R > 0 ? bound[0] : load(upper));
+      });
+#pragma GCC unroll 3
+      for (int i = 0; i + 1 < vectors; ++i) {
+        ask(R > 0 ? threshold[i] : load(t + i * W));
+        const V next = R > 0 ? bound[i + 1] : load(upper + (i + 1) * W);
+        each([&](int u) {
+          place[u] = _mm512_mask_add_epi32(place[u], below[u], place[u], step);
+          wanted[u] = _mm512_mask_permutexvar_ps(wanted[u], below[u], lane[u], next);
+        });
+      }
+      each([&](int u) {
+        const __mmask16 mask = _mm512_cmp_ps_mask(v[u], wanted[u], _CMP_LE_OQ);
+        // Compress in the register, then store: the compressing store is microcoded on Zen 4.
+        _mm512_storeu_si512(queue + count, _mm512_maskz_compress_epi32(mask, place[u]));
+        count += __builtin_popcount(static_cast<unsigned>(mask));
+      });
+      return count;
+    }
+  };
 
   static int count_below(const T* t, int n, T v) {
     const V value = set1(v);
@@ -113,21 +199,55 @@ struct Avx512 {
     return below;
   }
 
-  static void sorted_places(const T* t, int n, int first, uint32_t* at) {
-    const V mine = load(t + first);
-    const __m512i one = _mm512_set1_epi32(1);
-    __m512i below = _mm512_setzero_si512();
-    for (int j = 0; j < first; ++j)
-      below = _mm512_mask_add_epi32(below, _mm512_cmp_ps_mask(set1(t[j]), mine, _CMP_LE_OQ), below, one);
-    for (int j = first; j < first + W; ++j) {
-      const unsigned later = 0xfffeu << (j - first);
-      const __mmask16 mask = static_cast<__mmask16>(_mm512_cmp_ps_mask(set1(t[j]), mine, _CMP_LT_OQ) |
-                                                    (_mm512_cmp_ps_mask(set1(t[j]), mine, _CMP_EQ_OQ) & later));
-      below = _mm512_mask_add_epi32(below, mask, below, one);
+  static void sorted_places(const T* t, int n, T* sorted, uint32_t* rank) {
+    uint32_t at[3 * W];
+    for (int i = 0; i < n; i += 3 * W) {
+      const int vectors = (n - i + W - 1) / W;
+      if (vectors > 2) places<3>(t, n, i, at);
+      else if (vectors > 1) places<2>(t, n, i, at);
+      else places<1>(t, n, i, at);
+      for (int j = i; j < i + 3 * W && j < n; ++j) {
+        sorted[at[j - i]] = t[j];
+        rank[at[j - i]] = static_cast<uint32_t>(j);
+      }
     }
-    for (int j = first + W; j < n; ++j)
-      below = _mm512_mask_add_epi32(below, _mm512_cmp_ps_mask(set1(t[j]), mine, _CMP_LT_OQ), below, one);
-    _mm512_storeu_si512(at + first, below);
+  }
+  // Where t[first + 0 .. U W) belong. An entry comes after those that are less, and after equal ones before it.
+  template <int U>
+  static void places(const T* t, int n, int first, uint32_t* at) {
+    const __m512i one = _mm512_set1_epi32(1);
+    V mine[U];
+    __m512i before[U];
+#pragma GCC unroll 3
+    for (int u = 0; u < U; ++u) {
+      mine[u] = load(t + first + u * W);
+      before[u] = _mm512_setzero_si512();
+    }
+    const auto count = [&](int u, __mmask16 mask) { before[u] = _mm512_mask_add_epi32(before[u], mask, before[u], one); };
+    for (int j = 0; j < first; ++j) {
+      const V other = set1(t[j]);
+#pragma GCC unroll 3
+      for (int u = 0; u < U; ++u) count(u, _mm512_cmp_ps_mask(other, mine[u], _CMP_LE_OQ));
+    }
+#pragma GCC unroll 3
+    for (int own = 0; own < U; ++own)
+      for (int lane = 0; lane < W; ++lane) {
+        const V other = set1(t[first + own * W + lane]);
+#pragma GCC unroll 3
+        for (int u = 0; u < U; ++u) {
+          if (u > own) count(u, _mm512_cmp_ps_mask(other, mine[u], _CMP_LE_OQ));
+          else count(u, _mm512_cmp_ps_mask(other, mine[u], _CMP_LT_OQ));
+        }
+        const unsigned later = 0xfffeu << lane;  // equal ones behind it
+        count(own, static_cast<__mmask16>(_mm512_cmp_ps_mask(other, mine[own], _CMP_EQ_OQ) & later));
+      }
+    for (int j = first + U * W; j < n; ++j) {
+      const V other = set1(t[j]);
+#pragma GCC unroll 3
+      for (int u = 0; u < U; ++u) count(u, _mm512_cmp_ps_mask(other, mine[u], _CMP_LT_OQ));
+    }
+#pragma GCC unroll 3
+    for (int u = 0; u < U; ++u) _mm512_storeu_si512(at + u * W, before[u]);
   }
 
   // As in Generic::ranks: 64 steps of the list in four registers, and what lies between two of them from memory. Six
@@ -150,36 +270,55 @@ struct Avx512 {
       return _mm512_mask_add_epi32(at, above, at, _mm512_set1_epi32(by));
     };
     const __m512i last = _mm512_set1_epi32(K);  // t[K] is +inf
-    for (int j = 0; j < n; j += W) {
-      const V v = load(d + j) - s;
-      __m512i at = _mm512_set1_epi32(-1);  // the entries 0 .. at are below
+    // U vectors side by side: each is one chain of some 70 cycles.
+    const auto some = [&](int j, auto width) {
+      constexpr int U = decltype(width)::value;
+      V v[U];
+      __m512i at[U];  // the entries 0 .. at are below
+      const auto each = [](auto what) {
+#pragma GCC unroll 3
+        for (int u = 0; u < U; ++u) what(u);
+      };
+      each([&](int u) {
+        v[u] = load(d + j + u * W) - s;
+        at[u] = _mm512_set1_epi32(-1);
+      });
       if (K < 32) {
 #pragma GCC unroll 5
-        for (int by = 16; by > 0; by /= 2) {
-          const V probe = _mm512_permutex2var_ps(a0, _mm512_add_epi32(at, _mm512_set1_epi32(by)), a1);
-          at = step(at, _mm512_cmp_ps_mask(probe, v, kCompare), by);
-        }
+        for (int by = 16; by > 0; by /= 2)
+          each([&](int u) {
+            const V probe = _mm512_permutex2var_ps(a0, _mm512_add_epi32(at[u], _mm512_set1_epi32(by)), a1);
+            at[u] = step(at[u], _mm512_cmp_ps_mask(probe, v[u], kCompare), by);
+          });
       } else {
-        const __mmask16 upper = _mm512_cmp_ps_mask(middle, v, kCompare);
-        at = step(at, upper, 32);
+        __mmask16 upper[U];
+        each([&](int u) {
+          upper[u] = _mm512_cmp_ps_mask(middle, v[u], kCompare);
+          at[u] = step(at[u], upper[u], 32);
+        });
 #pragma GCC unroll 5
-        for (int by = 16; by > 0; by /= 2) {
-          const __m512i next = _mm512_add_epi32(at, _mm512_set1_epi32(by));  // five bits of it count
-          const V probe =
-              _mm512_mask_blend_ps(upper, _mm512_permutex2var_ps(a0, next, a1), _mm512_permutex2var_ps(a2, next, a3));
-          at = step(at, _mm512_cmp_ps_mask(probe, v, kCompare), by);
-        }
+        for (int by = 16; by > 0; by /= 2)
+          each([&](int u) {
+            const __m512i next = _mm512_add_epi32(at[u], _mm512_set1_epi32(by));  // five bits of it count
+            const V probe =
+                _mm512_mask_blend_ps(upper[u], _mm512_permutex2var_ps(a0, next, a1), _mm512_permutex2var_ps(a2, next, a3));
+            at[u] = step(at[u], _mm512_cmp_ps_mask(probe, v[u], kCompare), by);
+          });
       }
-      at = _mm512_add_epi32(at, _mm512_set1_epi32(1));
+      each([&](int u) { at[u] = _mm512_add_epi32(at[u], _mm512_set1_epi32(1)); });
       if (stride > 1) {
-        at = _mm512_mullo_epi32(at, _mm512_set1_epi32(stride));
-        for (int by = stride / 2; by > 0; by /= 2) {
-          const __m512i probe = _mm512_min_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(by - 1)), last);
-          at = step(at, _mm512_cmp_ps_mask(_mm512_i32gather_ps(probe, t, 4), v, kCompare), by);
-        }
+        each([&](int u) { at[u] = _mm512_mullo_epi32(at[u], _mm512_set1_epi32(stride)); });
+        for (int by = stride / 2; by > 0; by /= 2)
+          each([&](int u) {
+            const __m512i probe = _mm512_min_epi32(_mm512_add_epi32(at[u], _mm512_set1_epi32(by - 1)), last);
+            at[u] = step(at[u], _mm512_cmp_ps_mask(_mm512_i32gather_ps(probe, t, 4), v[u], kCompare), by);
+          });
       }
-      _mm512_storeu_si512(rank + j, at);
-    }
+      each([&](int u) { _mm512_storeu_si512(rank + j + u * W, at[u]); });
+    };
+    int j = 0;
+    for (; j + 3 * W <= n; j += 3 * W) some(j, std::integral_constant<int, 3>{});
+    for (; j < n; j += W) some(j, std::integral_constant<int, 1>{});
   }
 
   static void transpose(const T* tile, int64_t stride, int rows, T* out) {

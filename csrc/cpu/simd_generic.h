@@ -89,12 +89,14 @@ struct Generic {
     return below;
   }
 
-  // at[i] = #{ j < n : t[j] < t[i] or t[j] == t[i] and j < i } for i of [first, first + W): where t[i] stands once sorted.
-  static void sorted_places(const T* t, int n, int first, uint32_t* at) {
-    for (int i = first; i < first + W; ++i) {
-      at[i] = 0;
-      for (int j = 0; j < i; ++j) at[i] += t[j] <= t[i];
-      for (int j = i; j < n; ++j) at[i] += t[j] < t[i];
+  // sorted = t[0 .. n) in ascending order, rank = where each stood; equal ones in order of place. t is padded with +inf.
+  static void sorted_places(const T* t, int n, T* sorted, uint32_t* rank) {
+    for (int i = 0; i < n; ++i) {
+      int at = 0;
+      for (int j = 0; j < i; ++j) at += t[j] <= t[i];
+      for (int j = i; j < n; ++j) at += t[j] < t[i];
+      sorted[at] = t[i];
+      rank[at] = static_cast<uint32_t>(i);
     }
   }
 

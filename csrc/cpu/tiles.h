@@ -78,6 +78,39 @@ struct Deal {
 template <class T>
 constexpr T kNoNegative = std::numeric_limits<T>::max() / 4;
 
+// Which entries of a tile are small enough to be summed directly: a bit each, in the thread's queue.
+template <class S>
+struct NearBits {
+  static constexpr int kWords = (Call<S>::kT + 31) / 32;
+  uint32_t* of_row;  // [kWords]
+  NearBits(const Call<S>& c, int64_t row) : of_row(c.scratch(omp_get_thread_num()).queue + row % Call<S>::kT * kWords) {}
+  void clear() const { fill(of_row, kWords, 0u); }
+  void set(int64_t j) const { of_row[j / 32] |= 1u << (j % 32); }
+  template <class Visit>
+  void for_each(Visit visit) const {
+    for (int i = 0; i < kWords; ++i)
+      for (uint32_t bits = of_row[i]; bits != 0; bits &= bits - 1) visit(32 * i + __builtin_ctz(bits));
+  }
+};
+template <class S>
+void find_near(const Call<S>& c, const Tile& tile, int64_t row, int cols, typename S::T* d) {
+  static_assert(Call<S>::kT * NearBits<S>::kWords <= kQueue, "");
+  using T = typename S::T;
+  const auto& w = c.w;
+  const NearBits<S> near(c, row);
+  near.clear();
+  const typename S::V share = S::set1(-kNear<T>), own = S::set1(w.anorm[row]);
+  typename S::V least = S::zero();
+  for (int j = 0; j < cols; j += S::W)
+    least = S::smaller(S::madd(share, own + S::load(w.norm + tile.c0 + j), S::load(d + j)), least);
+  if (S::sum(least) == 0) return;
+  for (int64_t j = tile.c0; j < tile.c1; ++j) {
+    if (w.class_of[j] == w.aclass[row] || !is_near(c, d[j - tile.c0], row, j)) continue;
+    d[j - tile.c0] = direct_distance(c, row, j);
+    near.set(j - tile.c0);
+  }
+}
+
 // Distances in the rule's unit, [rows of I, columns of J], kNoNegative where the labels agree and in the padding. All of I's
 // rows where `both`, else those of the pass.
 template <class S>
@@ -92,6 +125,8 @@ void tile_distances(const Call<S>& c, const Tile& tile, typename S::T* out) {
   out += low * kT;
   squared_distances<S>(w.ax + (top + low) * c.Dp, c.Dp, w.anorm + top + low, w.panels + tile.c0 / S::NR * c.panel_size,
                        c.panel_size, w.norm + tile.c0, c.D, rows, cols, false, out, kT);
+  if (counts_all(c.args))
+    for (int64_t row = top + low; row < bottom; ++row) find_near(c, tile, row, cols, out + (row - top - low) * kT);
   if (c.args.distance != Distance::sqeuclidean)
     for (int r = 0; r < rows; ++r)
       for (int j = 0; j < cols; j += S::W) {
@@ -107,6 +142,17 @@ void tile_distances(const Call<S>& c, const Tile& tile, typename S::T* out) {
     const int64_t a = w.class_begin[k] > tile.c0 ? w.class_begin[k] : tile.c0;
     const int64_t b = w.class_begin[k + 1] < tile.c1 ? w.class_begin[k + 1] : tile.c1;
     if (a < b) fill(out + (a - tile.c0), b - a, kNoNegative<T>);
+  }
+}
+
+// An anchor's thresholds from squared distances to the rule's unit.
+template <class S>
+void thresholds_in_unit(const Call<S>& c, int64_t row) {
+  using T = typename S::T;
+  T* const t = c.w.t + c.w.rows[row].slot;
+  for (int64_t i = 0; i < slot_pitch(c.w.rows[row].pairs); i += S::W) {
+    if (c.args.distance == Distance::euclidean) S::store(t + i, S::sqrt(S::load(t + i)));
+    if (c.args.distance == Distance::cosine) S::store(t + i, S::load(t + i) * S::set1(T(0.5)));
   }
 }
 

@@ -40,14 +40,6 @@ const Kernels* chosen() {
   return kernels;
 }
 
-uint64_t mix(uint64_t h) {  // splitmix64's finaliser: labels are often small multiples of something
-  h ^= h >> 30;
-  h *= 0xbf58476d1ce4e5b9u;
-  h ^= h >> 27;
-  h *= 0x94d049bb133111ebu;
-  return h ^ (h >> 31);
-}
-
 template <class T>
 void sort_thresholds_impl(T* t, uint32_t* rank, int64_t n) {
   // Sorts (value, place) pairs in place through their places, then applies the permutation along its cycles.
@@ -85,7 +77,7 @@ Classes sort_labels(const TripletArgs& args, int32_t* table, int64_t hash_size, 
   const uint64_t wrap = static_cast<uint64_t>(hash_size - 1);
   std::fill(table, table + hash_size, -1);
   // table: index of a class's first candidate. position[i]: class by first appearance. order: that class's size, for now.
-  const auto find = [&](int64_t label) {
+  const auto find = [&](int64_t label) {  // labels are often small multiples of something: mixed
     uint64_t at = mix(static_cast<uint64_t>(label)) & wrap;
     while (table[at] >= 0 && labels[table[at]] != label) at = (at + 1) & wrap;
     return at;

@@ -1,6 +1,6 @@
-// Device primitives: everything that is not plain C++ and that a CPU cannot run by itself stands here, in functions small enough
-// to have a twin in tests/emulated/emulated_cuda.h, which defines the same names (and CUDA's own: __syncthreads, __shfl_sync,
-// atomicMin, …) for the host compiler.
+// Device primitives: everything that is not plain C++ and that a CPU cannot run by itself stands here, in functions small
+// enough to have a twin in tests/emulated/emulated_cuda.h, which defines the same names (and CUDA's own: __syncthreads,
+// __shfl_sync, atomicMin, …) for the host compiler.
 #pragma once
 
 #include <cmath>
@@ -28,8 +28,8 @@ __host__ __device__ inline void poison_shared(void*, int64_t, void*) {}
 // All threads of the grid; needs a cooperative launch. Orders every access to global memory before it against those after it.
 __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
 
-// threadIdx.x, blockIdx.x and gridDim.x, read anew: what is derived from them need not wait in registers while a tile's products
-// fill them. (The compiler would hoist every phase's addresses out of the loop over passes, and spill them.)
+// threadIdx.x, blockIdx.x and gridDim.x, read anew: what is derived from them need not wait in registers while a tile's
+// products fill them. (The compiler would hoist every phase's addresses out of the loop over passes, and spill them.)
 __device__ __forceinline__ int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
@@ -46,11 +46,16 @@ __device__ __forceinline__ int grid_size() {
   return size;
 }
 
-
 // A value that other threads change with atomics meanwhile: some value it had, never torn, never from a stale L1 line.
 template <class T>
 __device__ __forceinline__ T load_relaxed(const T* p) {
   return *const_cast<const volatile T*>(p);
+}
+
+// Written by several threads at a time, all of them the same value.
+template <class T>
+__device__ __forceinline__ void store_relaxed(T* p, T x) {
+  *const_cast<volatile T*>(p) = x;
 }
 
 // 16 bytes from global to shared memory; done after a cp_async_wait of the same thread, seen by others after a barrier.
@@ -79,8 +84,7 @@ __device__ __forceinline__ void cp_async_wait() {
 //   c: {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)}
 __device__ __forceinline__ void mma_16x8x16_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -89,8 +93,7 @@ __device__ __forceinline__ void mma_16x8x16_half(float (&c)[4], const uint32_t (
 }
 __device__ __forceinline__ void mma_16x8x16_bfloat(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -113,8 +116,8 @@ Status launch_cooperative(void (*kernel)(Problem), const char* name, unsigned bl
   cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared));
   if (error == cudaSuccess) {
-    error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), parameters, shared,
-                                        static_cast<cudaStream_t>(stream));
+    error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), parameters,
+                                        shared, static_cast<cudaStream_t>(stream));
   }
   if (error == cudaSuccess) return {};
   cudaGetLastError();  // the error is reported here, not by the next call of whoever shares the device
@@ -152,17 +155,14 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(Half x) { return float_from_half(x.bits); }
 __device__ __forceinline__ float widen(Bfloat x) { return float_from_bfloat(x.bits); }
-__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
-__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
-__device__ __forceinline__ void narrow(float x, Half& to) { to.bits = half_from_float(x); }
-__device__ __forceinline__ void narrow(float x, Bfloat& to) { to.bits = bfloat_from_float(x); }
 
 // Bits whose unsigned order is the order of values that are >= +0; NaN comes last.
 __device__ __forceinline__ uint32_t ordered_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ uint64_t ordered_bits(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
 
 template <class T>
-__device__ __forceinline__ T warp_sum(T x) {  // the same bits in every lane: both sides of an exchange add the same two numbers
+__device__ __forceinline__ T
+warp_sum(T x) {  // the same bits in every lane: both sides of an exchange add the same two numbers
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kWholeWarp, x, step);
   return x;
 }
@@ -184,6 +184,12 @@ __device__ __forceinline__ uint64_t atomic_max(uint64_t* p, uint64_t x) {
 __device__ __forceinline__ uint64_t atomic_add(uint64_t* p, uint64_t x) {
   return atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
 }
+
+// N neighbouring elements that one load brings. Their address is a multiple of their size.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T element[N];
+};
 
 // Hands out pieces of one buffer. Host (null base: sizes) and device run the same sequence of take()s.
 struct Carver {

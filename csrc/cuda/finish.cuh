@@ -1,13 +1,13 @@
-// Phase 5: from bucket minima to triplets: a warp per anchor.
+// Phase 4: from bucket minima to triplets, a warp per anchor.
 //
-//   best        suffix minimum over the buckets; bucket u - 1 then holds the negative of a positive with u thresholds <= its own
-//   direct form sum (a - p)^2 and sum (a - n)^2 of every pair: the loss does not inherit the expansion's cancellation
-//   d2_ap       becomes the pair's gradient coefficient (1, or 1 / d for the euclidean distance, or 0: hinge at zero)
-//   coefficient per run of buckets with the same negative: the sum over its positives, stored at the run's first bucket
+//   best         suffix minimum over the buckets; bucket u - 1 then holds the negative of a positive with u thresholds <= its
+//   own direct form  sum (a - p)^2 and sum (a - n)^2 of every pair: the loss does not inherit the expansion's cancellation
+//   d2_ap        becomes the gradient coefficient of the pair's positive (1, or 1 / d for the euclidean distance; 0: no
+//   hinge) coefficient  of its negative: those of pairs with the same negative are added up at the first of 32 neighbouring
+//   pairs gradient     of the anchor, while its partners' rows are in L1 (rows of one chunk; longer ones: gradient.cuh)
 //
-// Equal negatives stand in neighbouring buckets, because suffix minima ascend; so a run's first bucket, found by binary search,
-// names the (anchor, negative) pair, and no list of distinct negatives is needed. The empty buckets at the end are the run of
-// the farthest negative. Reads 2 rows per pair; K log K comparisons per anchor.
+// Two pairs at a time, 16 lanes each, 16 bytes per lane and load. Bytes: 2 rows per pair from L2, positives mostly from L1.
+// The rest of a pair (negative, hinge, statistics) is done with lane = pair.
 #pragma once
 
 #include "select.cuh"
@@ -25,6 +25,77 @@ __device__ __forceinline__ InputRow<In, Acc> input_row(const Problem<Acc>& p, co
   return {static_cast<const In*>(rows.x) + int64_t(index) * rows.stride, p.normalize ? rows.inverse_norm[index] : Acc(1)};
 }
 
+// A warp reads two rows at a time, a group of 16 lanes each, in chunks of 512 bytes: two vectors for every lane.
+constexpr int kGroups = 2;
+constexpr int kGroupLanes = 32 / kGroups;
+constexpr int kLoads = 2;
+template <class Acc>
+constexpr int kVector = 16 / int(sizeof(Acc));  // elements of one load
+template <class Acc>
+constexpr int kPiece = kLoads * kVector<Acc>;  // elements of a lane
+template <class Acc>
+constexpr int kChunk = kGroupLanes * kPiece<Acc>;  // elements of a row: 128 floats, 64 doubles
+static_assert(kGroups == 2 && kLoads == kGroups, "combine_groups() gives each group one of a lane's vectors");
+
+template <class In, class Acc>
+__device__ __forceinline__ void load_piece(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t index, int32_t first,
+                                           Acc (&piece)[kPiece<Acc>]) {
+  constexpr int kEach = kVector<Acc>;
+  const auto row = input_row<In>(p, rows, index);
+  const int32_t from = first + thread_index() % kGroupLanes * kEach;
+#pragma unroll
+  for (int q = 0; q < kLoads; ++q) {
+    const int32_t d = from + q * kGroupLanes * kEach;
+    Vector<In, kEach> v{};
+    if (rows.aligned) {
+      if (d < p.dim) v = *reinterpret_cast<const Vector<In, kEach>*>(row.x + d);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (d + i < p.dim) v.element[i] = row.x[d + i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) piece[q * kEach + i] = widen(v.element[i]) * row.factor;
+  }
+}
+
+// The groups' sums, added in a fixed order. Lane l then has elements first + l * kVector and up.
+template <class Acc>
+__device__ __forceinline__ void combine_groups(Acc (&sum)[kPiece<Acc>], Acc (&mine)[kVector<Acc>]) {
+  const int group = thread_index() % 32 / kGroupLanes;
+#pragma unroll
+  for (int i = 0; i < kPiece<Acc>; ++i) {
+    sum[i] += __shfl_xor_sync(kWholeWarp, sum[i], kGroupLanes);
+    if (i / kVector<Acc> == group) mine[i % kVector<Acc>] = sum[i];
+  }
+}
+
+// Adds the warp's sums to elements first .. first + kChunk of a row of `gradient`; is_first: they are all there is yet.
+template <class Acc>
+__device__ __forceinline__ void add_to_gradient(const Problem<Acc>& p, Acc* gradient, int32_t index, int32_t first,
+                                                bool is_first, Acc (&sum)[kPiece<Acc>]) {
+  Acc mine[kVector<Acc>];
+  combine_groups(sum, mine);
+  Acc* out = gradient + int64_t(index) * p.dim;
+#pragma unroll
+  for (int i = 0; i < kVector<Acc>; ++i) {
+    const int32_t d = first + thread_index() % 32 * kVector<Acc> + i;
+    if (d < p.dim) out[d] = is_first ? mine[i] : out[d] + mine[i];
+  }
+}
+
+// Whether finish() adds the negatives' part of the anchors' gradients, while their rows are in L1. From sm_100 on it does
+// not: the compiler would spill.
+template <class Acc>
+__device__ __forceinline__ bool finish_has_negatives([[maybe_unused]] const Problem<Acc>& p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return false;
+#else
+  return p.wants_gradient && p.dim <= kChunk<Acc>;
+#endif
+}
+
 struct Winner {  // of a bucket: ordered bits of the distance (all ones: none) and the index
   uint64_t bits;
   uint32_t index;
@@ -33,17 +104,18 @@ struct Winner {  // of a bucket: ordered bits of the distance (all ones: none) a
     return bits < other.bits || (bits == other.bits && index < other.index);
   }
 };
-__device__ __forceinline__ Winner load_winner(const Problem<float>& p, int64_t slot) {
+__device__ __forceinline__ Winner load_winner(const Problem<float>& p, int32_t slot) {
   const uint64_t key = p.best[slot];
   return {key == kEmpty ? kEmpty : key >> 32, static_cast<uint32_t>(key)};
 }
-__device__ __forceinline__ Winner load_winner(const Problem<double>& p, int64_t slot) {
+__device__ __forceinline__ Winner load_winner(const Problem<double>& p, int32_t slot) {
+  if (draws(p)) return {p.best[slot], static_cast<uint32_t>(p.best[slot])};
   return {p.best[slot], p.best_index[slot]};
 }
-__device__ __forceinline__ void store_winner(const Problem<float>& p, int64_t slot, Winner w) {
+__device__ __forceinline__ void store_winner(const Problem<float>& p, int32_t slot, Winner w) {
   p.best[slot] = w.none() ? kEmpty : pack(static_cast<uint32_t>(w.bits), w.index);
 }
-__device__ __forceinline__ void store_winner(const Problem<double>& p, int64_t slot, Winner w) {
+__device__ __forceinline__ void store_winner(const Problem<double>& p, int32_t slot, Winner w) {
   p.best[slot] = w.bits;
   p.best_index[slot] = w.index;
 }
@@ -56,158 +128,221 @@ __device__ __forceinline__ int32_t farthest_of(const Problem<double>& p, int32_t
 
 // best[r] = min of best[r ..]: whole warp; a barrier must follow before other lanes read it.
 template <class Acc>
-__device__ __forceinline__ void suffix_minimum(const Problem<Acc>& p, int64_t slot, int32_t count) {
+__device__ __forceinline__ void suffix_minimum(const Problem<Acc>& p, int32_t bucket, int32_t step, int32_t count) {
   const int lane = thread_index() % 32;
   Winner later{kEmpty, ~0u};
   for (int32_t base = (count - 1) / 32 * 32; base >= 0; base -= 32) {
     Winner mine{kEmpty, ~0u};
-    if (base + lane < count) mine = load_winner(p, slot + base + lane);
-    for (int step = 1; step < 32; step *= 2) {
-      const Winner other{__shfl_down_sync(kWholeWarp, mine.bits, step), __shfl_down_sync(kWholeWarp, mine.index, step)};
-      if (lane + step < 32 && other < mine) mine = other;
+    if (base + lane < count) mine = load_winner(p, bucket + (base + lane) * step);
+    for (int by = 1; by < 32; by *= 2) {
+      const Winner other{__shfl_down_sync(kWholeWarp, mine.bits, by), __shfl_down_sync(kWholeWarp, mine.index, by)};
+      if (lane + by < 32 && other < mine) mine = other;
     }
     if (later < mine) mine = later;
-    if (base + lane < count) store_winner(p, slot + base + lane, mine);
+    if (base + lane < count) store_winner(p, bucket + (base + lane) * step, mine);
     later = Winner{__shfl_sync(kWholeWarp, mine.bits, 0), __shfl_sync(kWholeWarp, mine.index, 0)};
   }
 }
 
-// The first bucket of the run that bucket r belongs to.
+// A pair's place in the loss.
 template <class Acc>
-__device__ __forceinline__ int32_t run_begin(const Problem<Acc>& p, int64_t slot, int32_t r) {
-  const Winner mine = load_winner(p, slot + r);
-  int32_t low = 0, high = r;
-  while (low < high) {
-    const int32_t middle = (low + high) / 2;
-    const bool below = load_winner(p, slot + middle) < mine;
-    low = below ? middle + 1 : low;
-    high = below ? high : middle;
+struct Term {
+  Acc loss;  // 0: not active, NaN: active
+  Acc c_ap, c_an;  // coefficients of (a - p) and of -(a - n) in the anchor's gradient, up to the common scale
+  bool hard, semi_hard;
+};
+template <class Acc>
+__device__ __forceinline__ Term<Acc> term_of(const Problem<Acc>& p, Acc d2_ap, Acc d2_an) {
+  const Acc half = p.cosine ? Acc(0.5) : Acc(1);
+  const Acc d_ap = p.euclidean ? sqrt(d2_ap) : half * d2_ap, d_an = p.euclidean ? sqrt(d2_an) : half * d2_an;
+  const Acc gap = d_ap - d_an, hinge = gap + p.margin;
+  const bool hard = d2_an <= d2_ap;
+  Term<Acc> term{hinge, 1, 1, hard, !hard && hinge > 0};
+  if (p.soft_margin) {  // log(1 + exp(gap)) without overflow; its slope is the logistic function
+    const Acc small = exp(-fabs(gap));
+    term.loss = (gap > 0 ? gap : Acc(0)) + log1p(small);
+    term.c_ap = term.c_an = (gap > 0 ? Acc(1) : small) / (1 + small);
   }
-  return low;
-}
-
-// Sums of squares of a - p and a - n over the whole row, the same bits in every lane.
-template <class In, class Acc>
-__device__ __forceinline__ void direct_distances(const Problem<Acc>& p, InputRow<In, Acc> a, InputRow<In, Acc> positive,
-                                                 InputRow<In, Acc> negative, Acc& d2_ap, Acc& d2_an) {
-  Acc ap = 0, an = 0;
-#pragma unroll 4
-  for (int32_t d = thread_index() % 32; d < p.dim; d += 32) {
-    const Acc mine = a[d], to_positive = mine - positive[d], to_negative = mine - negative[d];
-    ap = fma(to_positive, to_positive, ap);
-    an = fma(to_negative, to_negative, an);
+  if (term.loss <= 0) {
+    term.loss = term.c_ap = term.c_an = 0;
+  } else if (p.euclidean) {
+    term.c_ap = d2_ap > 0 ? term.c_ap / d_ap : Acc(0);
+    term.c_an = d2_an > 0 ? term.c_an / d_an : Acc(0);
   }
-  d2_ap = warp_sum(ap);
-  d2_an = warp_sum(an);
+  return term;
 }
 
 struct FinishShared {
-  uint64_t pairs, active, fallback, max_d2_ap;
+  uint64_t counts[5], max_d2_ap;
 };
 
 template <class In, class Acc>
 __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   FinishShared& totals = *carver.take<FinishShared>(1);
-  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  const int warp = thread_index() / 32, lane = thread_index() % 32, group = lane / kGroupLanes;
   if (thread_index() == 0) totals = FinishShared{};
-  __syncthreads();
+  __syncthreads();  // zero totals
 
-  uint64_t pairs = 0, active = 0, fallback = 0;  // of this warp, in every lane
-  double max_d2_ap = 0;
+  uint32_t counts[5] = {};  // of this lane's pairs, as stat_counts
+  Acc max_d2_ap = 0;
+
+  const bool with_gradient = finish_has_negatives(p);
+#pragma unroll 1
   for (int32_t a = pass.begin + block_index() * kWarps + warp; a < pass.end; a += grid_size() * kWarps) {
     const int32_t begin = p.anchors.mate_begin[a], end = p.anchors.mate_end[a], own = own_position(p, a);
     const int32_t count = count_positives(p, begin, end);
-    double loss = 0, sum_ap = 0, sum_an = 0;
-    const int64_t slot = pass.slot(a);
+    const int32_t slot = pass.slot(a), bucket = pass.bucket(a), step = pass.bucket_step();
     const int32_t anchor_index = sorted_index(p, p.anchors)[a];
-    const auto anchor = input_row<In>(p, p.anchors, anchor_index);
-    if (count > 0) {
-      suffix_minimum(p, slot, count);
-      for (int32_t r = lane; r < count; r += 32) p.coefficient[slot + r] = 0;
-      __syncwarp();  // minima, which all lanes search, and zeros, which lane 0 adds to
-    }
+    double loss = 0, sum_ap = 0, sum_an = 0;
+    Acc gradient[kPiece<Acc>] = {};
+    if (p.negatives == Negatives::semi_hard) suffix_minimum(p, bucket, step, count);
+    __syncwarp();  // minima, which all lanes read
+    int64_t pair = p.mining ? p.pair_begin[anchor_index] : 0;  // place of the next one in the list
+#pragma unroll 1
     for (int32_t base = 0; base < count; base += 32) {
-      // Each lane looks up one positive's negative; then the whole warp computes one pair at a time.
+      // lane = pair: its negative
       const int32_t mine = base + lane;
-      int32_t my_positive = 0, my_negative = 0, my_run = 0;
-      bool my_fallback = false;
+      int32_t positive = 0, negative = 0;  // any row, where there is no pair
+      bool is_pair = false, is_fallback = false;
       if (mine < count) {
-        my_positive = sorted_index(p, p.candidates)[begin + mine + (own >= 0 && begin + mine >= own ? 1 : 0)];
-        const int32_t bucket = count_below<true>(p.threshold + slot, count, p.d2_ap[slot + mine]) - 1;
-        const Winner winner = load_winner(p, slot + bucket);
-        my_fallback = winner.none();
-        my_negative = my_fallback ? (p.skip_fallback ? my_positive : farthest_of(p, a)) : static_cast<int32_t>(winner.index);
-        my_run = run_begin(p, slot, bucket);
-      }
-      Acc my_coefficient = 0, my_d2_ap = 0, my_d2_an = 0;
-      const int32_t here = min(32, count - base);
-      for (int i = 0; i < here; ++i) {
-        const int32_t positive = __shfl_sync(kWholeWarp, my_positive, i), negative = __shfl_sync(kWholeWarp, my_negative, i);
-        const int32_t run = __shfl_sync(kWholeWarp, my_run, i);
-        const bool is_fallback = __shfl_sync(kWholeWarp, static_cast<int>(my_fallback), i) != 0;
-        fallback += is_fallback ? 1 : 0;
-        if (is_fallback && p.skip_fallback) continue;
-        Acc d2_ap, d2_an;
-        direct_distances<In>(p, anchor, input_row<In>(p, p.candidates, positive), input_row<In>(p, p.candidates, negative),
-                             d2_ap, d2_an);
-        const Acc d_ap = p.euclidean ? sqrt(d2_ap) : d2_ap, d_an = p.euclidean ? sqrt(d2_an) : d2_an;
-        const Acc hinge = d_ap - d_an + p.margin;
-        const bool is_active = !(hinge <= 0);  // NaN is
-        ++pairs;
-        if (is_active) {
-          ++active;
-          loss += hinge;
+        const int32_t not_farther = p.negative[slot + mine];
+        positive = negative = sorted_index(p, p.candidates)[begin + mine + (own >= 0 && begin + mine >= own ? 1 : 0)];
+        is_pair = not_farther > 0;
+        if (is_pair) {
+          const Winner winner = load_winner(p, bucket + (not_farther - 1) * step);
+          is_fallback = winner.none() && p.negatives != Negatives::hard;
+          if (!winner.none()) negative = static_cast<int32_t>(winner.index);
+          else if (!p.without_negative) negative = farthest_of(p, a);
         }
+      }
+      const bool counts_here = is_pair && !(is_fallback && p.without_negative);
+      const uint32_t counted = __ballot_sync(kWholeWarp, counts_here);
+      // group = pair: its distances and the anchor's gradient
+      Acc d2_ap = 0, d2_an = 0;
+#pragma unroll 1
+      for (int turn = 0; turn < kGroupLanes && base + kGroups * turn < count; ++turn) {
+        if ((counted >> kGroups * turn & ((1 << kGroups) - 1)) == 0) continue;
+        const int i = kGroups * turn + group;
+        const int32_t its_positive = __shfl_sync(kWholeWarp, positive, i),
+                      its_negative = __shfl_sync(kWholeWarp, negative, i);
+        Acc sum_ap2 = 0, sum_an2 = 0;
+#pragma unroll 1
+        for (int32_t first = 0; first < p.dim; first += kChunk<Acc>) {
+          Acc x[kPiece<Acc>], to_ap[kPiece<Acc>], to_an[kPiece<Acc>];
+          load_piece<In>(p, p.anchors, anchor_index, first, x);
+          load_piece<In>(p, p.candidates, its_positive, first, to_ap);
+          load_piece<In>(p, p.candidates, its_negative, first, to_an);
+#pragma unroll
+          for (int e = 0; e < kPiece<Acc>; ++e) {
+            to_ap[e] = x[e] - to_ap[e];
+            to_an[e] = x[e] - to_an[e];
+            sum_ap2 = fma(to_ap[e], to_ap[e], sum_ap2);
+            sum_an2 = fma(to_an[e], to_an[e], sum_an2);
+          }
+        }
+        for (int by = kGroupLanes / 2; by > 0; by /= 2) {  // the same bits in every lane of the group
+          sum_ap2 += __shfl_xor_sync(kWholeWarp, sum_ap2, by);
+          sum_an2 += __shfl_xor_sync(kWholeWarp, sum_an2, by);
+        }
+        if (with_gradient && (counted >> i & 1) != 0) {
+          const Acc c_an = term_of(p, sum_ap2, sum_an2).c_an;
+          if (c_an != 0) {
+            Acc x[kPiece<Acc>],
+                negative_row[kPiece<Acc>];  // again, from L1 where they are now: kept over the sums they would spill
+            load_piece<In>(p, p.anchors, anchor_index, 0, x);
+            load_piece<In>(p, p.candidates, its_negative, 0, negative_row);
+#pragma unroll
+            for (int e = 0; e < kPiece<Acc>; ++e) gradient[e] = fma(-c_an, x[e] - negative_row[e], gradient[e]);
+          }
+        }
+        const Acc its_d2_ap = __shfl_sync(kWholeWarp, sum_ap2, lane % kGroups * kGroupLanes);
+        const Acc its_d2_an = __shfl_sync(kWholeWarp, sum_an2, lane % kGroups * kGroupLanes);
+        if (lane / kGroups == turn) {
+          d2_ap = its_d2_ap;
+          d2_an = its_d2_an;
+        }
+      }
+      // lane = pair again: the rest
+      Acc c_ap = 0, c_an = 0;
+      if (counts_here) {
+        const Term<Acc> term = term_of(p, d2_ap, d2_an);
+        c_ap = term.c_ap;
+        c_an = term.c_an;
+        ++counts[0];
+        counts[1] += term.loss != 0 ? 1 : 0;  // NaN is
+        counts[3] += term.hard ? 1 : 0;
+        counts[4] += term.semi_hard ? 1 : 0;
+        loss += term.loss;
         sum_ap += d2_ap;
         sum_an += d2_an;
         max_d2_ap = d2_ap > max_d2_ap ? d2_ap : max_d2_ap;
-        if (lane == i) {
-          my_d2_ap = d2_ap;
-          my_d2_an = d2_an;
-          if (is_active) my_coefficient = !p.euclidean ? Acc(1) : d2_ap > 0 ? 1 / d_ap : Acc(0);
-        }
-        if (lane == 0 && is_active) {  // one thread, in order of the positives: reproducible
-          p.coefficient[slot + run] += !p.euclidean ? Acc(1) : d2_an > 0 ? 1 / d_an : Acc(0);
+      }
+      counts[2] += is_fallback ? 1 : 0;
+      if (p.mining) {
+        const uint32_t pairs = __ballot_sync(kWholeWarp, is_pair);
+        const int64_t place = pair + __popc(pairs & ((1u << lane) - 1));
+        pair += __popc(pairs);
+        if (is_pair) {
+          p.out_positive[place] = positive;
+          p.out_negative[place] = counts_here ? negative : -1;
+          static_cast<Acc*>(p.out_d2_ap)[place] = counts_here ? d2_ap : Acc(NAN);
+          static_cast<Acc*>(p.out_d2_an)[place] = counts_here ? d2_an : Acc(NAN);
+          p.out_is_fallback[place] = is_fallback ? 1 : 0;
         }
       }
-      if (mine < count) p.d2_ap[slot + mine] = my_coefficient;
-      if (p.mining && mine < count) {
-        const int64_t pair = p.pair_begin[anchor_index] + mine;
-        p.out_positive[pair] = my_positive;
-        p.out_negative[pair] = my_negative;
-        static_cast<Acc*>(p.out_d2_ap)[pair] = my_d2_ap;
-        static_cast<Acc*>(p.out_d2_an)[pair] = my_d2_an;
-        p.out_is_fallback[pair] = my_fallback ? 1 : 0;
+      if (!p.wants_gradient) continue;
+      // Pairs with the same negative: their coefficients, added in order of the pairs, at the first of them. It registers the
+      // anchor with the row that must hear of it.
+      const uint32_t same = __match_any_sync(kWholeWarp, c_an != 0 ? negative : -1 - lane);
+      const bool speaks = c_an != 0 && __ffs(static_cast<int>(same)) - 1 == lane;
+      uint32_t left = c_an != 0 ? same : 0;
+      Acc sum = 0;
+      while (__ballot_sync(kWholeWarp, left != 0) != 0) {
+        const Acc other = __shfl_sync(kWholeWarp, c_an, left != 0 ? __ffs(static_cast<int>(left)) - 1 : lane);
+        if (left != 0) sum += other;
+        left &= left - 1;
+      }
+      if (mine < count) {
+        p.d2_ap[slot + mine] = c_ap;
+        p.coefficient[slot + mine] = speaks ? sum : Acc(0);
+        p.negative[slot + mine] = negative;
+      }
+      if (speaks) {
+        const int32_t place = atomicAdd(&p.times_chosen[negative], 1);
+        if (place < p.list_places) {
+          p.list[int64_t(negative) * p.list_places + place] = static_cast<int32_t>(slot) + mine;
+        } else {
+          atomicMax(&p.counters->list_overflows, 1);
+        }
       }
     }
+    if (with_gradient) {
+      if (p.anchors_are_candidates) {
+        add_to_gradient(p, p.candidates.gradient, p.anchor_offset + anchor_index, 0, pass.is_first(), gradient);
+      } else {
+        add_to_gradient(p, p.anchors.gradient, anchor_index, 0, pass.is_first(), gradient);
+      }
+    }
+    loss = warp_sum(loss);
+    sum_ap = warp_sum(sum_ap);
+    sum_an = warp_sum(sum_an);
     if (lane == 0) {
       p.loss_of_anchor[a] = loss;
       p.sum_d2_ap[a] = sum_ap;
       p.sum_d2_an[a] = sum_an;
     }
-    if (p.wants_gradient && count > 0) {  // register the distinct negatives with the rows that must hear of them
-      __syncwarp();                       // lane 0 has written the coefficients
-      for (int32_t r = lane; r < count; r += 32) {
-        if (p.coefficient[slot + r] == 0) continue;
-        const Winner winner = load_winner(p, slot + r);
-        const int32_t negative = winner.none() ? farthest_of(p, a) : static_cast<int32_t>(winner.index);
-        p.negative[slot + r] = negative;
-        p.list_place[slot + r] = atomicAdd(&p.times_chosen[negative], 1);
-      }
-    }
   }
-  if (lane == 0) {
-    atomic_add(&totals.pairs, pairs);
-    atomic_add(&totals.active, active);
-    atomic_add(&totals.fallback, fallback);
-    atomic_max(&totals.max_d2_ap, ordered_bits(max_d2_ap));
+  max_d2_ap = warp_max(max_d2_ap);
+#pragma unroll
+  for (int i = 0; i < 5; ++i) {
+    const uint32_t count = warp_sum(counts[i]);
+    if (lane == 0) atomic_add(&totals.counts[i], uint64_t(count));
   }
-  __syncthreads();
+  if (lane == 0) atomic_max(&totals.max_d2_ap, ordered_bits(double(max_d2_ap)));
+  __syncthreads();  // the totals
   if (thread_index() == 0) {  // integers: their sum does not depend on the order
-    atomic_add(&p.counters->pairs, totals.pairs);
-    atomic_add(&p.counters->active, totals.active);
-    atomic_add(&p.counters->fallback, totals.fallback);
+    for (int i = 0; i < 5; ++i) atomic_add(&p.counters->counts[i], totals.counts[i]);
     atomic_max(&p.counters->max_d2_ap, totals.max_d2_ap);
   }
 }

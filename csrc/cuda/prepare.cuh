@@ -1,17 +1,15 @@
-// Phase 1: rows sorted by (label, index), their classes, and the operands of the products.
+// Phase 1: rows sorted by (label, index), their classes, and the operands of the products. A warp per row, no barrier
+// between:
 //
-// A block takes kUnit rows at a time:
+//   label    ->  how many labels are smaller, equal, equal and before  ->  position, mate_begin, mate_end
+//   row [D]  ->  largest |x|, norm  ->  operand [pitch], exponent, inverse_norm  ->  norm: its product with itself
 //
-//   labels [count]  ->  less, equal, before [kUnit]  ->  position, mate_begin, mate_end
-//   row [D]         ->  largest |x|, norm            ->  operand [pitch], exponent, inverse_norm
-//   operands        ->  norm: the diagonal of the 16 x 16 product of the unit with itself
-//
-// Up to kSortChunk rows a label's place is simply the number of smaller ones: N^2 comparisons by ballots, no barrier, 1 us at
-// N = 1800. Beyond, chunks are counted and merged (sort.cuh) first. Reads X once, writes N * pitch bytes.
+// Up to kSortChunk rows a row counts all labels: N^2 / 32 comparisons by warps. Beyond, chunks are counted and merged
+// (sort.cuh) first. Reads X once, writes N * pitch bytes.
 //
 // Each row has a power-of-two scale of its own, so no finite range of inputs is lost in half precision: an element that
-// underflows is 2^-28 of its row's largest, far below float32's own error in a product of rows. Distances are computed in units
-// of the largest row's scale (tile.cuh), which is exact too.
+// underflows is 2^-28 of its row's largest, far below float32's own error in a product of rows. Distances are computed in
+// units of the largest row's scale (tile.cuh), which is exact too.
 #pragma once
 
 #include "sort.cuh"
@@ -49,12 +47,14 @@ __device__ __forceinline__ void store_operand(uint8_t* row, int32_t d, typename 
   }
 }
 
-// Four (split) or eight (half, bfloat) neighbouring elements of two rows of A and one of B, and their products. Which k a lane
-// holds does not matter as long as A and B agree, so a lane takes 16 contiguous bytes of a row: one vector load, no shuffling.
+// Four (split) or eight (half, bfloat) neighbouring elements of two rows of A and one of B, and their products. Which k a
+// lane holds does not matter as long as A and B agree, so a lane takes 16 contiguous bytes of a row: one vector load, no
+// shuffling.
 //
 // split: a register is (hi, lo). hi * hi takes the lower halves of two registers; the cross terms hi * lo + lo * hi pair
-// (hi, lo) with (lo, hi) inside one register. Exchanging A and B then only exchanges two neighbours inside one mma's sum, which
-// the hardware adds without order: d(a, b) = d(b, a) bit for bit (seen under emulation; on hardware gpu_check.sh measures it).
+// (hi, lo) with (lo, hi) inside one register. Exchanging A and B then only exchanges two neighbours inside one mma's sum,
+// which the hardware adds without order: d(a, b) = d(b, a) bit for bit (seen under emulation; on hardware gpu_check.sh
+// measures it).
 template <Math M>
 struct Fragments;
 
@@ -98,41 +98,38 @@ struct Fragments {
 // A product from its accumulators.
 __device__ __forceinline__ float combine(float hh, float hl) { return fmaf(hl, 1.f / 2048, hh); }
 
-// norm[position] for the unit's rows, by the very operations that a tile spends on the product of a row with itself, so that
-// rows with equal bits are at distance exactly 0.
-template <Math M, class Acc>
-__device__ void unit_norms(const Rows<Acc>& rows, int32_t pitch, const int32_t* destination, int count) {
+// The products of 16 rows with 8 columns, by one warp and straight from global memory: row(i) and column(i) point to
+// operands. Calls body(row, column, product) for each, in the lane that has it. By the very operations, in the same order of
+// k, that a tile (tile.cuh) spends on an element: rows with equal bits have equal products here and there.
+template <Math M, class Acc, class Row, class Column, class Body>
+__device__ __forceinline__ void strip_products(int32_t pitch, Row row, Column column, Body body) {
   const int lane = thread_index() % 32;
   if constexpr (M == Math::simt32 || M == Math::simt64) {
-    if (lane < count) {
-      const Acc* row = reinterpret_cast<const Acc*>(rows.operand + int64_t(destination[lane]) * pitch);
-      Acc sum = 0;
-      for (int32_t k = 0; k < pitch / int32_t(sizeof(Acc)); ++k) sum = fma(row[k], row[k], sum);
-      rows.norm[destination[lane]] = sum;
+    const Acc* b = reinterpret_cast<const Acc*>(column(lane % 8));
+    const Acc* a[4];
+    Acc sum[4] = {};
+    for (int i = 0; i < 4; ++i) a[i] = reinterpret_cast<const Acc*>(row(lane / 8 + 4 * i));
+    for (int32_t k = 0; k < pitch / int32_t(sizeof(Acc)); ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = fma(a[i][k], b[k], sum[i]);
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) body(lane / 8 + 4 * i, lane % 8, sum[i]);
   } else {
     const int g = lane / 4, t = lane % 4;
-    const uint8_t* row = rows.operand + int64_t(destination[g < count ? g : 0]) * pitch;
-    const uint8_t* row8 = rows.operand + int64_t(destination[g + 8 < count ? g + 8 : 0]) * pitch;
-    float hh[2][4] = {}, hl[2][4] = {};
-#pragma unroll 1
-    for (int32_t k = 16 * t; k < pitch; k += kStageBytes) {
-      const uint4 a = *reinterpret_cast<const uint4*>(row + k), a8 = *reinterpret_cast<const uint4*>(row8 + k);
-      const auto fragments = Fragments<M>::of(a, a8);
-      fragments.multiply(a, hh[0], hl[0]);   // columns 0 .. 7 are rows 0 .. 7
-      fragments.multiply(a8, hh[1], hl[1]);  // columns 8 .. 15
+    const uint8_t *a = row(g) + 16 * t, *a8 = row(g + 8) + 16 * t, *b = column(g) + 16 * t;
+    const auto load = [](const uint8_t* from) { return *reinterpret_cast<const uint4*>(from); };
+    float hh[4] = {}, hl[4] = {};
+#pragma unroll 4  // twelve loads in flight
+    for (int32_t k = 0; k < pitch; k += kStageBytes) {
+      Fragments<M>::of(load(a + k), load(a8 + k)).multiply(load(b + k), hh, hl);
     }
-    // Lane (g, t) holds (g, 2t) and (g, 2t + 1) of the left half and (g + 8, 8 + 2t), (g + 8, 9 + 2t) of the right one.
-    if (t == g / 2) {
-      if (g < count) rows.norm[destination[g]] = g % 2 == 0 ? combine(hh[0][0], hl[0][0]) : combine(hh[0][1], hl[0][1]);
-      if (g + 8 < count) {
-        rows.norm[destination[g + 8]] = g % 2 == 0 ? combine(hh[1][2], hl[1][2]) : combine(hh[1][3], hl[1][3]);
-      }
-    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) body(g + i / 2 * 8, 2 * t + i % 2, M == Math::split ? combine(hh[i], hl[i]) : hh[i]);
   }
 }
 
-// One warp turns row `index` into the operand at `position`.
+// One warp turns row `index` into the operand at `position`, and takes its norm: the diagonal of its product with itself.
 template <Math M, class In, class Acc>
 __device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t index, int32_t position, Facts& facts) {
   const int lane = thread_index() % 32;
@@ -167,6 +164,11 @@ __device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t 
   for (int32_t d = lane; d < p.pitch / kBytes; d += 32) {
     store_operand<M>(row, d, d < p.dim ? widen(x[d]) * inverse : Acc(0), exponent);
   }
+  __syncwarp();  // the row is there for all lanes
+  const auto itself = [&](int) -> const uint8_t* { return row; };
+  strip_products<M, Acc>(p.pitch, itself, itself, [&](int i, int j, Acc product) {
+    if (i == 0 && j == 0) rows.norm[position] = product;
+  });
   if (lane == 0) {
     rows.inverse_norm[index] = inverse;
     rows.exponent[position] = exponent;
@@ -177,56 +179,32 @@ __device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t 
 
 // ---- places ---------------------------------------------------------------------------------------------------------
 
-struct UnitCounts {  // of each row of a unit, among some labels: those smaller, equal, and equal with a lower index
-  int32_t less[kUnit], equal[kUnit], before[kUnit];
+struct Among {  // of a label, among others: how many are smaller, equal, equal with a lower index
+  int32_t less, equal, before;
 };
 
-// Adds the labels[begin .. end) to the counts, by the whole block; the caller has zeroed them and puts a barrier behind.
-__device__ inline void count_labels(const int64_t* labels, int32_t begin, int32_t end, const int64_t* unit_label,
-                                    const int32_t* unit_index, UnitCounts& counts) {
-  const int lane = thread_index() % 32;
-  int32_t less = 0, equal = 0, before = 0;  // lane u counts for row u
-  for (int32_t base = begin; base < end; base += kThreads) {
-    const int32_t j = base + thread_index();
-    const bool valid = j < end;
-    const int64_t label = valid ? labels[j] : 0;
-#pragma unroll 4
-    for (int u = 0; u < kUnit; ++u) {
-      const uint32_t smaller = __ballot_sync(kWholeWarp, valid && label < unit_label[u]);
-      const uint32_t same = __ballot_sync(kWholeWarp, valid && label == unit_label[u]);
-      const uint32_t earlier = same & __ballot_sync(kWholeWarp, j < unit_index[u]);
-      if (lane == u) {
-        less += __popc(smaller);
-        equal += __popc(same);
-        before += __popc(earlier);
-      }
-    }
+// By one warp, among labels[begin .. end): the same in every lane.
+__device__ __forceinline__ Among count_labels(const int64_t* labels, int32_t begin, int32_t end, int64_t label,
+                                              int32_t index) {
+  Among among{0, 0, 0};
+#pragma unroll 8  // loads in flight
+  for (int32_t j = begin + thread_index() % 32; j < end; j += 32) {
+    const int64_t other = labels[j];
+    among.less += other < label ? 1 : 0;
+    among.equal += other == label ? 1 : 0;
+    among.before += other == label && j < index ? 1 : 0;
   }
-  if (lane < kUnit) {
-    atomicAdd(&counts.less[lane], less);
-    atomicAdd(&counts.equal[lane], equal);
-    atomicAdd(&counts.before[lane], before);
-  }
+  return {warp_sum(among.less), warp_sum(among.equal), warp_sum(among.before)};
 }
 
-struct PrepareShared {
-  int64_t label[kUnit];
-  int32_t index[kUnit];
-  int32_t destination[kUnit];
-  UnitCounts own, other;
-  Facts facts;
-};
-
-// Calls body(rows, others, are_anchors, unit, first row, rows in the unit) for every unit of this block.
+// Calls body(rows, others, are_anchors, i) for i in 0 .. rows.count of both sets, a warp each.
 template <class Acc, class Body>
-__device__ __forceinline__ void for_each_unit(const Problem<Acc>& p, Body body) {
-  const int32_t candidate_units = (p.candidates.count + kUnit - 1) / kUnit;
-  const int32_t units = candidate_units + (p.plain ? 0 : (p.anchors.count + kUnit - 1) / kUnit);
-  for (int32_t unit = block_index(); unit < units; unit += grid_size()) {
-    const bool second = unit >= candidate_units;
-    const Rows<Acc>& rows = second ? p.anchors : p.candidates;
-    const int32_t first = (second ? unit - candidate_units : unit) * kUnit;
-    body(rows, second ? p.candidates : p.anchors, second || p.plain, unit, first, min(kUnit, rows.count - first));
+__device__ __forceinline__ void for_each_row(const Problem<Acc>& p, Body body) {
+  const int64_t rows = int64_t(p.candidates.count) + (p.plain ? 0 : p.anchors.count);
+  for (int64_t i = int64_t(block_index()) * kWarps + thread_index() / 32; i < rows; i += int64_t(grid_size()) * kWarps) {
+    const bool second = i >= p.candidates.count;
+    body(second ? p.anchors : p.candidates, second ? p.candidates : p.anchors, second || p.plain,
+         static_cast<int32_t>(second ? i - p.candidates.count : i));
   }
 }
 
@@ -239,7 +217,8 @@ __device__ void merge_chunks(const Problem<Acc>& p) {
     for (int set = 0; set < (p.plain ? 1 : 2); ++set) {
       const Rows<Acc>& rows = set == 0 ? p.candidates : p.anchors;
       const int64_t* from = rows.sorted_label[merge & 1];
-      for (int64_t i = int64_t(block_index()) * kThreads + thread_index(); i < rows.count; i += int64_t(grid_size()) * kThreads) {
+      for (int64_t i = int64_t(block_index()) * kThreads + thread_index(); i < rows.count;
+           i += int64_t(grid_size()) * kThreads) {
         const int32_t place = merged_place(from, rows.count, int64_t(kSortChunk) << merge, static_cast<int32_t>(i));
         rows.sorted_label[(merge + 1) & 1][place] = from[i];
         rows.sorted_index[(merge + 1) & 1][place] = rows.sorted_index[merge & 1][i];
@@ -252,66 +231,50 @@ __device__ void merge_chunks(const Problem<Acc>& p) {
 template <Math M, class In, class Acc>
 __device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
-  PrepareShared& s = *carver.take<PrepareShared>(1);
-  const bool one_chunk = p.merges == 0;
-
+  Facts& facts = *carver.take<Facts>(1);
+  const int lane = thread_index() % 32;
+  if (thread_index() == 0) facts = Facts{0, kNoExponent, 0};
   if (block_index() == 0 && thread_index() == 0) *p.counters = Counters{};
-  for (int64_t c = int64_t(block_index()) * kThreads + thread_index(); c < p.candidates.count; c += int64_t(grid_size()) * kThreads) {
+  for (int64_t c = int64_t(block_index()) * kThreads + thread_index(); c < p.candidates.count;
+       c += int64_t(grid_size()) * kThreads) {
     p.times_chosen[c] = 0;
   }
+  __syncthreads();  // zero facts
 
-  // One chunk: a row's place is counted and its operand stored in one go. Several: places inside the chunks first (step 0), then
-  // merging, then the operands of rows in their order (step 1).
-#pragma unroll 1
-  for (int step = one_chunk ? 1 : 0; step < 2; ++step) {
-    const bool counts = step == 0 || one_chunk;
-    if (!counts) merge_chunks(p);
-    for_each_unit(p, [&](const Rows<Acc>& rows, const Rows<Acc>& others, bool are_anchors, int32_t unit, int32_t first, int count) {
-      const int thread = thread_index(), row = first + thread;
-      __syncthreads();  // the unit before is done with `s`
-      if (thread == 0) s.facts = Facts{0, kNoExponent, 0};
-      if (counts) {
-        if (thread < kUnit) {
-          s.label[thread] = thread < count ? rows.labels[row] : 0;
-          s.index[thread] = row;
-          s.own.less[thread] = s.own.equal[thread] = s.own.before[thread] = 0;
-          s.other.less[thread] = s.other.equal[thread] = s.other.before[thread] = 0;
-        }
-        __syncthreads();  // the unit's labels, zero counts
-        const int32_t begin = first / kSortChunk * kSortChunk;
-        count_labels(rows.labels, begin, min(begin + kSortChunk, rows.count), s.label, s.index, s.own);
-        if (one_chunk && !p.plain) count_labels(others.labels, 0, others.count, s.label, s.index, s.other);
-        __syncthreads();  // the counts
-        if (thread < count) {
-          const int32_t place = begin + s.own.less[thread] + s.own.before[thread];
-          rows.sorted_label[0][place] = s.label[thread];
-          rows.sorted_index[0][place] = row;
-          s.destination[thread] = place;
-        }
-      } else if (thread < count) {
-        s.label[thread] = rows.sorted_label[p.merges & 1][row];
-        s.index[thread] = sorted_index(p, rows)[row];
-        s.destination[thread] = row;
-      }
-      if (step == 0) return;
-      __syncthreads();  // facts, indices, destinations
-      if (thread < count) {
-        const UnitCounts& mates = p.plain ? s.own : s.other;
-        const int64_t* labels = others.sorted_label[p.merges & 1];
-        const int32_t place = s.destination[thread];
-        const int32_t begin = counts ? mates.less[thread] : count_below<false>(labels, others.count, s.label[thread]);
-        const int32_t end = counts ? begin + mates.equal[thread] : count_below<true>(labels, others.count, s.label[thread]);
-        rows.position[s.index[thread]] = place;
-        rows.mate_begin[place] = begin;
-        rows.mate_end[place] = end;
-        if (are_anchors) atomicMax(&s.facts.max_positives, count_positives(p, begin, end));
-      }
-      for (int u = thread / 32; u < count; u += kWarps) store_row<M, In>(p, rows, s.index[u], s.destination[u], s.facts);
-      __syncthreads();  // operands and facts
-      if (thread < 32) unit_norms<M>(rows, p.pitch, s.destination, count);
-      if (thread == 0) p.facts[unit] = s.facts;
+  const auto store = [&](const Rows<Acc>& rows, bool are_anchors, int32_t index, int32_t place, int32_t begin, int32_t end) {
+    if (lane == 0) {
+      rows.position[index] = place;
+      rows.mate_begin[place] = begin;
+      rows.mate_end[place] = end;
+      if (are_anchors) atomicMax(&facts.max_positives, count_positives(p, begin, end));
+    }
+    store_row<M, In>(p, rows, index, place, facts);
+  };
+  const bool one_chunk = p.merges == 0;
+  for_each_row(p, [&](const Rows<Acc>& rows, const Rows<Acc>& others, bool are_anchors, int32_t row) {
+    const int64_t label = rows.labels[row];
+    const int32_t first = row / kSortChunk * kSortChunk;
+    const Among own = count_labels(rows.labels, first, min(first + kSortChunk, rows.count), label, row);
+    const int32_t place = first + own.less + own.before;
+    if (lane == 0) {
+      rows.sorted_label[0][place] = label;
+      rows.sorted_index[0][place] = row;
+    }
+    if (!one_chunk) return;
+    const Among mates = p.plain ? own : count_labels(others.labels, 0, others.count, label, 0);
+    store(rows, are_anchors, row, place, mates.less, mates.less + mates.equal);
+  });
+  if (!one_chunk) {
+    merge_chunks(p);
+    for_each_row(p, [&](const Rows<Acc>& rows, const Rows<Acc>& others, bool are_anchors, int32_t place) {
+      const int64_t label = rows.sorted_label[p.merges & 1][place];
+      const int64_t* labels = others.sorted_label[p.merges & 1];
+      store(rows, are_anchors, sorted_index(p, rows)[place], place, count_below<false>(labels, others.count, label),
+            count_below<true>(labels, others.count, label));
     });
   }
+  __syncthreads();  // the facts of all warps
+  if (thread_index() == 0) p.facts[block_index()] = facts;
 }
 
 // The facts of all rows, in every thread. Behind the grid barrier that ends prepare().
@@ -319,23 +282,14 @@ template <class Acc>
 __device__ Facts gather_facts(const Problem<Acc>& p, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   Facts& s = *carver.take<Facts>(1);
+  __syncthreads();  // prepare() has read its own facts, which stand in the same place
   if (thread_index() == 0) s = Facts{0, kNoExponent, 0};
   __syncthreads();
-  const int32_t units = (p.candidates.count + kUnit - 1) / kUnit + (p.plain ? 0 : (p.anchors.count + kUnit - 1) / kUnit);
-  Facts mine{0, kNoExponent, 0};
-  for (int32_t unit = thread_index(); unit < units; unit += kThreads) {
-    const Facts facts = p.facts[unit];
-    mine.max_positives = max(mine.max_positives, facts.max_positives);
-    mine.max_exponent = max(mine.max_exponent, facts.max_exponent);
-    mine.has_nonfinite |= facts.has_nonfinite;
-  }
-  mine.max_positives = warp_max(mine.max_positives);
-  mine.max_exponent = warp_max(mine.max_exponent);
-  mine.has_nonfinite = warp_max(mine.has_nonfinite);
-  if (thread_index() % 32 == 0) {
-    atomicMax(&s.max_positives, mine.max_positives);
-    atomicMax(&s.max_exponent, mine.max_exponent);
-    atomicMax(&s.has_nonfinite, mine.has_nonfinite);
+  for (int32_t block = thread_index(); block < grid_size(); block += kThreads) {
+    const Facts facts = p.facts[block];
+    atomicMax(&s.max_positives, facts.max_positives);
+    atomicMax(&s.max_exponent, facts.max_exponent);
+    atomicMax(&s.has_nonfinite, facts.has_nonfinite);
   }
   __syncthreads();
   const Facts all = s;

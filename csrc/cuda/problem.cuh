@@ -17,14 +17,14 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kSide = 32 * kWarpsPerSide;
 constexpr int kStageBytes = 64;   // of every row, per stage of the copy ring: 16 split floats, 32 halves or 8 doubles
 constexpr int kStages = 3;        // of the ring
-constexpr int kUnit = 16;         // rows prepared together: the height of an mma
+constexpr int kStrip = 16;        // anchors whose positives a block finds together: the height of an mma
+constexpr int kRowsPerBlock = 8;  // a grid has at most a block per so many rows
 #ifndef FACENET_EXT_SORT_CHUNK
 #define FACENET_EXT_SORT_CHUNK 4096  // up to here labels are sorted by counting alone; the tests build with 64
 #endif
 constexpr int kSortChunk = FACENET_EXT_SORT_CHUNK;
 constexpr int kWarpSort = FACENET_EXT_SORT_CHUNK < 128 ? 16 : 128;  // longer lists are sorted by a block
 constexpr int kTileGroup = 8;     // rows of tiles that walk down the columns together, so that L2 serves them
-static_assert(kSortChunk % kUnit == 0 && kUnit <= 32);
 static_assert(2 * kSide * (kStageBytes / 16) % kThreads == 0, "every thread copies as many 16-byte pieces");
 
 // How products of rows are computed; what a row looks like in `operand`.
@@ -64,17 +64,18 @@ struct Rows {
   int64_t* sorted_label[2];   // [count] by position; two buffers for the merges, the sorted one is the last written
   int32_t* sorted_index[2];   // [count] by position: the index
   int32_t* position;          // [count] by index: the position
-  int32_t* mate_begin;        // [count] by position: rows of the other set (the same one if plain) with this label stand at
-  int32_t* mate_end;          //         positions mate_begin .. mate_end there
-  uint8_t* operand;           // [count, pitch] bytes by position, zero behind element D
-  Acc* norm;                  // [count] by position: the row's product with itself, by the arithmetic of the tiles, scaled
-  int32_t* exponent;          // [count] by position: operand = row * 2^-exponent
-  Acc* inverse_norm;          // [count] by index: what the row is multiplied by if it is to be normalised
-  Acc* gradient;              // [count, D] by index: running sum over passes; null: no gradient asked for
-  void* gradient_out;         // [count, D] input type
+  int32_t* mate_begin;  // [count] by position: rows of the other set (the same one if plain) with this label stand at
+  int32_t* mate_end;  //         positions mate_begin .. mate_end there
+  uint8_t* operand;  // [count, pitch] bytes by position, zero behind element D
+  Acc* norm;  // [count] by position: the row's product with itself, by the arithmetic of the tiles, scaled
+  int32_t* exponent;  // [count] by position: operand = row * 2^-exponent
+  Acc* inverse_norm;  // [count] by index: what the row is multiplied by if it is to be normalised
+  Acc* gradient;  // [count, D] by index: running sum over passes
+  void* gradient_out;  // [count, D] Acc, or null
+  bool aligned;  // vectors of 16 bytes of Acc lie on multiples of their size in every row, and fill it
 };
 
-struct Facts {  // of a unit of rows, of all rows in the end
+struct Facts {  // of a block's rows, of all rows in the end
   int32_t max_positives;
   int32_t max_exponent;
   int32_t has_nonfinite;
@@ -82,45 +83,59 @@ struct Facts {  // of a unit of rows, of all rows in the end
 constexpr int32_t kNoExponent = -(1 << 20);  // a row of zeros
 
 struct Counters {
-  uint64_t pairs, active, fallback;
+  uint64_t counts[5];  // as stat_counts
   uint64_t max_d2_ap;  // ordered bits of a double
-  uint64_t list_end;   // entries of `list` given away so far
+  uint64_t list_end;  // of this pass: entries of `list` given away, if some list does not fit in its place
+  int32_t list_overflows;  // of this pass: there is such a list
 };
 
 template <class Acc>
 struct Problem {
   Rows<Acc> anchors, candidates;  // the same if plain
-  bool plain;                     // anchors are the candidates: distances are symmetric and half of the tiles do
-  bool anchors_are_candidates;    // at index anchor_offset + a
-  bool mining, normalize, euclidean, skip_fallback, wants_gradient;
+  bool plain;  // anchors are the candidates: distances are symmetric and half of the tiles do
+  bool anchors_are_candidates;  // at index anchor_offset + a
+  bool mining, normalize, euclidean, cosine, soft_margin, wants_gradient;
+  Negatives negatives;
+  Positives positives;
+  bool unordered;
+  bool drops_pairs;  // not every candidate of the anchor's class makes a pair: one of the three options above, or those below
+  int32_t positives_end;  // candidates from this index on are nobody's positives
+  bool without_negative;  // a pair whose bucket is empty does not count, or (mining, random rules) has negative -1
   Reduction reduction;
   int32_t anchor_offset;
   int32_t dim;
-  int32_t pitch;         // bytes of a row in `operand`, a multiple of kStageBytes
-  int32_t merges;        // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
+  int32_t pitch;  // bytes of a row in `operand`, a multiple of kStageBytes
+  int32_t merges;  // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
   int32_t shared_slots;  // an anchor's buckets that fit in shared memory
   Acc margin;
+  Acc width;  // random rules: eligible is t > d - width, or t >= d - width if `closed`
+  bool closed;
+  const int64_t* seed;
 
   // Anchors are worked off in passes of as many as there are slots for; all passes have the same stride = max positives.
-  int32_t slots;         // places for (anchor, positive) pairs and as many buckets
-  Acc* d2_ap;            // [slots] selection distances in order of the positive; after finish() the pair's gradient coefficient
-  Acc* threshold;        // [slots] the same, ascending
-  uint64_t* best;        // [slots] bucket r: the closest negative with threshold[r] < d <= threshold[r + 1]
+  int32_t slots;  // places for (anchor, positive) pairs and as many buckets
+  Acc* d2_ap;  // [slots] selection distances in order of the positive; after finish() the pair's gradient coefficient
+  Acc* threshold;  // [slots] the same, ascending
+  uint64_t* best;  // [slots] bucket r: the closest negative with threshold[r] < d <= threshold[r + 1]
   uint32_t* best_index;  // [slots] double only: its index
-  Acc* coefficient;      // [slots] after finish(): gradient coefficient of the negative whose run of buckets starts here, or 0
-  int32_t* negative;     // [slots] its candidate index
-  int32_t* list_place;   // [slots] its place in that candidate's list
-  int32_t* list;         // [slots] in the memory of `best`: per candidate the slots that chose it
+  Acc* coefficient;  // [slots] after finish(): gradient coefficient of the pair's negative, or 0: no term, or an earlier
+                     //         pair of the anchor has the same negative and speaks for both
+  int32_t*
+      negative;  // [slots] before finish(): how many thresholds are not farther than the positive, 0: no pair; after it the
+                 //         negative's candidate index
+  int32_t list_places;  // slots / C: places of `list` that each candidate has before it overflows
+  int32_t* list;  // [slots] per candidate the slots that chose it
   int32_t* sorted_list;  // [slots] in the memory of `best`: the same, ascending
-  uint64_t* farthest;         // [A] by position
-  uint32_t* farthest_index;   // [A] double only
-  double* loss_of_anchor;     // [A] by position
-  double* sum_d2_ap;          // [A]
-  double* sum_d2_an;          // [A]
-  int32_t* times_chosen;      // [C] by index: entries in its list
-  int32_t* list_begin;        // [C]
-  Facts* facts;               // [units]
-  Counters* counters;         // [1]
+  int32_t* list_scratch;  // [slots] in the memory of `best`
+  uint64_t* farthest;  // [A] by position
+  uint32_t* farthest_index;  // [A] double only
+  double* loss_of_anchor;  // [A] by position
+  double* sum_d2_ap;  // [A]
+  double* sum_d2_an;  // [A]
+  int32_t* times_chosen;  // [C] by index: entries in its list
+  int32_t* list_begin;  // [C] where some list overflows
+  Facts* facts;  // [blocks]
+  Counters* counters;  // [1]
 
   // outputs, see triplet.h
   void* loss;
@@ -146,17 +161,32 @@ int64_t slots_for(int64_t rows, int64_t dim, int64_t anchors, int64_t candidates
   return wanted > candidates ? wanted : candidates;  // at least one anchor fits, whatever its class
 }
 
-// Lays the workspace out from `base` (null: only to size it) and returns the bytes.
+// Whether negatives are drawn.
+template <class Acc>
+__host__ __device__ __forceinline__ bool draws(const Problem<Acc>& p) {
+  return p.negatives == Negatives::random_semi_hard || p.negatives == Negatives::random_active;
+}
+
+// Options and sizes that every phase reads.
 template <Math M>
-int64_t make_problem(const TripletArgs& args, uint8_t* base, Problem<typename MathTraits<M>::Acc>& p) {
+void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>& p) {
   using Acc = typename MathTraits<M>::Acc;
-  Carver carver{base};
   p.plain = args.num_anchors == args.num_candidates && args.anchor_offset == 0;
   p.anchors_are_candidates = args.anchor_offset >= 0;
   p.mining = args.pair_begin != nullptr;
   p.normalize = args.normalize;
   p.euclidean = args.distance == Distance::euclidean;
-  p.skip_fallback = args.fallback == Fallback::skip && !p.mining;
+  p.cosine = args.distance == Distance::cosine;
+  p.soft_margin = args.soft_margin;
+  p.negatives = args.negatives;
+  p.positives = args.positives;
+  p.unordered = args.pairs == PairOrder::unordered;
+  p.drops_pairs = p.unordered || p.positives != Positives::all || args.negatives_only > 0;
+  p.positives_end = static_cast<int32_t>(args.num_candidates - args.negatives_only);
+  p.without_negative = draws(p) || (p.negatives == Negatives::semi_hard && args.fallback == Fallback::skip && !p.mining);
+  p.closed = p.negatives == Negatives::random_semi_hard && args.band > 0;
+  p.width = static_cast<Acc>(p.closed ? args.band : args.margin);
+  p.seed = args.seed;
   p.wants_gradient = args.grad_candidates != nullptr || args.grad_anchors != nullptr;
   p.reduction = args.reduction;
   p.anchor_offset = static_cast<int32_t>(args.anchor_offset);
@@ -166,32 +196,58 @@ int64_t make_problem(const TripletArgs& args, uint8_t* base, Problem<typename Ma
   const int64_t longest = args.num_anchors > args.num_candidates ? args.num_anchors : args.num_candidates;
   p.merges = 0;
   while ((int64_t(kSortChunk) << p.merges) < longest) ++p.merges;
+}
 
-  const auto carve_rows = [&](Rows<Acc>& rows, const void* x, const int64_t* labels, int64_t stride, int64_t count, void* out) {
-    rows.x = x;
-    rows.labels = labels;
-    rows.stride = stride;
-    rows.count = static_cast<int32_t>(count);
-    for (int buffer = 0; buffer < 2; ++buffer) {
-      rows.sorted_label[buffer] = carver.take<int64_t>(count);
-      rows.sorted_index[buffer] = carver.take<int32_t>(count);
-    }
-    rows.position = carver.take<int32_t>(count);
-    rows.mate_begin = carver.take<int32_t>(count);
-    rows.mate_end = carver.take<int32_t>(count);
-    rows.operand = carver.take<uint8_t>(count * p.pitch);
-    rows.norm = carver.take<Acc>(count);
-    rows.exponent = carver.take<int32_t>(count);
-    rows.inverse_norm = carver.take<Acc>(count);
-    rows.gradient = carver.take<Acc>(count * p.dim);
-    rows.gradient_out = out;
-  };
-  carve_rows(p.candidates, args.candidates, args.candidate_labels, args.candidate_stride, args.num_candidates,
-             args.grad_candidates);
+// One set of rows and what prepare() makes of it.
+template <class Acc>
+void lay_out_rows(Carver& carver, const Problem<Acc>& p, Rows<Acc>& rows, const void* x, const int64_t* labels,
+                  int64_t stride, int64_t count, void* gradient_out, int64_t element_bytes) {
+  rows.x = x;
+  rows.labels = labels;
+  rows.stride = stride;
+  rows.count = static_cast<int32_t>(count);
+  for (int buffer = 0; buffer < 2; ++buffer) {
+    rows.sorted_label[buffer] = carver.take<int64_t>(count);
+    rows.sorted_index[buffer] = carver.take<int32_t>(count);
+  }
+  rows.position = carver.take<int32_t>(count);
+  rows.mate_begin = carver.take<int32_t>(count);
+  rows.mate_end = carver.take<int32_t>(count);
+  rows.operand = carver.take<uint8_t>(count * p.pitch);
+  rows.norm = carver.take<Acc>(count);
+  rows.exponent = carver.take<int32_t>(count);
+  rows.inverse_norm = carver.take<Acc>(count);
+  rows.gradient_out = gradient_out;
+  rows.gradient = nullptr;
+  constexpr int64_t kVector = 16 / sizeof(Acc);  // elements, of whichever input type
+  rows.aligned =
+      reinterpret_cast<uintptr_t>(x) % (kVector * element_bytes) == 0 && stride % kVector == 0 && p.dim % kVector == 0;
+}
+
+// What prepare() counts.
+template <class Acc>
+void lay_out_facts(Carver& carver, const TripletArgs& args, Problem<Acc>& p) {
+  p.times_chosen = carver.take<int32_t>(args.num_candidates);
+  p.facts = carver.take<Facts>(divide_up(args.num_candidates + (p.plain ? 0 : args.num_anchors), kRowsPerBlock));
+  p.counters = carver.take<Counters>(1);
+}
+
+// Lays the workspace out from `base` (null: only to size it) and returns the bytes.
+template <Math M>
+int64_t make_problem(const TripletArgs& args, uint8_t* base, Problem<typename MathTraits<M>::Acc>& p) {
+  using Acc = typename MathTraits<M>::Acc;
+  Carver carver{base};
+  lay_out_sizes<M>(args, p);
+  const int64_t element_bytes = args.dtype == DType::float64 ? 8 : args.dtype == DType::float32 ? 4 : 2;
+  lay_out_rows(carver, p, p.candidates, args.candidates, args.candidate_labels, args.candidate_stride, args.num_candidates,
+               args.grad_candidates, element_bytes);
+  p.candidates.gradient = carver.take<Acc>(args.num_candidates * args.dim);
   if (p.plain) {
     p.anchors = p.candidates;
   } else {
-    carve_rows(p.anchors, args.anchors, args.anchor_labels, args.anchor_stride, args.num_anchors, args.grad_anchors);
+    lay_out_rows(carver, p, p.anchors, args.anchors, args.anchor_labels, args.anchor_stride, args.num_anchors,
+                 args.grad_anchors, element_bytes);
+    p.anchors.gradient = carver.take<Acc>(args.num_anchors * args.dim);
   }
 
   const int64_t rows = p.plain ? args.num_candidates : args.num_anchors + args.num_candidates;  // N
@@ -203,18 +259,17 @@ int64_t make_problem(const TripletArgs& args, uint8_t* base, Problem<typename Ma
   p.best_index = carver.take<uint32_t>(sizeof(Acc) == 8 ? slots : 0);
   p.coefficient = carver.take<Acc>(slots);
   p.negative = carver.take<int32_t>(slots);
-  p.list_place = carver.take<int32_t>(slots);
-  p.list = reinterpret_cast<int32_t*>(p.best);
-  p.sorted_list = p.list + slots;
+  p.list = carver.take<int32_t>(slots);
+  p.list_places = static_cast<int32_t>(slots / args.num_candidates);
+  p.sorted_list = reinterpret_cast<int32_t*>(p.best);
+  p.list_scratch = p.sorted_list + slots;
   p.farthest = carver.take<uint64_t>(args.num_anchors);
   p.farthest_index = carver.take<uint32_t>(sizeof(Acc) == 8 ? args.num_anchors : 0);
   p.loss_of_anchor = carver.take<double>(args.num_anchors);
   p.sum_d2_ap = carver.take<double>(args.num_anchors);
   p.sum_d2_an = carver.take<double>(args.num_anchors);
-  p.times_chosen = carver.take<int32_t>(args.num_candidates);
   p.list_begin = carver.take<int32_t>(args.num_candidates);
-  p.facts = carver.take<Facts>(divide_up(args.num_candidates, kUnit) + (p.plain ? 0 : divide_up(args.num_anchors, kUnit)));
-  p.counters = carver.take<Counters>(1);
+  lay_out_facts(carver, args, p);
 
   p.loss = args.loss;
   p.stat_counts = args.stat_counts;
@@ -251,26 +306,35 @@ __device__ __forceinline__ int32_t count_positives(const Problem<Acc>& p, int32_
   return size - (p.anchors_are_candidates ? 1 : 0);
 }
 
+// Buckets of an anchor with so many positives. The closest negative of all needs one, beyond a threshold below every
+// distance.
+template <class Acc>
+__device__ __forceinline__ int32_t count_buckets(const Problem<Acc>& p, int32_t positives) {
+  return p.negatives == Negatives::hard ? min(positives, 1) : positives;
+}
+
 // Place of the positive at position c among the positives of an anchor that stands at position `own` (or -1).
 __device__ __forceinline__ int32_t positive_rank(int32_t begin, int32_t own, int32_t c) {
   return c - begin - (own >= 0 && c > own ? 1 : 0);
 }
 
-constexpr int32_t kPositives = -1;  // a task of a pass; the others are the rounds of the sweep, 0 and up
-
 // The anchors of one pass and what is done with them. All blocks see the same facts, so all make the same passes.
 struct Pass {
   int32_t begin, end;  // positions of anchors
-  int32_t width;       // anchors whose slots fit
-  int32_t stride;      // slots of each
+  int32_t width;  // anchors whose slots fit
+  int32_t stride;  // slots of each
+  int32_t buckets;  // of each, with thresholds or beyond the last
   int32_t max_exponent;
-  int32_t task;
+  bool in_shared;  // buckets fit in shared memory while a tile is swept
   __device__ __forceinline__ bool has(int32_t a) const { return a >= begin && a < end; }
-  __device__ __forceinline__ int64_t slot(int32_t a) const { return int64_t(a - begin) * stride; }
+  __device__ __forceinline__ int32_t slot(int32_t a) const { return (a - begin) * stride; }
+  // An anchor's first bucket and the way to its next. Where they fit in shared memory, those of neighbouring anchors are
+  // neighbours: lanes that are anchors then touch contiguous global memory and different banks.
+  __device__ __forceinline__ int32_t bucket(int32_t a) const { return in_shared ? a - begin : slot(a); }
+  __device__ __forceinline__ int32_t bucket_step() const { return in_shared ? width : 1; }
   __device__ __forceinline__ bool is_first() const { return begin == 0; }
   __device__ __forceinline__ bool is_last(int32_t anchors) const { return end == anchors; }
   __device__ __forceinline__ void advance(int32_t anchors) {
-    task = kPositives;
     begin = end;
     end = end < anchors - width ? end + width : anchors;
   }
@@ -278,7 +342,14 @@ struct Pass {
 template <class Acc>
 __device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, const Facts& facts) {
   const int32_t stride = max(facts.max_positives, 1);
-  Pass pass{0, 0, p.slots / stride, stride, facts.max_exponent, kPositives};
+  const int32_t buckets = count_buckets(p, stride);
+  Pass pass{0,
+            0,
+            min(p.slots / stride, p.anchors.count),
+            stride,
+            buckets,
+            facts.max_exponent,
+            buckets <= p.shared_slots && !draws(p)};
   pass.advance(p.anchors.count);
   return pass;
 }

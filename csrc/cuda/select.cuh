@@ -1,13 +1,12 @@
-// Phases 2 to 4 of a pass: from operands to the closest negative of every bucket.
+// Phases 2 and 3 of a pass: from operands to the closest negative of every bucket.
 //
-//   2 positives   tiles along the diagonal    ->  d2_ap     [anchors of the pass, stride]
-//   3 thresholds  sorted per anchor           ->  threshold
-//   4 sweep       all tiles                   ->  best: per bucket the least (distance, index)
+//   2 thresholds  a block finds the distances of 16 anchors' positives and sorts them  ->  d2_ap, threshold [anchors, stride]
+//   3 sweep       all tiles  ->  best: per bucket the least (distance, index)
 //
-// Bucket r of an anchor takes its negatives with threshold[r] < d <= threshold[r + 1]; those not farther than threshold[0] serve
-// no positive. finish.cuh turns minima into suffix minima, which are the semi-hard negatives.
+// Bucket r of an anchor takes its negatives with threshold[r] < d <= threshold[r + 1]; those not farther than threshold[0]
+// serve no positive. finish.cuh turns minima into suffix minima, which are the semi-hard negatives.
 //
-// Both kinds of distances come from compute_tile(), so equal rows give equal bits in both.
+// Both kinds of distances come from the same products and the same expression, so equal rows give equal bits in both.
 #pragma once
 
 #include "tile.cuh"
@@ -18,188 +17,399 @@ constexpr uint64_t kEmpty = ~uint64_t(0);  // a bucket without negative: above e
 
 // ---- phase 2 --------------------------------------------------------------------------------------------------------
 
-// Moves the cursor to this block's next tile that holds positives of the pass. A class of n rows costs about n^2 products,
-// rounded up to tiles. Positions are sorted by label, so the classes of a row of tiles lie in one band of candidates.
 template <class Acc>
-__device__ void next_positive_tile(const Problem<Acc>& p, const Pass& pass, Cursor& c) {
-  for (;;) {
-    if (c.row >= 0) {
-      c.column += kSide;
-    } else {
-      c.row = pass.begin / kSide * kSide - kSide;  // the first call
-      c.column = c.band_end = 0;
+struct StripShared {
+  Edge<Acc> row, column;
+};
+
+// By one warp: ascending thresholds, and how many of them are not farther than each positive.
+template <class Acc>
+__device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Acc* d2_ap, int32_t positives, Acc* threshold,
+                                                int32_t step, int32_t* not_farther) {
+  for (int32_t r = thread_index() % 32; r < positives; r += 32) {
+    if (p.negatives == Negatives::hard) {
+      if (r == 0) threshold[0] = -1;
+      not_farther[r] = 1;
+      continue;
     }
-    while (c.column >= c.band_end) {
-      c.row += kSide;
-      if (c.row >= pass.end) {
-        c.row = -1;
-        return;
+    const Acc own = d2_ap[r];
+    const auto mine = sort_order(own);
+    int32_t below = 0, before = 0, equal = 0;
+#pragma unroll 8
+    for (int32_t j = 0; j < positives; ++j) {  // all lanes read the same address: a broadcast
+      const auto other = sort_order(d2_ap[j]);
+      below += other < mine ? 1 : 0;
+      equal += other == mine ? 1 : 0;
+      before += other == mine && j < r ? 1 : 0;
+    }
+    threshold[(below + before) * step] = own;
+    not_farther[r] = below + equal;
+  }
+}
+
+// By one warp: which candidates of the class of anchor i (of the strip) make no pair with it. NaN is the farthest or the
+// closest where there is nothing else.
+template <class Acc>
+__device__ void drop_pairs(const Problem<Acc>& p, const Edge<Acc>& edge, int i, const Acc* d2_ap, int32_t* not_farther) {
+  const int32_t begin = edge.mate_begin[i], own = edge.own[i], positives = count_positives(p, begin, edge.mate_end[i]);
+  const int32_t from = p.unordered ? p.anchor_offset + edge.index[i] + 1 : 0;
+  const auto is_pair = [&](int32_t r) {
+    const int32_t index = sorted_index(p, p.candidates)[begin + r + (own >= 0 && begin + r >= own ? 1 : 0)];
+    return index >= from && index < p.positives_end;
+  };
+  const auto score = [&](int32_t r) -> uint64_t {
+    const uint64_t bits = ordered_bits(d2_ap[r]);
+    return p.positives == Positives::easiest ? ~bits : d2_ap[r] == d2_ap[r] ? bits + 2 : 1;
+  };
+  uint64_t most = 0;
+  int32_t chosen = -1;
+  if (p.positives != Positives::all) {
+    for (int32_t r = thread_index() % 32; r < positives; r += 32) {
+      if (is_pair(r) && score(r) > most) {
+        most = score(r);
+        chosen = r;
       }
-      c.column = p.anchors.mate_begin[max(c.row, pass.begin)] / kSide * kSide;
-      c.band_end = p.anchors.mate_end[min(c.row + kSide, pass.end) - 1];
     }
-    if (c.unit++ % grid_size() == block_index()) return;
+    const uint64_t of_all = warp_max(most);
+    chosen = ~warp_max(most == of_all && chosen >= 0 ? ~chosen : INT32_MIN);  // the lowest
+  }
+  for (int32_t r = thread_index() % 32; r < positives; r += 32) {
+    if (p.positives == Positives::all ? !is_pair(r) : r != chosen) not_farther[r] = 0;
   }
 }
 
-template <class Acc>
-__device__ __forceinline__ void store_positives(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s,
-                                                int part) {
-  for (int i = thread_index(); i < kSide * kPart<Acc>; i += kThreads) {
-    const int row = i / kPart<Acc>, column = i % kPart<Acc>;  // a warp writes neighbours
-    const int32_t a = s.cursor->row + row, c = s.cursor->column + part * kPart<Acc> + column;
-    const int32_t begin = s.row->mate_begin[row], end = s.row->mate_end[row], own = s.row->own[row];
-    if (!pass.has(a) || c < begin || c >= end || c == own || count_positives(p, begin, end) == 0) continue;
-    p.d2_ap[pass.slot(a) + positive_rank(begin, own, c)] = s.part[row * (kPart<Acc> + 1) + column];
-  }
-}
+// Positions are sorted by label: the positives of kStrip anchors lie in one band of candidates, kWarps * 8 of which are
+// multiplied at a time, 8 by each warp. FLOPs: 2 kStrip D per candidate of the band and product of the format. A block then
+// sorts what it has found itself: a warp an anchor, or the block where there are more than kWarpSort.
+template <Math M, class Acc>
+__device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_memory) {
+  Carver carver{shared_memory, 0, true};
+  StripShared<Acc>& s = *carver.take<StripShared<Acc>>(1);
+  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
+  if (block_index() == 0 && thread == 0) p.counters->list_end = p.counters->list_overflows = 0;
 
-// ---- phase 3 --------------------------------------------------------------------------------------------------------
-
-template <class Acc>
-__device__ __forceinline__ void empty_bucket(const Problem<Acc>& p, int64_t slot) {
-  p.best[slot] = kEmpty;
-  if (sizeof(Acc) == 8) p.best_index[slot] = ~0u;
-}
-
-// Sorts every anchor's distances and empties its buckets: a warp per anchor, a block where there are more than kWarpSort.
-template <class Acc>
-__device__ void sort_thresholds(const Problem<Acc>& p, const Pass& pass) {
-  const int warp = thread_index() / 32, lane = thread_index() % 32;
-  const auto positives = [&](int32_t a) { return count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]); };
-  if (pass.stride > kWarpSort) {
-    for (int32_t a = pass.begin + block_index(); a < pass.end; a += grid_size()) {
-      const int32_t count = positives(a);
-      if (count <= kWarpSort) continue;
-      const int64_t slot = pass.slot(a);
-      // A copy is sorted: d2_ap stays in order of the positive. `best` is free until the buckets are emptied, `coefficient`
-      // until finish().
-      Acc* keys = reinterpret_cast<Acc*>(p.best + slot);
-      for (int32_t i = thread_index(); i < count; i += kThreads) keys[i] = p.d2_ap[slot + i];
-      __syncthreads();
-      block_sort(keys, p.threshold + slot, p.coefficient + slot, count);
-      for (int32_t r = thread_index(); r < count; r += kThreads) empty_bucket(p, slot + r);  // behind block_sort's last barrier
+#pragma unroll 1
+  for (int32_t first = pass.begin + block_index() * kStrip; first < pass.end; first += grid_size() * kStrip) {
+    const int32_t count = min(kStrip, pass.end - first);
+    __syncthreads();  // the strip before has been sorted
+    load_edge(p, p.anchors, first, pass.max_exponent, true, thread, s.row);
+    __syncthreads();  // the rows' edge
+    const int32_t band_end = s.row.mate_end[count - 1];
+#pragma unroll 1
+    for (int32_t column = s.row.mate_begin[0]; column < band_end; column += 8 * kWarps) {
+      __syncthreads();  // the columns before have been read
+      load_edge(p, p.candidates, column, pass.max_exponent, false, thread, s.column);
+      __syncthreads();  // the columns' edge
+      const auto operand = [&](const Rows<Acc>& rows, int32_t position) -> const uint8_t* {
+        return rows.operand + int64_t(min(position, rows.count - 1)) * p.pitch;
+      };
+      strip_products<M, Acc>(
+          p.pitch, [&](int i) { return operand(p.anchors, first + i); },
+          [&](int i) { return operand(p.candidates, column + 8 * warp + i); },
+          [&](int i, int j, Acc product) {
+            const int32_t c = column + 8 * warp + j, begin = s.row.mate_begin[i], end = s.row.mate_end[i], own = s.row.own[i];
+            if (i >= count || c < begin || c >= end || c == own || count_positives(p, begin, end) == 0) return;
+            p.d2_ap[pass.slot(first + i) + positive_rank(begin, own, c)] =
+                squared_distance(s.row, i, s.column, 8 * warp + j, product);
+          });
+    }
+    __syncthreads();  // d2_ap of the strip
+    const auto empty_bucket = [&](int32_t bucket, bool has_threshold) {
+      if (!has_threshold) p.threshold[bucket] = Acc(INFINITY);
+      p.best[bucket] = kEmpty;
+      if (sizeof(Acc) == 8) p.best_index[bucket] = ~0u;
+    };
+    if (pass.in_shared) {
+      for (int32_t i = thread; i < kStrip * pass.buckets; i += kThreads) {
+        const int32_t anchor = i % kStrip, r = i / kStrip;
+        if (anchor >= count) continue;
+        const int32_t positives = count_positives(p, s.row.mate_begin[anchor], s.row.mate_end[anchor]);
+        empty_bucket(pass.bucket(first + anchor) + r * pass.bucket_step(), r < count_buckets(p, positives));
+      }
+    }
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int32_t positives = count_positives(p, s.row.mate_begin[i], s.row.mate_end[i]);
+      const int32_t slot = pass.slot(first + i);
+      if (p.negatives != Negatives::hard && positives > kWarpSort) {
+        // A copy is sorted: d2_ap stays in order of the positive. `best` is free until the buckets are emptied, `coefficient`
+        // until finish().
+        Acc* keys = reinterpret_cast<Acc*>(p.best + slot);
+        for (int32_t r = thread; r < positives; r += kThreads) keys[r] = p.d2_ap[slot + r];
+        __syncthreads();  // the copy
+        block_sort(keys, p.threshold + slot, p.coefficient + slot, positives);
+        // Behind block_sort's last barrier.
+        for (int32_t r = thread; r < pass.buckets; r += kThreads) empty_bucket(slot + r, r < positives);
+        for (int32_t r = thread; r < positives; r += kThreads) {
+          p.negative[slot + r] = count_below<true>(p.threshold + slot, positives, p.d2_ap[slot + r]);
+        }
+      } else if (i % kWarps == warp) {
+        sort_thresholds(p, p.d2_ap + slot, positives, p.threshold + pass.bucket(first + i), pass.bucket_step(),
+                        p.negative + slot);
+        if (pass.in_shared) continue;
+        for (int32_t r = lane; r < pass.buckets; r += 32) empty_bucket(slot + r, r < count_buckets(p, positives));
+      }
+    }
+    if (p.drops_pairs) {
+      __syncthreads();  // pairs of all of the class
+      for (int i = warp; i < count; i += kWarps) {
+        drop_pairs(p, s.row, i, p.d2_ap + pass.slot(first + i), p.negative + pass.slot(first + i));
+      }
+    }
+    if (thread < count) {
+      p.farthest[first + thread] = 0;
+      if (sizeof(Acc) == 8) p.farthest_index[first + thread] = ~0u;
     }
   }
-  for (int32_t a = pass.begin + block_index() * kWarps + warp; a < pass.end; a += grid_size() * kWarps) {
-    const int32_t count = positives(a);
-    const int64_t slot = pass.slot(a);
-    if (count <= kWarpSort) {
-      warp_sort(p.d2_ap + slot, p.threshold + slot, count);
-      for (int32_t r = lane; r < count; r += 32) empty_bucket(p, slot + r);
-    }
-    if (lane == 0) p.farthest[a] = 0;
-    if (lane == 0 && sizeof(Acc) == 8) p.farthest_index[a] = ~0u;
-  }
 }
 
-// ---- phase 4 --------------------------------------------------------------------------------------------------------
+// ---- phase 3: buckets in shared memory ------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint64_t pack(uint32_t high, uint32_t low) { return uint64_t(high) << 32 | low; }
+
+// Calls body(bucket, r, place) for every bucket r of the kWidth anchors from position `first` on, which stand at `place` and
+// behind it in shared memory; bucket < 0: no anchor of the pass. Lanes are anchors; a thread is called with the same buckets
+// each time.
+template <int kWidth, class Body>
+__device__ __forceinline__ void for_each_bucket(const Pass& pass, int32_t first, int place, Body body) {
+  static_assert(kThreads % kWidth == 0, "a thread stays with its anchor");
+  const int anchor = thread_index() % kWidth;
+  const bool has = pass.has(first + anchor);
+#pragma unroll 4  // loads in flight
+  for (int32_t r = thread_index() / kWidth; r < pass.buckets; r += kThreads / kWidth) {
+    body(has ? first + anchor - pass.begin + r * pass.width : -1, r, place + anchor);
+  }
+}
+
+// A block's first tile finds next to nothing in `best` and begins with empty buckets.
+template <int kWidth>
+__device__ __forceinline__ void load_buckets(const Problem<float>& p, const Pass& pass, Buckets<float>* buckets,
+                                             int32_t first, int place, bool is_first_tile) {
+  for_each_bucket<kWidth>(pass, first, place, [&](int32_t bucket, int32_t r, int at) {
+    const uint64_t key = bucket < 0 || is_first_tile ? kEmpty : load_relaxed(p.best + bucket);
+    buckets[r].threshold[at] = bucket < 0 ? INFINITY : p.threshold[bucket];
+    buckets[r + 1].bits[at] = static_cast<uint32_t>(key >> 32);
+    buckets[r + 1].index[at] = static_cast<uint32_t>(key);
+  });
+  if (thread_index() < kWidth) buckets[0].bits[place + thread_index()] = 0;
+}
+// What has become better.
+template <int kWidth>
+__device__ __forceinline__ void store_buckets(const Problem<float>& p, const Pass& pass, const Buckets<float>* buckets,
+                                              int32_t first, int place) {
+  for_each_bucket<kWidth>(pass, first, place, [&](int32_t bucket, int32_t r, int at) {
+    if (bucket < 0) return;
+    const uint64_t key = pack(buckets[r + 1].bits[at], buckets[r + 1].index[at]);
+    if (key != kEmpty && key < load_relaxed(p.best + bucket)) atomic_min(p.best + bucket, key);
+  });
+}
+
+// Offers d[0 .. kCount) to one anchor, whose bucket 0 stands at `place`; index(j) is the candidate at d[j]. The whole block
+// calls this, several threads for the same anchor. All kCount binary searches go hand in hand, so that their loads overlap;
+// they have as many steps in every lane, because missing thresholds are infinite. First the least distance of a bucket, then
+// the least index at it: 32-bit minima, which shared memory has in hardware, where 64-bit ones are a loop.
+template <int kCount, class Index>
+__device__ __forceinline__ void offer_in_shared(Buckets<float>* buckets, int32_t stride, int place, const float (&d)[kCount],
+                                                Index index) {
+  int32_t bucket[kCount];  // number of thresholds < d; 0 for kNotOffered and NaN
+  // The first two steps choose among three thresholds of the anchor, which are loaded once.
+  const int32_t half = (stride + 1) / 2, quarter = (stride - half + 1) / 2;
+  const float middle = buckets[half - 1].threshold[place], lower = buckets[max(quarter, 1) - 1].threshold[place];
+  const float upper = buckets[min(half + quarter, stride) - 1].threshold[place];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const bool above = middle < d[j];
+    bucket[j] = (above ? half : 0) + ((above ? upper : lower) < d[j] ? quarter : 0);
+  }
+#pragma unroll 1
+  for (int32_t left = stride - half - quarter, step; left > 0; left -= step) {
+    step = (left + 1) / 2;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) bucket[j] += buckets[bucket[j] + step - 1].threshold[place] < d[j] ? step : 0;
+  }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const uint32_t bits = ordered_bits(d[j]);
+    uint32_t* least = &buckets[bucket[j]].bits[place];
+    if (bits < load_relaxed(least)) {
+      atomicMin(least, bits);
+      store_relaxed(&buckets[bucket[j]].index[place], ~0u);  // of a distance that is no longer the least
+    }
+  }
+  __syncthreads();  // the least distances
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    if (ordered_bits(d[j]) == buckets[bucket[j]].bits[place]) {
+      atomicMin(&buckets[bucket[j]].index[place], static_cast<uint32_t>(index(j)));
+    }
+  }
+}
+
+// ---- phase 3: buckets in global memory, where a class does not fit, and double ------------------------------------------
 
 // An anchor while a thread offers it negatives.
 template <class Acc>
 struct Searcher {
-  bool live = false;      // in this pass, with positives
-  bool want_farthest;     // nothing beyond the last threshold is known yet, so a positive may fall back
-  int32_t count;          // positives
-  int32_t mate_begin, mate_end;
-  int32_t a;              // position
-  int64_t slot;
-  const Acc* threshold;   // [count], threshold_pitch apart
-  uint64_t* best;         // [count], best_pitch apart
-  int32_t threshold_pitch, best_pitch;
-  Acc lowest;             // threshold[0]
+  int32_t a;  // position
+  int32_t count;  // buckets; 0: not in this pass, or no positives
+  int32_t bucket;  // the first
+  bool want_farthest;  // nothing beyond the last threshold is known yet, so a positive may fall back
   uint64_t farthest = 0;
   uint32_t farthest_index = ~0u;
 };
 
-// float: the key orders by distance, then by index; one sweep. "Farthest" keys are shifted by one so that NaN is the nearest.
-__device__ __forceinline__ void offer(const Problem<float>&, Searcher<float>& s, float d, uint32_t index, int) {
-  const uint32_t bits = ordered_bits(d);
-  if (s.want_farthest) {
-    const uint64_t key = pack(d == d ? bits + 1 : 0, ~index);
-    s.farthest = key > s.farthest ? key : s.farthest;
-  }
-  if (!(d > s.lowest)) return;  // NaN leaves here
-  const uint64_t key = pack(bits, index);
-  if (key >= load_relaxed(s.best + int64_t(s.count - 1) * s.best_pitch)) return;  // beyond the closest one of the last bucket
-  uint64_t* best = s.best + int64_t(count_below<false>(s.threshold, s.count, d, s.threshold_pitch) - 1) * s.best_pitch;
+// "Farthest" keys are shifted by one so that NaN is the nearest.
+template <class Acc>
+__device__ __forceinline__ auto farthest_bits(Acc d) {
+  return d == d ? ordered_bits(d) + 1 : 0;
+}
+
+// -1: d serves no positive.
+template <class Acc>
+__device__ __forceinline__ int32_t bucket_of(const Problem<Acc>& p, const Searcher<Acc>& s, Acc d) {
+  if (d != d) return -1;  // NaN is nobody's negative
+  return p.negatives == Negatives::hard ? 0 : count_below<false>(p.threshold + s.bucket, s.count, d) - 1;
+}
+
+// float: the key orders by distance, then by index; one sweep.
+__device__ __forceinline__ void offer(const Problem<float>& p, Searcher<float>& s, float d, uint32_t index, int) {
+  const int32_t bucket = bucket_of(p, s, d);
+  if (bucket < 0) return;
+  const uint64_t key = pack(ordered_bits(d), index);
+  uint64_t* best = p.best + s.bucket + bucket;
   if (key < load_relaxed(best)) atomic_min(best, key);
+}
+__device__ __forceinline__ void offer_farthest(const Problem<float>&, Searcher<float>& s, float d, uint32_t index, int) {
+  const uint64_t key = pack(farthest_bits(d), ~index);
+  s.farthest = key > s.farthest ? key : s.farthest;
+}
+__device__ __forceinline__ void store_farthest(const Problem<float>& p, const Searcher<float>& s, int) {
+  if (s.farthest > load_relaxed(p.farthest + s.a)) atomic_max(p.farthest + s.a, s.farthest);
 }
 // double: round 0 finds the least distance of a bucket, round 1 the least index at that distance.
 __device__ __forceinline__ void offer(const Problem<double>& p, Searcher<double>& s, double d, uint32_t index, int round) {
+  const int32_t bucket = bucket_of(p, s, d);
+  if (bucket < 0) return;
   const uint64_t bits = ordered_bits(d);
-  if (s.want_farthest) {
-    const uint64_t key = d == d ? bits + 1 : 0;
-    if (round == 0) s.farthest = key > s.farthest ? key : s.farthest;
-    if (round == 1 && key == p.farthest[s.a] && index < s.farthest_index) s.farthest_index = index;
-  }
-  if (!(d > s.lowest)) return;
-  const int64_t bucket = count_below<false>(s.threshold, s.count, d) - 1;
-  if (round == 0 && bits < load_relaxed(s.best + bucket)) atomic_min(s.best + bucket, bits);
-  if (round == 1 && bits == s.best[bucket]) atomicMin(p.best_index + s.slot + bucket, index);
+  uint64_t* best = p.best + s.bucket + bucket;
+  if (round == 0 && bits < load_relaxed(best)) atomic_min(best, bits);
+  if (round == 1 && bits == *best) atomicMin(p.best_index + s.bucket + bucket, index);
 }
-__device__ __forceinline__ void offer_farthest(const Problem<float>& p, const Searcher<float>& s, int) {
-  if (s.live && s.farthest > load_relaxed(p.farthest + s.a)) atomic_max(p.farthest + s.a, s.farthest);
+__device__ __forceinline__ void offer_farthest(const Problem<double>& p, Searcher<double>& s, double d, uint32_t index,
+                                               int round) {
+  const uint64_t key = farthest_bits(d);
+  if (round == 0) s.farthest = key > s.farthest ? key : s.farthest;
+  if (round == 1 && key == p.farthest[s.a] && index < s.farthest_index) s.farthest_index = index;
 }
-__device__ __forceinline__ void offer_farthest(const Problem<double>& p, const Searcher<double>& s, int round) {
-  if (!s.live) return;
+__device__ __forceinline__ void store_farthest(const Problem<double>& p, const Searcher<double>& s, int round) {
   if (round == 0 && s.farthest > load_relaxed(p.farthest + s.a)) atomic_max(p.farthest + s.a, s.farthest);
   if (round == 1 && s.farthest_index != ~0u) atomicMin(p.farthest_index + s.a, s.farthest_index);
 }
 
-// Sets up the anchor at position a, whose entry in the edge is i. thresholds, bests: its bucket 0 in shared memory, or null.
-template <class Acc>
-__device__ __forceinline__ Searcher<Acc> make_searcher(const Problem<Acc>& p, const Pass& pass, const Edge<Acc>& edge, int i,
-                                                       int32_t a, const Acc* thresholds, uint64_t* bests) {
-  Searcher<Acc> s;
-  s.mate_begin = edge.mate_begin[i];
-  s.mate_end = edge.mate_end[i];
-  s.count = edge.index[i] >= 0 && pass.has(a) ? count_positives(p, s.mate_begin, s.mate_end) : 0;
-  s.live = s.count > 0;
-  s.a = a;
-  s.slot = s.live ? pass.slot(a) : 0;
-  const bool in_shared = bests != nullptr;
-  s.threshold = in_shared ? thresholds : p.threshold + s.slot;
-  s.best = in_shared ? bests : p.best + s.slot;
-  s.threshold_pitch = in_shared ? int32_t(sizeof(Buckets<Acc>) / sizeof(Acc)) : 1;
-  s.best_pitch = in_shared ? int32_t(sizeof(Buckets<Acc>) / sizeof(uint64_t)) : 1;
-  s.want_farthest = false;
-  if (s.live) {
-    s.lowest = s.threshold[0];
-    s.want_farthest = !p.skip_fallback && load_relaxed(s.best + int64_t(s.count - 1) * s.best_pitch) == kEmpty;
-  }
-  return s;
-}
+// ---- phase 3: rules that draw ----------------------------------------------------------------------------------------
 
-// Copies the buckets of `width` anchors from position `first` on, entries `from` and up of the edge, to shared memory.
-// thresholds, bests: bucket 0 of the first of them.
+// Every (anchor, negative) has one priority: the upper half of a hash. `best` of a threshold, which is one of the anchor's
+// positives, keeps the least (priority, index) of the negatives that the positive may take:
+//
+//   random_semi_hard  d - width < t < d  (closed: d - width <= t)      random_active  d - width < t
+//
+// in the unit of the rule's distance. Thresholds ascend, so a negative at d has a range of them.
 template <class Acc>
-__device__ void load_buckets(const Problem<Acc>& p, const Pass& pass, const Edge<Acc>& edge, int from, int32_t first, int width,
-                             Acc* thresholds, uint64_t* bests) {
-  for (int i = thread_index(); i < width * pass.stride; i += kThreads) {
-    const int place = i % width, r = i / width;  // lane = anchor: no bank conflict here, 8 thresholds per sector there
-    const int32_t a = first + place;
-    if (edge.index[from + place] < 0 || !pass.has(a)) continue;
-    if (r >= count_positives(p, edge.mate_begin[from + place], edge.mate_end[from + place])) continue;
-    thresholds[r * (sizeof(Buckets<Acc>) / sizeof(Acc)) + place] = p.threshold[pass.slot(a) + r];
-    bests[r * (sizeof(Buckets<Acc>) / sizeof(uint64_t)) + place] = load_relaxed(p.best + pass.slot(a) + r);
+struct Draw {
+  const Problem<Acc>& p;
+  const Acc* threshold;
+  uint64_t* best;
+  int32_t count;
+  Acc width;
+  uint64_t key;
+
+  // splitmix64's finaliser
+  __device__ __forceinline__ static uint64_t mix(uint64_t h) {
+    h = (h ^ h >> 30) * 0xbf58476d1ce4e5b9ull;
+    h = (h ^ h >> 27) * 0x94d049bb133111ebull;
+    return h ^ h >> 31;
   }
-}
-// And back what has become better.
-template <class Acc>
-__device__ void store_buckets(const Problem<Acc>& p, const Pass& pass, const Edge<Acc>& edge, int from, int32_t first, int width,
-                              const uint64_t* bests) {
-  for (int i = thread_index(); i < width * pass.stride; i += kThreads) {
-    const int place = i / pass.stride, r = i % pass.stride;  // lane = bucket: one atomic per sector of four
-    const int32_t a = first + place;
-    if (edge.index[from + place] < 0 || !pass.has(a)) continue;
-    if (r >= count_positives(p, edge.mate_begin[from + place], edge.mate_end[from + place])) continue;
-    const uint64_t key = bests[r * (sizeof(Buckets<Acc>) / sizeof(uint64_t)) + place];
-    uint64_t* best = p.best + pass.slot(a) + r;
-    if (key < load_relaxed(best)) atomic_min(best, key);
+  __device__ __forceinline__ Acc unit(Acc d2) const { return p.euclidean ? sqrt(d2) : d2; }
+
+  __device__ __forceinline__ Draw(const Problem<Acc>& problem, const Pass& pass, const Searcher<Acc>& anchor, int32_t index)
+      : p(problem), threshold(p.threshold + anchor.bucket), best(p.best + anchor.bucket), count(anchor.count) {
+    const int32_t exponent = sizeof(Acc) == 8 ? 0 : max(pass.max_exponent, -1024);
+    width = ldexp(p.cosine ? 2 * p.width : p.width, (p.euclidean ? -1 : -2) * exponent);
+    const int64_t place = p.anchors_are_candidates ? p.anchor_offset : p.candidates.count;
+    key = mix(static_cast<uint64_t>(*p.seed) + 0x9e3779b97f4a7c15ull * static_cast<uint64_t>(place + index + 1));
   }
+  __device__ __forceinline__ void offer(Acc d2, uint32_t index) const {
+    if (d2 != d2) return;
+    const Acc d = unit(d2), low = d - width;
+    int32_t r = 0;  // thresholds before the range
+    for (int32_t left = count, half; left > 0; left -= half) {
+      half = (left + 1) / 2;
+      const Acc t = unit(threshold[r + half - 1]);
+      r += (p.closed ? t < low : t <= low) ? half : 0;
+    }
+    const uint64_t draw = pack(static_cast<uint32_t>(mix(key ^ (index * 0xd1342543de82ef95ull + 1)) >> 32), index);
+    for (; r < count; ++r) {
+      const Acc t = threshold[r];
+      if (t != t || (p.negatives == Negatives::random_semi_hard && !(t < d2))) return;
+      if (draw < load_relaxed(best + r)) atomic_min(best + r, draw);
+    }
+  }
+};
+
+// ---- phase 3 --------------------------------------------------------------------------------------------------------
+
+// Offers kCount distances to one anchor: at position a, entry i of `edge`, `place` among the buckets in shared memory.
+template <int kCount, class Acc, class Distance, class Index>
+__device__ __forceinline__ void offer_side(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s,
+                                           const Edge<Acc>& edge, int i, int32_t a, int place, int round, Distance distance,
+                                           Index index) {
+  Searcher<Acc> anchor;
+  anchor.a = a;
+  anchor.count = pass.has(a) ? count_buckets(p, count_positives(p, edge.mate_begin[i], edge.mate_end[i])) : 0;
+  if constexpr (sizeof(Acc) == 4) {
+    if (pass.in_shared) {
+      constexpr int kTogether = 8;
+#pragma unroll 1
+      for (int from = 0; from < kCount; from += kTogether) {
+        if (from > 0) __syncthreads();  // the least indices at the least distances so far
+        float d[kTogether];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) d[j] = distance(from + j);
+        offer_in_shared(s.buckets, pass.buckets, place, d, [&](int j) { return index(from + j); });
+      }
+      // The last bucket is what it is with all of these: no farthest negative is needed once there is one beyond its
+      // threshold.
+      if (anchor.count > 0 && !p.without_negative && s.buckets[anchor.count].bits[place] == ~0u) {
+#pragma unroll 4
+        for (int j = 0; j < kCount; ++j) {
+          const float d = distance(j);
+          if (d != kNotOffered) offer_farthest(p, anchor, d, static_cast<uint32_t>(index(j)), round);
+        }
+        store_farthest(p, anchor, round);
+      }
+      return;
+    }
+  }
+  if (anchor.count == 0) return;
+  anchor.bucket = pass.bucket(a);
+  if (draws(p)) {
+    if (round > 0) return;
+    const Draw<Acc> draw(p, pass, anchor, edge.index[i]);
+#pragma unroll 1
+    for (int j = 0; j < kCount; ++j) {
+      if (distance(j) != kNotOffered) draw.offer(distance(j), static_cast<uint32_t>(index(j)));
+    }
+    return;
+  }
+  anchor.want_farthest = !p.without_negative && load_relaxed(p.best + anchor.bucket + anchor.count - 1) == kEmpty;
+#pragma unroll 1
+  for (int j = 0; j < kCount; ++j) {
+    const Acc d = distance(j);
+    if (d == kNotOffered) continue;
+    offer(p, anchor, d, static_cast<uint32_t>(index(j)), round);
+    if (anchor.want_farthest) offer_farthest(p, anchor, d, static_cast<uint32_t>(index(j)), round);
+  }
+  if (anchor.want_farthest) store_farthest(p, anchor, round);
 }
 
 // Moves the cursor to this block's next tile of a sweep.
@@ -214,14 +424,15 @@ __device__ void store_buckets(const Problem<Acc>& p, const Pass& pass, const Edg
 //     P  |        x  x  x
 //     .  |           .  .
 //
-// kTileGroup rows of tiles walk along the columns together, so that L2 serves their columns and HBM only every eighth of them.
-// With few tiles one row at a time: then no block's turn falls on the skipped part of a group.
+// kTileGroup rows of tiles walk along the columns together, so that L2 serves their columns and HBM only every eighth of
+// them. With few tiles one row at a time: then no block's turn falls on the skipped part of a group.
 template <class Acc>
-__device__ void next_sweep_tile(const Problem<Acc>& p, const Pass& pass, Cursor& c) {
+__device__ void next_tile(const Problem<Acc>& p, const Pass& pass, Cursor& c) {
   const auto tiles_of = [](int32_t rows) { return (rows + kSide - 1) / kSide; };
   const int32_t pass_begin = pass.begin / kSide, pass_end = tiles_of(pass.end);
   const int32_t group = tiles_of(p.anchors.count) <= 4 * kTileGroup ? 1 : kTileGroup;
-  if (c.row < 0) {  // the first call
+  c.is_first = c.row < 0;
+  if (c.is_first) {
     c.top = p.plain ? 0 : pass_begin;
     c.next = block_index();
   }
@@ -248,95 +459,73 @@ __device__ void next_sweep_tile(const Problem<Acc>& p, const Pass& pass, Cursor&
 // Offers the negatives of a part to the anchors of its rows and, where the tile serves both sides, of its columns.
 template <class Acc>
 __device__ __forceinline__ void offer_part(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s, int part,
-                                           bool both, int round) {
+                                           int round) {
   constexpr int kColumnsEach = kPart<Acc> / kWarpsPerSide;  // rows' side: kWarpsPerSide warps share 32 rows
-  constexpr int kRowWarps = kWarps / kPartWarps<Acc>;       // columns' side: so many warps share 32 columns
+  constexpr int kRowWarps = kWarps / kPartWarps<Acc>;  // columns' side: so many warps share 32 columns
   constexpr int kRowsEach = kSide / kRowWarps;
-  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
-  const bool in_shared = sizeof(Acc) == 4 && pass.stride <= p.shared_slots;
-  const int32_t first_row = s.cursor->row, first_column = s.cursor->column, part_column = first_column + part * kPart<Acc>;
-  if (in_shared) {
-    if (part == 0) load_buckets(p, pass, *s.row, 0, first_row, kSide, s.buckets->row_threshold, s.buckets->row_best);
-    if (both) {
-      load_buckets(p, pass, *s.column, part * kPart<Acc>, part_column, kPart<Acc>, s.buckets->column_threshold,
-                   s.buckets->column_best);
-    }
-    __syncthreads();  // the buckets are there
-  }
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  const int32_t first_row = s.cursor->row, first_column = s.cursor->column + part * kPart<Acc>;
   {  // rows as anchors, lane = row; the warps of a row's group divide the part's columns
-    const int place = warp % kWarpsPerSide * 32 + lane;
-    Searcher<Acc> row =
-        make_searcher(p, pass, *s.row, place, first_row + place, in_shared ? s.buckets->row_threshold + place : nullptr,
-                      in_shared ? s.buckets->row_best + place : nullptr);
-    if (row.live) {
-#pragma unroll 1
-      for (int i = 0; i < kColumnsEach; ++i) {
-        const int column = warp / kWarpsPerSide * kColumnsEach + i;
-        const int32_t c = part_column + column;
-        if (c >= p.candidates.count || (c >= row.mate_begin && c < row.mate_end)) continue;
-        offer(p, row, s.part[place * (kPart<Acc> + 1) + column],
-              static_cast<uint32_t>(s.column->index[part * kPart<Acc> + column]), round);
-      }
-    }
-    offer_farthest(p, row, round);
+    const int row = warp % kWarpsPerSide * 32 + lane, from = warp / kWarpsPerSide * kColumnsEach;
+    const Acc* d = s.part + row * (kPart<Acc> + 1) + from;
+    const int32_t* index = s.column->index + part * kPart<Acc> + from;
+    offer_side<kColumnsEach>(
+        p, pass, s, *s.row, row, first_row + row, row, round, [&](int j) { return d[j]; }, [&](int j) { return index[j]; });
   }
-  if (both) {  // columns as anchors, lane = column
-    const int in_part = warp % kPartWarps<Acc> * 32 + lane, place = part * kPart<Acc> + in_part;
-    Searcher<Acc> column = make_searcher(p, pass, *s.column, place, first_column + place,
-                                         in_shared ? s.buckets->column_threshold + in_part : nullptr,
-                                         in_shared ? s.buckets->column_best + in_part : nullptr);
-    if (column.live) {
-#pragma unroll 1
-      for (int i = 0; i < kRowsEach; ++i) {
-        const int other = warp / kPartWarps<Acc> * kRowsEach + i;
-        const int32_t r = first_row + other;
-        if (r >= p.anchors.count || (r >= column.mate_begin && r < column.mate_end)) continue;
-        offer(p, column, s.part[other * (kPart<Acc> + 1) + in_part], static_cast<uint32_t>(s.row->index[other]), round);
-      }
-    }
-    offer_farthest(p, column, round);
-  }
-  if (in_shared) {
-    __syncthreads();  // all offers are made
-    if (part == kParts<Acc> - 1) store_buckets(p, pass, *s.row, 0, first_row, kSide, s.buckets->row_best);
-    if (both) {
-      store_buckets(p, pass, *s.column, part * kPart<Acc>, part_column, kPart<Acc>, s.buckets->column_best);
-    }
-    // barriers of the next part or tile stand between this and the next load
+  if (!serves_columns(p, *s.cursor)) return;
+  {  // columns as anchors, lane = column
+    const int column = warp % kPartWarps<Acc> * 32 + lane, from = warp / kPartWarps<Acc> * kRowsEach;
+    const Acc* d = s.part + from * (kPart<Acc> + 1) + column;
+    const int32_t* index = s.row->index + from;
+    offer_side<kRowsEach>(
+        p, pass, s, *s.column, part * kPart<Acc> + column, first_column + column, kSide + column, round,
+        [&](int j) { return d[j * (kPart<Acc> + 1)]; }, [&](int j) { return index[j]; });
   }
 }
 
-// ---- phases 2 and 4 -------------------------------------------------------------------------------------------------
-
-// All tiles of the pass's task that are this block's. One function, one loop over k, for both tasks: d_ap and d_an come from the same
-// instructions.
+// All tiles of the pass that are this block's.
 template <Math M, class Acc>
-__device__ __forceinline__ void visit_tiles(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_memory) {
+__device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, int round, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   const TileShared<Acc> s = carve_tile<Acc>(carver, p.shared_slots);
-  if (thread_index() == 0) {
-    s.cursor->row = -1;
-    s.cursor->unit = 0;
-  }
+  const auto load_columns = [&](int part) {
+    if constexpr (sizeof(Acc) == 4) {
+      if (!serves_columns(p, *s.cursor)) return;
+      load_buckets<kPart<Acc>>(p, pass, s.buckets, s.cursor->column + part * kPart<Acc>, kSide, s.cursor->is_first);
+    }
+  };
+  if (thread_index() == 0) s.cursor->row = -1;
 #pragma unroll 1
   for (;;) {
-    __syncthreads();  // the tile before is done with the ring, the edges and the cursor
-    if (thread_index() == 0) {
-      if (pass.task == kPositives) {
-        next_positive_tile(p, pass, *s.cursor);
-      } else {
-        next_sweep_tile(p, pass, *s.cursor);
-      }
-    }
+    __syncthreads();  // the tile before is done with the ring, the edges, the buckets and the cursor
+    if (thread_index() == 0) next_tile(p, pass, *s.cursor);
     __syncthreads();  // the cursor stands
     if (s.cursor->row < 0) return;
-    compute_tile<M>(p, pass, s, [&](int part) {
-      if (pass.task == kPositives) {
-        store_positives(p, pass, s, part);
-      } else {
-        offer_part(p, pass, s, part, serves_columns(p, pass, *s.cursor), pass.task);
-      }
-    });
+    compute_tile<M>(
+        p, pass, s,
+        [&] {
+          if constexpr (sizeof(Acc) == 4) {
+            if (!pass.in_shared) return;
+            load_buckets<kSide>(p, pass, s.buckets, s.cursor->row, 0, s.cursor->is_first);
+            load_columns(0);
+          }
+        },
+        [&](int part) {
+          offer_part(p, pass, s, part, round);
+          if constexpr (sizeof(Acc) == 4) {
+            if (!pass.in_shared) return;
+            __syncthreads();  // all offers are made
+            // A thread loads what it has stored itself; barriers stand between that and the next offer.
+            if (serves_columns(p, *s.cursor)) {
+              store_buckets<kPart<Acc>>(p, pass, s.buckets, s.cursor->column + part * kPart<Acc>, kSide);
+            }
+            if (part + 1 < kParts<Acc>) {
+              load_columns(part + 1);
+            } else {
+              store_buckets<kSide>(p, pass, s.buckets, s.cursor->row, 0);
+            }
+          }
+        });
   }
 }
 

@@ -1,6 +1,7 @@
 // Sorting by counting and merging, the one way everything here is sorted: labels by the whole grid, thresholds and lists by a
-// block. A run's elements find their place in the merged run by binary search in the other run: no data moves between threads,
-// every pass is one write and one barrier. Work n (chunk + log n log n); stable, so the result does not depend on the schedule.
+// block. A run's elements find their place in the merged run by binary search in the other run: no data moves between
+// threads, every pass is one write and one barrier. Work n (chunk + log n log n); stable, so the result does not depend on
+// the schedule.
 #pragma once
 
 #include "problem.cuh"
@@ -14,11 +15,11 @@ __device__ __forceinline__ uint64_t sort_order(double x) { return ordered_bits(x
 
 // Of the ascending keys[0 .. count): how many are < x (kOrEqual: <= x).
 template <bool kOrEqual, class Key>
-__device__ __forceinline__ int32_t count_below(const Key* keys, int32_t count, Key x, int32_t pitch = 1) {
+__device__ __forceinline__ int32_t count_below(const Key* keys, int32_t count, Key x) {
   int32_t low = 0, high = count;
   while (low < high) {
     const int32_t middle = (low + high) / 2;
-    const auto key = sort_order(keys[int64_t(middle) * pitch]);
+    const auto key = sort_order(keys[middle]);
     const bool below = kOrEqual ? key <= sort_order(x) : key < sort_order(x);
     low = below ? middle + 1 : low;
     high = below ? high : middle;
@@ -41,6 +42,7 @@ template <class Key>
 __device__ __forceinline__ int32_t counted_place(const Key* keys, int32_t begin, int32_t end, int32_t i) {
   const auto mine = sort_order(keys[i]);
   int32_t place = begin;
+#pragma unroll 8
   for (int32_t j = begin; j < end; ++j) {  // all lanes read the same address: a broadcast
     const auto other = sort_order(keys[j]);
     place += other < mine || (other == mine && j < i) ? 1 : 0;

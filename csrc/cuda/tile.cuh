@@ -36,38 +36,46 @@ struct Edge {
   int32_t own[kSide];         // the row's own position among the candidates, or -1
 };
 
+constexpr int kNotOffered = -1;  // stands for the distance of a pair that is no anchor with its negative
+
 // Where a block stands among its tiles. One thread moves it; the others read it, so that no register holds it meanwhile.
 struct Cursor {
   int32_t row, column;  // first position of the tile; row < 0: no tile is left
-  int32_t top, next;    // sweep: first row of tiles of the group, next tile of this block in the group
-  int32_t band_end;     // positives: end of the candidates that the row of tiles meets
-  int64_t unit;         // positives: tiles passed so far, over all blocks
+  int32_t top, next;    // first row of tiles of the group, next tile of this block in the group
+  bool is_first;
 };
 
 // Whether the tile's columns are anchors too: it stands for its mirror image.
 template <class Acc>
-__device__ __forceinline__ bool serves_columns(const Problem<Acc>& p, const Pass& pass, const Cursor& cursor) {
-  return pass.task != kPositives && p.plain && cursor.row != cursor.column;
+__device__ __forceinline__ bool serves_columns(const Problem<Acc>& p, const Cursor& cursor) {
+  return p.plain && cursor.row != cursor.column;
 }
 
-// Bucket r of every anchor of the rows and of a part's columns, in shared memory: lane = anchor reads without bank conflicts,
-// whatever buckets the lanes are at.
+// Buckets of the tile's anchors in shared memory. The rows are places 0 .. kSide, behind them the columns of a part. A pitch
+// of whole 128 bytes: lanes that are anchors meet no bank conflict, at whatever buckets.
 template <class Acc>
-struct Buckets {
-  uint64_t row_best[kSide];
-  uint64_t column_best[kPart<Acc>];
-  Acc row_threshold[kSide];
-  Acc column_threshold[kPart<Acc>];
+constexpr int kBucketPitch = kSide + kPart<Acc>;
+
+template <class Acc>
+struct Buckets {  // entry r of [shared_slots + 1]
+  Acc threshold[kBucketPitch<Acc>];     // threshold r; infinite where there is no positive
+  uint32_t bits[kBucketPitch<Acc>];     // of the least distance beyond threshold r - 1; r = 0: 0, which none is below
+  uint32_t index[kBucketPitch<Acc>];    // the least candidate index at that distance
 };
+
+constexpr int kPieces = 2 * kSide * (kStageBytes / 16) / kThreads;  // of 16 bytes, that a thread copies per stage
+static_assert(kPieces % 2 == 0, "as many of rows as of columns, whatever the thread");
 
 template <class Acc>
 struct TileShared {
   Cursor* cursor;
   Edge<Acc>* row;
   Edge<Acc>* column;
+  uint32_t*
+      from;  // [kPieces][kThreads] where a thread's pieces begin in the operands, in units of 16 bytes; no register holds it
   uint8_t* ring;  // [kStages][2 kSide][kStageBytes]
-  Acc* part;      // [kSide][kPart + 1], in the ring's memory: the ring is empty when a part is written
-  Buckets<Acc>* buckets;  // [shared_slots]
+  Acc* part;  // [kSide][kPart + 1], in the ring's memory: the ring is empty when a part is written
+  Buckets<Acc>* buckets;  // [shared_slots + 1], or none
 };
 
 template <class Acc>
@@ -78,9 +86,10 @@ __host__ __device__ TileShared<Acc> carve_tile(Carver& carver, int32_t shared_sl
   s.cursor = carver.take<Cursor>(1);
   s.row = carver.take<Edge<Acc>>(1);
   s.column = carver.take<Edge<Acc>>(1);
+  s.from = carver.take<uint32_t>(kPieces * kThreads);
   s.ring = carver.take<uint8_t>(kRing > kPartBytes ? kRing : kPartBytes);
   s.part = reinterpret_cast<Acc*>(s.ring);
-  s.buckets = carver.take<Buckets<Acc>>(shared_slots);
+  s.buckets = carver.take<Buckets<Acc>>(shared_slots > 0 ? shared_slots + 1 : 0);
   return s;
 }
 
@@ -107,6 +116,16 @@ __device__ __forceinline__ void load_edge(const Problem<Acc>& p, const Rows<Acc>
   edge.own[thread] = are_anchors ? own_position(p, source) : -1;
 }
 
+// The one expression for d_ap and d_an. The edges' factors come from memory: nothing that a compiler could contract
+// differently.
+template <class Acc>
+__device__ __forceinline__ Acc squared_distance(const Edge<Acc>& rows, int row, const Edge<Acc>& columns, int column,
+                                                Acc product) {
+  const Acc scaled = product * (rows.scale[row] * columns.scale[column]);
+  const Acc value = fma(Acc(-2), scaled, rows.norm[row] + columns.norm[column]);
+  return value < 0 ? Acc(0) : value;  // NaN stays, -0 does not occur
+}
+
 // The products of one warp's 32 x 32 and the way to them.
 template <Math M>
 struct Products {  // on tensor cores
@@ -124,8 +143,11 @@ struct Products {  // on tensor cores
   // Eight lanes read 128 contiguous bytes of two neighbouring rows: no bank conflict.
   __device__ __forceinline__ void add_stage(const uint8_t* rows, const uint8_t* columns, int lane) {
     const int at = lane / 4 * kStageBytes + lane % 4 * 16;
-    const auto load = [&](const uint8_t* from, int row) { return *reinterpret_cast<const uint4*>(from + row * kStageBytes + at); };
-    const Fragments<M> a[2] = {Fragments<M>::of(load(rows, 0), load(rows, 8)), Fragments<M>::of(load(rows, 16), load(rows, 24))};
+    const auto load = [&](const uint8_t* from, int row) {
+      return *reinterpret_cast<const uint4*>(from + row * kStageBytes + at);
+    };
+    const Fragments<M> a[2] = {Fragments<M>::of(load(rows, 0), load(rows, 8)),
+                               Fragments<M>::of(load(rows, 16), load(rows, 24))};
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const uint4 b = load(columns, 8 * n);
@@ -190,39 +212,40 @@ struct Products<Math::simt32> : CoreProducts<float> {};
 template <>
 struct Products<Math::simt64> : CoreProducts<double> {};
 
-// Computes the cursor's tile and calls body(part) for each part in s.part, between barriers: body may read s.part, the edges and
-// the cursor freely and must not wait for anything but this block.
-template <Math M, class Acc, class Body>
+// Computes the cursor's tile and calls body(part) for each part in s.part, between barriers: body may read s.part, the edges
+// and the cursor freely and must not wait for anything but this block. meanwhile() runs while the first rows are on their
+// way. Distances inside a class and beyond the edges become kNotOffered; few tiles have any.
+template <Math M, class Acc, class Meanwhile, class Body>
 __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s,
-                                             Body body) {
+                                             Meanwhile meanwhile, Body body) {
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
   const int32_t stages = p.pitch / kStageBytes;
 
-  // Piece i of this thread in every stage: 16 bytes of a row (i < half of the pieces) or of a column.
-  constexpr int kPieces = 2 * kSide * (kStageBytes / 16) / kThreads;
-  const uint8_t* from[kPieces];
+  // Piece i of this thread in every stage: 16 bytes of a row (the first half of its pieces) or of a column.
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
     const int piece = i * kThreads + thread, row = piece / (kStageBytes / 16);
-    const Rows<Acc>& source = row < kSide ? p.anchors : p.candidates;
-    const int32_t position = row < kSide ? s.cursor->row + row : s.cursor->column + row - kSide;
-    from[i] = source.operand + int64_t(min(position, source.count - 1)) * p.pitch + piece % (kStageBytes / 16) * 16;
+    const int32_t position = i < kPieces / 2 ? s.cursor->row + row : s.cursor->column + row - kSide;
+    const int32_t last = (i < kPieces / 2 ? p.anchors.count : p.candidates.count) - 1;
+    s.from[i * kThreads + thread] =
+        static_cast<uint32_t>(min(position, last)) * static_cast<uint32_t>(p.pitch / 16) + piece % (kStageBytes / 16);
   }
-  const auto copy_stage = [&](int32_t to) {  // offset in the ring
+  const auto copy_stage = [&](int32_t to, int32_t k) {  // offset in the ring, byte of the rows
+    const int piece = thread_index();
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      cp_async_16(s.ring + to + (i * kThreads + thread) * 16, from[i]);
-      from[i] += kStageBytes;
+      const uint8_t* operand = i < kPieces / 2 ? p.anchors.operand : p.candidates.operand;
+      cp_async_16(s.ring + to + (i * kThreads + piece) * 16, operand + int64_t(s.from[i * kThreads + piece]) * 16 + k);
     }
   };
 #pragma unroll 1
   for (int32_t stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < stages) copy_stage(stage * (2 * kSide * kStageBytes));
+    if (stage < stages) copy_stage(stage * (2 * kSide * kStageBytes), stage * kStageBytes);
     cp_async_commit();  // also when empty: the count of groups then does not depend on the stage
   }
   load_edge(p, p.anchors, s.cursor->row, pass.max_exponent, true, thread, *s.row);
-  load_edge(p, p.candidates, s.cursor->column, pass.max_exponent, serves_columns(p, pass, *s.cursor),
-            thread - (kThreads > kSide ? kSide : 0), *s.column);
+  load_edge(p, p.candidates, s.cursor->column, pass.max_exponent, serves_columns(p, *s.cursor), thread - kSide, *s.column);
+  meanwhile();
 
   Products<M> products;
   products.clear();
@@ -231,8 +254,9 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& 
 #pragma unroll 1  // unrolled, it would not fit in 128 registers
   for (int32_t left = stages; left > 0; --left) {
     cp_async_wait<kStages - 2>();  // this thread's pieces of the stage have landed
-    __syncthreads();               // everybody's have, and everybody is done with the stage that is overwritten next
-    if (left >= kStages) copy_stage(at == 0 ? (kStages - 1) * kStageStep : at - kStageStep);
+    __syncthreads();  // everybody's have, and everybody is done with the stage that is overwritten next
+    if (left >= kStages)
+      copy_stage(at == 0 ? (kStages - 1) * kStageStep : at - kStageStep, p.pitch - (left - kStages + 1) * kStageBytes);
     cp_async_commit();
     const uint8_t* ring = s.ring + at;
     products.add_stage(ring + 32 * (warp / kWarpsPerSide) * kStageBytes,
@@ -244,11 +268,21 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& 
   const int after = thread_index(), m = after / 32 / kWarpsPerSide, n = after / 32 % kWarpsPerSide;
   Acc d2[32];  // half the registers of the accumulators, which end here
   products.for_each(after % 32, [&](int i, int r, int c, Acc product) {
-    const int row = 32 * m + r, column = 32 * n + c;
-    const Acc scaled = product * (s.row->scale[row] * s.column->scale[column]);
-    const Acc value = fma(Acc(-2), scaled, s.row->norm[row] + s.column->norm[column]);
-    d2[i] = value < 0 ? Acc(0) : value;  // NaN stays, -0 does not occur
+    d2[i] = squared_distance(*s.row, 32 * m + r, *s.column, 32 * n + c, product);
   });
+  const int32_t first_row = s.cursor->row, first_column = s.cursor->column;
+  // Classes ascend with the positions: those of all rows lie between the first one's begin and the last one's end.
+  if (first_row + kSide > p.anchors.count || first_column + kSide > p.candidates.count ||
+      (s.row->mate_begin[0] < first_column + kSide && s.row->mate_end[kSide - 1] > first_column)) {
+    products.for_each(after % 32, [&](int i, int r, int c, Acc) {
+      const int row = 32 * m + r;
+      const int32_t position = first_column + 32 * n + c;
+      if (first_row + row >= p.anchors.count || position >= p.candidates.count ||
+          (position >= s.row->mate_begin[row] && position < s.row->mate_end[row])) {
+        d2[i] = kNotOffered;
+      }
+    });
+  }
 #pragma unroll 1
   for (int part = 0; part < kParts<Acc>; ++part) {
     __syncthreads();  // the ring, or the part before, has been read

@@ -9,6 +9,11 @@ bool multiplies_halves(const TripletArgs& args) {
   return (args.dtype == DType::float16 || args.dtype == DType::bfloat16) && !args.normalize;
 }
 
+// A term for every negative: kernels of their own.
+bool is_dense(const TripletArgs& args) {
+  return args.negatives == Negatives::all || args.negatives == Negatives::all_semi_hard;
+}
+
 bool has_tensor_cores(const TripletArgs& args) { return args.compute_capability >= 80; }
 
 template <Math M>
@@ -21,7 +26,8 @@ int64_t bytes_with(const TripletArgs& args) {
 
 int64_t triplet_workspace_bytes(const TripletArgs& args) {
   if (args.num_anchors == 0 || args.num_candidates == 0) return 0;
-  // The widest format that the options allow: sizes, dtype and device are known here, options are not.
+  if (is_dense(args)) return dense_workspace_bytes(args);
+  // The widest format that the options allow.
   const int64_t bytes = args.dtype == DType::float64 ? bytes_with<Math::simt64>(args) : bytes_with<Math::split>(args);
   const bool plain = args.num_anchors == args.num_candidates && args.anchor_offset == 0;
   const int64_t rows = args.num_candidates + (plain ? 0 : args.num_anchors);
@@ -35,23 +41,25 @@ Status launch_triplet(const TripletArgs& args) {
     return {Code::unsupported, name, "2^31 rows or more"};
   }
   if (args.dim < 1 || args.dim >= INT32_MAX / 8) return {Code::unsupported, name, "rows of no or of 2^28 elements"};
+  const int64_t longest = args.num_anchors > args.num_candidates ? args.num_anchors : args.num_candidates;
+  if (longest * ((args.dim * 8 + 63) / 64) >= int64_t(1) << 30)
+    return {Code::unsupported, name, "rows of 64 GB in all or more"};
   if (args.multiprocessors < 1) return {Code::invalid, name, "multiprocessors is not set"};
   if (args.compute_capability < 75) return {Code::unsupported, name, "the device is older than compute capability 7.5"};
 
-  if (!is_basic(args)) return {Code::unsupported, name, "this rule is not on the GPU yet"};
-
   if (args.num_anchors == 0 || args.num_candidates == 0) {  // no pair: zeros
     const bool wide = args.dtype == DType::float64;
-    const int64_t element = wide ? 8 : args.dtype == DType::float32 ? 4 : 2, scalar = wide ? 8 : 4;
+    const int64_t scalar = wide ? 8 : 4;
     Status status = fill_zero(args.loss, scalar, args.stream);
     if (status.code == Code::ok) {
-      status = fill_zero(args.grad_candidates, args.num_candidates * args.dim * element, args.stream);
+      status = fill_zero(args.grad_candidates, args.num_candidates * args.dim * scalar, args.stream);
     }
-    if (status.code == Code::ok) status = fill_zero(args.grad_anchors, args.num_anchors * args.dim * element, args.stream);
+    if (status.code == Code::ok) status = fill_zero(args.grad_anchors, args.num_anchors * args.dim * scalar, args.stream);
     if (status.code == Code::ok) status = fill_zero(args.stat_counts, 5 * 8, args.stream);
     if (status.code == Code::ok) status = fill_zero(args.stat_d2, 3 * scalar, args.stream);
     return status;
   }
+  if (is_dense(args)) return launch_dense(args);
   if (args.dtype == DType::float64) return launch_float64(args);
   if (!has_tensor_cores(args)) return launch_without_tensor_cores(args);
   return multiplies_halves(args) ? launch_half(args) : launch_float32(args);

@@ -5,10 +5,14 @@ namespace facenet_ext::cuda {
 
 Status launch_without_tensor_cores(const TripletArgs& args) {
   switch (args.dtype) {
-    case DType::float32: return launch_kernel<Math::simt32, float>(args, "triplet_kernel<simt32, float32>");
-    case DType::float16: return launch_kernel<Math::simt32, Half>(args, "triplet_kernel<simt32, float16>");
-    case DType::bfloat16: return launch_kernel<Math::simt32, Bfloat>(args, "triplet_kernel<simt32, bfloat16>");
-    default: return {Code::invalid, "launch_without_tensor_cores", "dtype is float64"};
+    case DType::float32:
+      return launch_kernel<Math::simt32, float>(args, "triplet_kernel<simt32, float32>");
+    case DType::float16:
+      return launch_kernel<Math::simt32, Half>(args, "triplet_kernel<simt32, float16>");
+    case DType::bfloat16:
+      return launch_kernel<Math::simt32, Bfloat>(args, "triplet_kernel<simt32, bfloat16>");
+    default:
+      return {Code::invalid, "launch_without_tensor_cores", "dtype is float64"};
   }
 }
 

@@ -65,6 +65,7 @@ inline __m512i _mm512_set_epi32(E... e) {  // the last argument is lane 0
   return int_lanes([&](int i) { return given[15 - i]; });
 }
 inline __m512 _mm512_loadu_ps(const float* p) { return from_memory<__m512>(p); }
+inline __m512i _mm512_loadu_si512(const void* p) { return from_memory<__m512i>(p); }
 inline void _mm512_storeu_ps(float* p, __m512 v) { std::memcpy(p, &v, sizeof v); }
 inline void _mm512_storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, sizeof v); }
 inline __m512d _mm512_castps_pd(__m512 v) { return reinterpret_cast<__m512d>(v); }
@@ -116,6 +117,9 @@ inline __m512i _mm512_maskz_compress_epi32(__mmask16 mask, __m512i a) {  // kept
   for (int i = 0, at = 0; i < 16; ++i)
     if (mask >> i & 1) r[at++] = ints(a)[i];
   return reinterpret_cast<__m512i>(r);
+}
+inline __m512 _mm512_maskz_compress_ps(__mmask16 mask, __m512 a) {
+  return reinterpret_cast<__m512>(_mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(a)));
 }
 
 inline __m512i _mm512_mask_add_epi32(__m512i kept, __mmask16 mask, __m512i a, __m512i b) {

@@ -39,6 +39,56 @@ void check_losses(const Kernels& k, const Problem& p, Oracle<T>& oracle, const M
   }
 }
 
+// Integers: which negatives are eligible is no matter of rounding, and the draw is the least hash among them.
+template <class T>
+void check_draws(const Kernels& k, const Problem& p, const std::vector<int64_t>& begin, Report& report) {
+  const Mined<T> m = mined<T>(k, p, begin, p.other_threads);
+  const auto d2 = [&](int64_t a, int64_t c) {
+    double sum = 0;
+    for (int64_t i = 0; i < p.D; ++i) sum += (p.ax[a * p.D + i] - p.x[c * p.D + i]) * (p.ax[a * p.D + i] - p.x[c * p.D + i]);
+    return sum;
+  };
+  for (int64_t a = 0; a < p.A; ++a) {
+    const uint64_t anchor = static_cast<uint64_t>(p.offset < 0 ? p.C + a : p.self(a));
+    const uint64_t key = mix(static_cast<uint64_t>(p.seed) + 0x9e3779b97f4a7c15u * (anchor + 1));
+    for (int64_t pair = begin[a]; pair < begin[a + 1]; ++pair) {
+      const double d_ap = d2(a, m.positive[pair]);
+      int64_t drawn = -1;
+      uint64_t least = ~uint64_t{0};
+      for (int64_t n = 0; n < p.C; ++n) {
+        const double gap = d2(a, n) - d_ap;
+        const bool active = p.band > 0 ? gap <= p.band : gap < p.margin;
+        if (p.labels[n] == p.alabels[a] || !active || (p.negatives == Negatives::random_semi_hard && gap <= 0)) continue;
+        const uint64_t hash = mix(key ^ (static_cast<uint64_t>(n) * 0xd1342543de82ef95u + 1)) >> 32;
+        if (hash < least) least = hash, drawn = n;
+      }
+      if (m.negative[pair] != drawn || m.fallback[pair] != (drawn < 0))
+        return report.fail("drew " + std::to_string(m.negative[pair]) + " instead of " + std::to_string(drawn));
+    }
+  }
+}
+
+// The other rules: what tests/ checks on the machine's own paths is here held together across paths, threads and workspaces.
+template <class T>
+void check_rule(Problem p, const std::vector<int64_t>& begin, Report& report) {
+  const bool draws = p.negatives == Negatives::random_semi_hard || p.negatives == Negatives::random_active;
+  const std::string name = p.name + " rule " + std::to_string(static_cast<int>(p.negatives));
+  Loss<T> avx512;
+  for (const Kernels* k : {&kernels_avx512, &kernels_avx2, &kernels_portable}) {
+    if (!runs_here(k)) continue;
+    report.context = name + " [" + k->name + "]";
+    if (draws && p.exact && p.distance == Distance::sqeuclidean) check_draws<T>(*k, p, begin, report);
+    if (!p.finite) continue;
+    const Loss<T> full = loss_of<T>(*k, p, p.threads, true, true, true), alone = loss_of<T>(*k, p, p.other_threads, false, true, true);
+    if (!std::isfinite(full.loss) || full.loss < 0) report.fail("loss " + std::to_string(full.loss));
+    if (alone.loss != full.loss || !same_bits(alone.grad, full.grad) || !same_bits(alone.agrad, full.agrad))
+      report.fail("loss or gradient depends on the statistics or on the number of threads (" + std::to_string(p.other_threads) + ")");
+    if (k == &kernels_avx512) avx512 = full;
+    if (k == &kernels_avx2 && (full.counts[0] != avx512.counts[0] || full.counts[2] != avx512.counts[2]))
+      report.fail("counts other terms than AVX-512");
+  }
+}
+
 template <class T>
 void check(const Problem& p, Report& report) {
   report.context = p.name;
@@ -54,6 +104,16 @@ void check(const Problem& p, Report& report) {
       report.fail("chose another negative than AVX-512 with other threads");
     check_losses<T>(*k, p, oracle, chosen, report);
   }
+  const Negatives rules[] = {Negatives::random_semi_hard, Negatives::random_active, Negatives::all, Negatives::all_semi_hard,
+                             Negatives::hard};
+  Problem other = p;
+  Random r{static_cast<uint64_t>(p.C * 31 + p.D)};
+  other.negatives = rules[r.below(5)];
+  other.seed = static_cast<int64_t>(r.bits() >> 1);
+  if (p.exact) other.margin = std::floor(p.margin) + 0.5;
+  const bool banded = other.negatives == Negatives::random_semi_hard || other.negatives == Negatives::all_semi_hard;
+  if (banded && r.one_in(3)) other.band = p.exact ? 2 : p.margin / 2;
+  check_rule<T>(other, oracle.begin, report);
 }
 
 // The calling thread polls; when told to stop the call returns, having written no loss.

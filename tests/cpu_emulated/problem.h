@@ -42,7 +42,9 @@ struct Problem {
   Reduction reduction = Reduction::mean;
   bool normalize = false, finite = true;
   bool exact = false;  // small integers: every sum in every path is exact, ties abound
-  double margin = 0;
+  double margin = 0, band = 0;
+  Negatives negatives = Negatives::semi_hard;
+  int64_t seed = 0;
   int threads = 1, other_threads = 1;
 
   int64_t self(int64_t a) const { return offset < 0 ? -1 : offset + a; }
@@ -218,6 +220,9 @@ struct Call {  // a problem's input in memory and the arguments that do not depe
     args.reduction = p.reduction;
     args.normalize = p.normalize;
     args.margin = p.margin;
+    args.negatives = p.negatives;
+    args.band = p.band;
+    args.seed = &p.seed;
   }
   // In a workspace of exactly the size asked for, filled with a pattern: what is read before it is written shows.
   Status run(const Kernels& kernels, int threads) {

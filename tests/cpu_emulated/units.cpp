@@ -1,5 +1,5 @@
-// Every name of one trait struct (csrc/cpu/simd_*.h) against a plain loop. Compiled once for each: -DUNIT_HEADER="cpu/simd_avx2.h"
-// -DUNIT_STRUCT=Avx2, with the flags of its kernels. Exits with 1 on a failure.
+// Every name of one trait struct (csrc/cpu/simd_*.h) against a plain loop. Compiled once for each:
+// -DUNIT_HEADER="cpu/simd_avx2.h" -DUNIT_STRUCT=Avx2, with the flags of its kernels. Exits with 1 on a failure.
 #include UNIT_HEADER
 
 #include <algorithm>
@@ -90,12 +90,14 @@ void sorted_places() {
   std::vector<T> t(static_cast<size_t>(padded), kInf);
   for (int i = 0; i < n; ++i)
     t[static_cast<size_t>(i)] = i > 0 && draw() % 4 == 0 ? t[draw() % static_cast<size_t>(i)] : uniform();
-  std::vector<uint32_t> at(static_cast<size_t>(padded));
-  for (int i = 0; i < n; i += W) S::sorted_places(t.data(), n, i, at.data());
-  std::vector<int> order(static_cast<size_t>(n));
-  for (int i = 0; i < n; ++i) order[static_cast<size_t>(i)] = i;
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return t[static_cast<size_t>(a)] < t[static_cast<size_t>(b)]; });
-  for (int r = 0; r < n; ++r) check(at[static_cast<size_t>(order[static_cast<size_t>(r)])] == static_cast<uint32_t>(r), "sorted_places");
+  std::vector<T> sorted(static_cast<size_t>(n));
+  std::vector<uint32_t> rank(static_cast<size_t>(n));
+  S::sorted_places(t.data(), n, sorted.data(), rank.data());
+  std::vector<uint32_t> order(static_cast<size_t>(n));
+  for (int i = 0; i < n; ++i) order[static_cast<size_t>(i)] = static_cast<uint32_t>(i);
+  std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return t[a] < t[b]; });
+  check(rank == order, "sorted_places: rank");
+  for (int r = 0; r < n; ++r) check(sorted[static_cast<size_t>(r)] == t[order[static_cast<size_t>(r)]], "sorted_places");
 }
 
 // Lists of every length that one table of steps holds, and longer ones; ties, and values that are thresholds.
@@ -135,18 +137,15 @@ void search() {
     const int found = S::search(t.data(), upper.data(), R, ceiling, d.data(), n, tag, queue.data());
     check(found >= 0 && found <= n, "search: count");
     int at = 0;
-    for (int j0 = 0; j0 < n; j0 += W) {
-      bool any_below = false;  // of a vector beyond the ceiling nothing need be handed on, but may be
-      for (int j = j0; j < j0 + W; ++j) any_below |= d[static_cast<size_t>(j)] <= ceiling;
-      for (int j = j0; j < j0 + W; ++j) {
-        const T v = d[static_cast<size_t>(j)];
-        const int b = static_cast<int>(std::lower_bound(sorted.begin(), sorted.end(), v) - sorted.begin());
-        const uint32_t place = v == v ? static_cast<uint32_t>(b % R * W + b / R) : 0;
-        const bool wanted = any_below && v == v && v <= upper[place];
-        const bool handed = at < found && (queue[static_cast<size_t>(at)] & 0xffff) == static_cast<uint32_t>(j);
-        check(handed == wanted, "search: not what the bucket wants");
-        if (handed) check(queue[static_cast<size_t>(at++)] == (tag | place << 16 | static_cast<uint32_t>(j)), "search: place");
-      }
+    for (int j = 0; j < n; ++j) {
+      const T v = d[static_cast<size_t>(j)];
+      const int b = static_cast<int>(std::lower_bound(sorted.begin(), sorted.end(), v) - sorted.begin());
+      const uint32_t place = v == v ? static_cast<uint32_t>(b % R * W + b / R) : 0;
+      const bool wanted = v == v && v <= upper[place];
+      const bool handed = at < found && (queue[static_cast<size_t>(at)] & 0xffff) == static_cast<uint32_t>(j);
+      // What lies beyond the ceiling need not be handed on, but may be.
+      check(handed == wanted || (wanted && v > ceiling), "search: not what the bucket wants");
+      if (handed) check(queue[static_cast<size_t>(at++)] == (tag | place << 16 | static_cast<uint32_t>(j)), "search: place");
     }
     check(at == found, "search: a column twice, or out of order");
   }

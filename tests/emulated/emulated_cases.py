@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
-from emulation import DISTANCES, DTYPES, FALLBACKS, REDUCTIONS, SCHEDULES, Case, exact
+from emulation import (
+    DISTANCES,
+    DTYPES,
+    FALLBACKS,
+    NEGATIVES,
+    PAIR_ORDERS,
+    POSITIVES,
+    REDUCTIONS,
+    SCHEDULES,
+    Case,
+    exact,
+)
 
 
 def make_labels(rng: np.random.Generator, kind: str, n: int) -> np.ndarray:
@@ -115,12 +128,32 @@ def draw(seed: int, largest: int = 130) -> Case:
         name=f"seed {seed}: {dtype} {n} x {d} {label_kind} {row_kind}"
         + (" separate anchors" if anchors is not None else f" rows {offset}+{count}" if count is not None else ""),
         x=x, labels=labels, anchors=anchors, anchor_labels=anchor_labels, offset=offset, count=count, dtype=dtype,
-        distance=pick(DISTANCES), fallback=pick(FALLBACKS), reduction=reduction, normalize=bool(rng.random() < 0.3),
+        distance=pick(DISTANCES[:2]), fallback=pick(FALLBACKS), reduction=reduction, normalize=bool(rng.random() < 0.3),
         margin=margin, stats=bool(reduction == "mean_active" or rng.random() < 0.5),
         gradient=bool(rng.random() < 0.85), padding=pick((0, 0, 1, 5)),
         multiprocessors=pick((1, 2, 3)), capability=pick((75, 80, 90, 90)), schedule=pick(SCHEDULES), seed=seed,
         late_copies=bool(rng.random() < 0.5), shared_kib=pick((64, 99, 227)),
     )  # fmt: skip
+
+
+def draw_rule(seed: int, largest: int = 130) -> Case:
+    """The same with the rules of the family mixed over it."""
+    case = draw(seed, largest)
+    rng = np.random.default_rng([seed, 1])
+    pick = lambda options: options[int(rng.integers(len(options)))]  # noqa: E731
+    distance = pick(DISTANCES)
+    options = {
+        "negatives": pick(NEGATIVES[:4]),
+        "positives": pick(("all", *POSITIVES)),
+        "pairs": pick(PAIR_ORDERS) if case.anchors is None else "ordered",
+        "soft_margin": bool(rng.random() < 0.3),
+        "band": pick((0, 0, 0.1, 0.25, 1.0)),
+        "negatives_only": 0 if rng.random() < 0.6 else int(rng.integers(0, len(case.x) + 1)),
+        "draw_seed": int(rng.integers(-(2**63), 2**63)),
+        "distance": distance,
+        "normalize": case.normalize or distance == "cosine",
+    }
+    return replace(case, name=f"{case.name} {options}", **options)
 
 
 def simple(n: int, d: int, classes: int, seed: int = 0, **options) -> Case:
@@ -129,3 +162,10 @@ def simple(n: int, d: int, classes: int, seed: int = 0, **options) -> Case:
     dtype = options.get("dtype", "float32")
     x = exact(make_rows(rng, options.pop("rows", "random"), labels, d), dtype)
     return Case(name=f"{dtype} {n} x {d}, {classes} classes, {options}", x=x, labels=labels, seed=seed + 1, **options)
+
+
+def with_nan(case: Case) -> Case:
+    """One row of it is not finite."""
+    x = case.x.copy()
+    x[len(x) // 2] = np.nan
+    return replace(case, name=f"{case.name}, NaN", x=x)

@@ -151,6 +151,14 @@ inline uint32_t __ballot_sync(uint32_t mask, bool predicate, EMU_WHERE) {
   return votes;
 }
 
+inline uint32_t __match_any_sync(uint32_t mask, int value, EMU_WHERE) {
+  const uint64_t word = uint32_t(value);
+  const auto all = emu::exchange(mask, &word, 1, EMU_SITE("__match_any_sync"));
+  uint32_t equal = 0;
+  for (int lane = 0; lane < 32; ++lane) equal |= (mask >> lane & 1 & uint32_t(all[lane][0] == word)) << lane;
+  return equal;
+}
+
 template <class T>
 T atomicAdd(T* p, T x) {
   return emu::atomic_update(p, [&](T old) { return old + x; });
@@ -214,6 +222,12 @@ template <class T>
 T load_relaxed(const T* p) {
   emu::maybe_switch();
   return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+template <class T>
+void store_relaxed(T* p, T x) {
+  emu::maybe_switch();
+  __atomic_store_n(p, x, __ATOMIC_RELAXED);
 }
 
 inline void cp_async_16(void* to, const void* from, EMU_WHERE) {

@@ -20,7 +20,10 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")  # in the order of facenet_ext::DType
-DISTANCES = ("sqeuclidean", "euclidean")
+DISTANCES = ("sqeuclidean", "euclidean", "cosine")
+NEGATIVES = ("semi_hard", "hard", "random_semi_hard", "random_active", "all", "all_semi_hard")
+POSITIVES = ("all", "hardest", "easiest")
+PAIR_ORDERS = ("ordered", "unordered")
 FALLBACKS = ("farthest", "skip")
 REDUCTIONS = ("mean", "mean_active", "sum")
 SCHEDULES = ("ascending", "descending", "random", "one_warp_ahead")
@@ -99,6 +102,13 @@ class Case:
     count: int | None = None  # anchors, where they are rows of the candidates
     dtype: str = "float32"
     distance: str = "sqeuclidean"
+    negatives: str = "semi_hard"
+    positives: str = "all"
+    pairs: str = "ordered"
+    soft_margin: bool = False
+    band: float = 0  # 0: the margin
+    negatives_only: int = 0
+    draw_seed: int = 7
     fallback: str = "farthest"
     reduction: str = "mean"
     normalize: bool = False
@@ -116,6 +126,15 @@ class Case:
     @property
     def plain(self) -> bool:
         return self.anchors is None and self.count is None
+
+    @property
+    def draws(self) -> bool:
+        return self.negatives.startswith("random")
+
+    @property
+    def drops_fallbacks(self) -> bool:
+        """A pair that found no negative by its rule does not count."""
+        return self.draws or (self.negatives == "semi_hard" and self.fallback == "skip")
 
     def anchor_rows(self) -> tuple[np.ndarray, np.ndarray]:
         if self.anchors is not None:
@@ -159,12 +178,22 @@ def exact(x: np.ndarray, dtype: str) -> np.ndarray:
         return from_bits(to_bits(x, dtype), dtype)
 
 
-def pair_begin(case: Case) -> np.ndarray:
-    """[A + 1]: where each anchor's pairs begin; none for an anchor whose label all candidates or no other have."""
+def possible_positives(case: Case, a: int) -> np.ndarray:
+    """Of anchor a, before `positives` picks one; none where every candidate has its label."""
     _, anchor_labels = case.anchor_rows()
-    size = (case.labels[None, :] == anchor_labels[:, None]).sum(axis=1)
-    own = 0 if case.anchors is not None else 1
-    pairs = np.where((size == 0) | (size == len(case.labels)), 0, size - own)
+    index = np.arange(len(case.labels))
+    is_positive = (case.labels == anchor_labels[a]) & (index < len(index) - case.negatives_only)
+    if (case.labels == anchor_labels[a]).all():
+        return index[:0]
+    if case.anchors is None:
+        is_positive &= index > case.offset + a if case.pairs == "unordered" else index != case.offset + a
+    return np.flatnonzero(is_positive)
+
+
+def pair_begin(case: Case) -> np.ndarray:
+    """[A + 1]: where each anchor's pairs begin."""
+    pairs = [len(possible_positives(case, a)) for a in range(len(case.anchor_rows()[0]))]
+    pairs = [min(n, 1) for n in pairs] if case.positives != "all" else pairs
     return np.concatenate([[0], np.cumsum(pairs)]).astype(np.int64)
 
 
@@ -192,8 +221,10 @@ def _encode(case: Case, mining: bool) -> bytes:
     ]
     numbers += [loss and case.stats, mining, begin[-1] if mining else 0, case.multiprocessors, case.capability]
     numbers += [SCHEDULES.index(case.schedule), case.seed, case.late_copies, case.shared_kib]
+    numbers += [NEGATIVES.index(case.negatives), POSITIVES.index(case.positives), PAIR_ORDERS.index(case.pairs)]
+    numbers += [case.negatives_only, case.soft_margin, case.draw_seed]
     parts = [
-        struct.pack("<22qd", *map(int, numbers), case.margin),
+        struct.pack("<28q2d", *map(int, numbers), case.margin, case.band),
         _padded(case.x, case),
         case.labels.astype("<i8").tobytes(),
     ]
@@ -244,9 +275,9 @@ def run(program: Path, cases: list[tuple[Case, bool]], directory: Path, timeout:
         else:
             out.loss = float(take(scalar, 1)[0])
             if case.gradient:
-                out.grad_candidates = take(case.dtype, *case.x.shape)
+                out.grad_candidates = take(scalar, *case.x.shape)
                 if case.anchors is not None:
-                    out.grad_anchors = take(case.dtype, *anchors.shape)
+                    out.grad_anchors = take(scalar, *anchors.shape)
             if case.stats:
                 out.stat_counts, out.stat_d2 = take("<i8", 5), take(scalar, 3)
         results.append(out)
@@ -269,6 +300,25 @@ def _prepared(x: np.ndarray, case: Case) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
+def _unit(d2: np.ndarray, case: Case) -> np.ndarray:
+    return np.sqrt(d2) if case.distance == "euclidean" else d2 / 2 if case.distance == "cosine" else d2
+
+
+def _priority(case: Case, a: int, negatives: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser of the seed and both indices; the upper half, then the index."""
+
+    def mix(h: np.ndarray) -> np.ndarray:
+        h = (h ^ h >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        h = (h ^ h >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        return h ^ h >> np.uint64(31)
+
+    place = len(case.x) if case.anchors is not None else case.offset
+    key = (case.draw_seed + 0x9E3779B97F4A7C15 * (place + a + 1)) % 2**64
+    n = negatives.astype(np.uint64)
+    h = mix(mix(np.array([key], np.uint64)) ^ (n * np.uint64(0xD1342543DE82EF95) + np.uint64(1)))
+    return h >> np.uint64(32) << np.uint64(32) | n
+
+
 def check_selection(case: Case, mined: Outputs) -> None:
     """Every chosen negative is legal, and none that is legal is better, beyond rounding."""
     anchors, anchor_labels = case.anchor_rows()
@@ -280,13 +330,20 @@ def check_selection(case: Case, mined: Outputs) -> None:
             continue
         pairs = slice(begin[a], begin[a + 1])
         same = case.labels == anchor_labels[a]
-        expected = np.flatnonzero(same)
-        if case.anchors is None:
-            expected = expected[expected != case.offset + a]
-        assert np.array_equal(mined.positive[pairs], expected), f"positives of anchor {a}"
         d2 = ((xc - xa[a]) ** 2).sum(axis=1)
         slack = rounding(case) * ((xa[a] ** 2).sum() + (xc**2).sum(axis=1))  # per candidate
+        expected = possible_positives(case, a)
+        if case.positives != "all":
+            one = mined.positive[begin[a]]
+            assert one in expected, f"positive of anchor {a}"
+            sign = 1 if case.positives == "hardest" else -1
+            assert (sign * (d2[expected] - d2[one]) <= slack[expected] + slack[one]).all(), f"positive of anchor {a}"
+            assert one == expected[(case.x[expected] == case.x[one]).all(axis=1)].min(), f"positive of anchor {a}"
+            expected = np.array([one])
+        assert np.array_equal(mined.positive[pairs], expected), f"positives of anchor {a}"
         negatives = np.flatnonzero(~same)
+        unit_low, unit_high = _unit(np.maximum(d2 - slack, 0), case), _unit(d2 + slack, case)
+        priority = _priority(case, a, negatives) if case.draws else None
         for positive, negative, falls_back, d2_ap, d2_an in zip(
             expected,
             mined.negative[pairs],
@@ -296,6 +353,21 @@ def check_selection(case: Case, mined: Outputs) -> None:
             strict=True,
         ):
             where = f"anchor {a}, positive {positive}, negative {negative}"
+            if case.draws:
+                # g = d_an - d_ap, from below and from above
+                low, high = unit_low[negatives] - unit_high[positive], unit_high[negatives] - unit_low[positive]
+                width = case.band if case.band > 0 and case.negatives == "random_semi_hard" else case.margin
+                blur = 1e-15 if case.dtype == "float64" else 4e-7
+                blur = blur * (unit_high[negatives] + unit_high[positive] + width)
+                surely, maybe = high < width - blur, low <= width + blur
+                if case.negatives == "random_semi_hard":
+                    surely, maybe = surely & (low > 0), maybe & (high > 0)
+                if negative == -1:
+                    assert falls_back and np.isnan(d2_ap) and np.isnan(d2_an), where
+                    assert not surely.any(), f"{where}: {negatives[surely]} are eligible"
+                    continue
+                assert not falls_back and negative in negatives[maybe], f"{where}: not eligible"
+                assert (priority[negatives == negative] <= priority[surely]).all(), f"{where}: another comes first"
             assert 0 <= negative < len(xc) and not same[negative], where
             tiny = 1e-300 if case.dtype == "float64" else 1e-37
             relative = 1e-11 if case.dtype == "float64" else 4e-6
@@ -303,9 +375,17 @@ def check_selection(case: Case, mined: Outputs) -> None:
             off = 0 if not case.normalize else 1e-15 if case.dtype == "float64" else 5e-7
             for value, exactly in ((d2_ap, d2[positive]), (d2_an, d2[negative])):
                 assert abs(value - exactly) <= relative * exactly + 2 * off * exactly**0.5 + off**2 + tiny, where
+            if case.draws:
+                continue
             tolerance = slack[positive] + slack[negatives]
+            if case.negatives == "hard":
+                assert not falls_back, where
+                tolerance = np.inf
             surely_farther = d2[negatives] > d2[positive] + tolerance
-            if falls_back:
+            if case.negatives == "hard":
+                better = negatives[d2[negatives] < d2[negative] - slack[negative] - slack[negatives]]
+                assert len(better) == 0, f"{where}: {better} are closer"
+            elif falls_back:
                 assert not surely_farther.any(), f"{where}: there is a farther negative"
                 better = negatives[d2[negatives] > d2[negative] + slack[negative] + slack[negatives]]
                 assert len(better) == 0, f"{where}: {better} are farther"
@@ -325,40 +405,54 @@ def check_loss(case: Case, mined: Outputs, out: Outputs) -> None:
     assert out.workspace_bytes <= 24 * n * case.x.shape[1] + 1024 * n
     begin = pair_begin(case)
     anchor = np.repeat(np.arange(len(anchors)), np.diff(begin))
-    counted = ~mined.is_fallback if case.fallback == "skip" else np.ones(len(anchor), bool)
+    counted = ~mined.is_fallback if case.drops_fallbacks else np.ones(len(anchor), bool)
     anchor, positive, negative = anchor[counted], mined.positive[counted], mined.negative[counted]
     xa, xc = _prepared(anchors, case), _prepared(case.x, case)
     ap, an = xa[anchor] - xc[positive], xa[anchor] - xc[negative]
     d2_ap, d2_an = (ap**2).sum(axis=1), (an**2).sum(axis=1)
     euclidean = case.distance == "euclidean"
-    d_ap, d_an = (np.sqrt(d2_ap), np.sqrt(d2_an)) if euclidean else (d2_ap, d2_an)
+    d_ap, d_an = _unit(d2_ap, case), _unit(d2_an, case)
     hinge = d_ap - d_an + case.margin
+    gap = d_ap - d_an
+    soft = np.logaddexp(0, gap)
+    small = np.exp(-np.abs(gap))
+    slope = np.where(gap > 0, 1, small) / (1 + small) if case.soft_margin else np.ones(len(hinge))
     unit = 1e-12 if case.dtype == "float64" else 1e-5 if case.normalize else 2e-6
     assert case.stats or case.reduction != "mean_active", "the check needs to know how many pairs were active"
     # rounding decides whether the pair is active
-    doubt = np.abs(hinge) <= unit * (d_ap + d_an + case.margin) + (0 if not case.normalize else 1e-6)
-    active = hinge > 0
+    blur = unit * (d_ap + d_an + case.margin) + (0 if not case.normalize else 1e-6)
+    at_margin = np.abs(hinge) <= blur
+    is_hard, at_zero = d2_an <= d2_ap, np.abs(d_ap - d_an) <= blur
+    semi_hard = ~is_hard & (hinge > 0)
+    term = soft if case.soft_margin else np.maximum(hinge, 0)
+    active = term > 0
+    doubt = term < 1e-30 if case.soft_margin else at_margin
     count = {"mean": len(hinge), "mean_active": int(active.sum()), "sum": 1}[case.reduction]
-    loss = np.maximum(hinge, 0).sum() / max(count, 1)
+    loss = term.sum() / max(count, 1)
     if case.reduction == "mean_active" and doubt.any():  # the kernel's own count, which is checked below
         count = int(out.stat_counts[1])
-        loss = np.maximum(hinge, 0).sum() / max(count, 1)
+        loss = term.sum() / max(count, 1)
     off = 0 if not case.normalize else 2e-6 if case.dtype != "float64" else 1e-14  # see check_selection
-    worst = (unit * (d_ap + d_an + case.margin) + off).sum() / max(count, 1)
+    worst = (unit * (d_ap + d_an + case.margin + soft * case.soft_margin) + off).sum() / max(count, 1)
     assert abs(out.loss - loss) <= worst + 1e-300, f"loss {out.loss}, expected {loss} within {worst}"
 
     if case.stats:
         assert out.stat_counts[0] == len(hinge)
         assert abs(out.stat_counts[1] - active.sum()) <= doubt.sum()
         assert out.stat_counts[2] == mined.is_fallback.sum()
+        assert abs(out.stat_counts[3] - is_hard.sum()) <= at_zero.sum()
+        assert abs(out.stat_counts[4] - semi_hard.sum()) <= (at_zero | at_margin).sum()
         expected = [d2_ap.mean(), d2_an.mean(), d2_ap.max()] if len(hinge) else [0, 0, 0]
-        np.testing.assert_allclose(out.stat_d2, expected, rtol=2 * unit, atol=1e-37 + (1e-12 if case.normalize else 0))
+        np.testing.assert_allclose(out.stat_d2, expected, rtol=2 * unit, atol=1e-37 + off * max(expected) ** 0.5)
     if not case.gradient:
         return
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        to_ap = np.where(d2_ap > 0, 1 / d_ap, 0) if euclidean else np.full(len(hinge), 2.0)
-        to_an = np.where(d2_an > 0, 1 / d_an, 0) if euclidean else np.full(len(hinge), 2.0)
+        factor = 1.0 if case.distance == "cosine" else 2.0
+        to_ap = slope * (np.where(d2_ap > 0, 1 / d_ap, 0) if euclidean else np.full(len(hinge), factor))
+        to_an = slope * (np.where(d2_an > 0, 1 / d_an, 0) if euclidean else np.full(len(hinge), factor))
+    # A rounded gap moves the logistic function, relative to itself, by no more than that.
+    wobble = (np.minimum(blur, 1) * case.soft_margin)[:, None]
     near = 1e-11 if case.dtype == "float64" else 3e-6
     off = 0 if not case.normalize else 1e-15 if case.dtype == "float64" else 5e-7
     grad_a, grad_c = np.zeros_like(xa), np.zeros_like(xc)
@@ -366,7 +460,7 @@ def check_loss(case: Case, mined: Outputs, out: Outputs) -> None:
     maybe_a, maybe_c = np.zeros_like(xa), np.zeros_like(xc)  # what pairs in doubt bring
     for value, to_a, to_c in (
         (lambda v, w: v * w * active[:, None], grad_a, grad_c),
-        (lambda v, w: np.abs(v * w) * near + off * np.abs(w), size_a, size_c),
+        (lambda v, w: np.abs(v * w) * (near + wobble) + off * np.abs(w) + 1e-37 * np.abs(v), size_a, size_c),
         (lambda v, w: 1.001 * np.abs(v * w) * doubt[:, None], maybe_a, maybe_c),
     ):
         term_ap, term_an = value(ap, to_ap[:, None]), value(an, to_an[:, None])
@@ -379,7 +473,6 @@ def check_loss(case: Case, mined: Outputs, out: Outputs) -> None:
         grad_c[rows] += grad_a
         size_c[rows] += size_a
         maybe_c[rows] += maybe_a
-    half = {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(case.dtype, 0)
     for result, x, prepared, gradient, size, maybe in (
         (out.grad_candidates, case.x, xc, grad_c, size_c, maybe_c),
         (out.grad_anchors, anchors, xa, grad_a, size_a, maybe_a),
@@ -397,9 +490,8 @@ def check_loss(case: Case, mined: Outputs, out: Outputs) -> None:
         tolerance = (size + maybe) / max(count, 1) + 1e-300
         if case.dtype != "float64":
             tolerance = tolerance + 1e-30
-        tolerance = tolerance + half * np.abs(expected) + (6e-8 if case.dtype == "float16" else 0)
         with np.errstate(over="ignore"):
-            too_large = np.abs(expected) > {"float16": 65000.0}.get(case.dtype, 1e38)
+            too_large = np.abs(expected) > 1e38
         wrong = ~(np.abs(result - expected) <= tolerance) & ~too_large
         assert not wrong.any(), (
             f"{wrong.sum()} gradient elements differ, first {np.argwhere(wrong)[0]}: {result[wrong][0]}, "
@@ -423,10 +515,14 @@ def check_mined_nonfinite(case: Case, mined: Outputs) -> None:
     for a in range(len(anchors)):
         negatives = case.labels != anchor_labels[a]
         for pair in range(begin[a], begin[a + 1]):
+            if case.draws and mined.negative[pair] == -1:
+                assert mined.is_fallback[pair]
+                continue
             assert negatives[mined.negative[pair]]
             if np.isfinite(anchors[a]).all() and (negatives & finite).any():
                 assert finite[mined.negative[pair]]
-            if not np.isfinite(anchors[a]).all() or not finite[mined.positive[pair]]:
+            nothing_farther = not np.isfinite(anchors[a]).all() or not finite[mined.positive[pair]]
+            if nothing_farther and case.negatives != "hard":
                 assert mined.is_fallback[pair]
 
 

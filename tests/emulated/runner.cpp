@@ -15,8 +15,8 @@ namespace {
 struct Header {  // as struct.pack in emulation.py writes it
   int64_t anchors, candidates, dim, anchor_stride, candidate_stride, offset, dtype, distance, fallback, reduction, normalize;
   int64_t want_grad_candidates, want_grad_anchors, want_stats, mining, pairs, multiprocessors, capability, schedule, seed;
-  int64_t late_copies, shared_kib;
-  double margin;
+  int64_t late_copies, shared_kib, negatives, positives, pair_order, negatives_only, soft_margin, draw_seed;
+  double margin, band;
 };
 
 std::FILE* in;
@@ -78,9 +78,18 @@ int main(int argc, char** argv) {
     args.reduction = fe::Reduction(h.reduction);
     args.normalize = h.normalize != 0;
     args.margin = h.margin;
+    args.negatives = fe::Negatives(h.negatives);
+    args.positives = fe::Positives(h.positives);
+    args.pairs = fe::PairOrder(h.pair_order);
+    args.soft_margin = h.soft_margin != 0;
+    args.band = h.band;
+    args.negatives_only = h.negatives_only;
+    int64_t* draw_seed = static_cast<int64_t*>(malloc(8));
+    *draw_seed = h.draw_seed;
+    args.seed = draw_seed;
     args.loss = output(scalar, !h.mining, 1);
-    args.grad_candidates = output(h.candidates * h.dim * element, h.want_grad_candidates, 2);
-    args.grad_anchors = output(h.anchors * h.dim * element, h.want_grad_anchors, 3);
+    args.grad_candidates = output(h.candidates * h.dim * scalar, h.want_grad_candidates, 2);
+    args.grad_anchors = output(h.anchors * h.dim * scalar, h.want_grad_anchors, 3);
     args.stat_counts = static_cast<int64_t*>(output(40, h.want_stats, 4));
     args.stat_d2 = output(3 * scalar, h.want_stats, 5);
     args.pair_begin = static_cast<int64_t*>(pair_begin);
@@ -113,8 +122,8 @@ int main(int argc, char** argv) {
     }
     fwrite(&args.workspace_bytes, 8, 1, out);
     write_and_free(args.loss, scalar);
-    write_and_free(args.grad_candidates, h.candidates * h.dim * element);
-    write_and_free(args.grad_anchors, h.anchors * h.dim * element);
+    write_and_free(args.grad_candidates, h.candidates * h.dim * scalar);
+    write_and_free(args.grad_anchors, h.anchors * h.dim * scalar);
     write_and_free(args.stat_counts, 40);
     write_and_free(args.stat_d2, 3 * scalar);
     write_and_free(args.positive, h.pairs * 8);
@@ -123,6 +132,7 @@ int main(int argc, char** argv) {
     write_and_free(args.d2_an, h.pairs * scalar);
     write_and_free(args.is_fallback, h.pairs);
     free(args.workspace);
+    free(draw_seed);
     free(candidates);
     free(candidate_labels);
     if (!same) free(anchors);

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from emulated_cases import draw, simple
+from emulated_cases import draw, draw_rule, simple, with_nan
 from emulation import SCHEDULES, check, run, with_schedule
 
 BATCH = 20
@@ -32,6 +32,39 @@ def test_mixed_cases_under_thread_sanitizer(programs, tmp_path, first):
     check(programs("tsan"), [draw(seed, largest=70) for seed in range(first, first + 10)], tmp_path)
 
 
+@pytest.mark.parametrize("first", range(4000, 4320, BATCH))
+def test_mixed_rules(programs, tmp_path, first):
+    check(programs(), [draw_rule(seed) for seed in range(first, first + BATCH)], tmp_path)
+
+
+def test_mixed_rules_with_the_tiles_of_the_real_build(programs, tmp_path):
+    check(programs("plain", 4, 4096), [draw_rule(seed) for seed in range(5000, 5020)], tmp_path)
+
+
+def test_mixed_rules_under_address_and_undefined_behaviour_sanitizers(programs, tmp_path):
+    check(programs("asan"), [draw_rule(seed) for seed in range(6000, 6040)], tmp_path)
+
+
+def test_mixed_rules_under_thread_sanitizer(programs, tmp_path):
+    check(programs("tsan"), [draw_rule(seed, largest=70) for seed in range(7000, 7020)], tmp_path)
+
+
+@pytest.mark.parametrize("negatives", ["hard", "random_semi_hard", "random_active"])
+def test_rules_with_large_classes(programs, tmp_path, negatives):
+    """Several passes, thresholds sorted by a block."""
+    base = simple(300, 2, 2, negatives=negatives, margin=0.5)
+    cases = [replace(base, **o) for o in ({}, {"positives": "hardest"}, {"pairs": "unordered", "dtype": "float64"})]
+    check(programs(), cases, tmp_path)
+
+
+def test_draws_do_not_depend_on_ranks(programs, tmp_path):
+    """Anchors split over callers draw what the undivided call draws: the hash takes indices of all rows."""
+    whole = simple(90, 24, 20, negatives="random_semi_hard", margin=1.0)
+    parts = [replace(whole, offset=offset, count=count) for offset, count in ((0, 40), (40, 50))]
+    first, *others = run(programs(), [(case, True) for case in (whole, *parts)], tmp_path)
+    np.testing.assert_array_equal(np.concatenate([o.negative for o in others]), first.negative)
+
+
 def test_large_classes_take_several_passes(programs, tmp_path):
     """Two features leave 25 slots per row, so anchors with 149 positives are worked off in six passes; their thresholds
     and the lists of popular negatives are longer than a warp sorts."""
@@ -44,9 +77,19 @@ def test_large_classes_take_several_passes(programs, tmp_path):
     check(programs(), cases, tmp_path)
 
 
+def test_nan_is_nobodys_negative(programs, tmp_path):
+    """While there is another, with buckets in shared memory (few positives) and in global memory."""
+    cases = [with_nan(simple(70, 9, k, dtype=dtype)) for k in (3, 20) for dtype in ("float32", "float64", "bfloat16")]
+    check(programs(), cases, tmp_path)
+
+
 def test_result_does_not_depend_on_schedule_or_grid(programs, tmp_path):
     """Bit for bit: no float is added in an order that threads decide."""
-    for base in (simple(150, 33, 30, rows="mid", margin=1.0), simple(120, 3, 2, rows="duplicates", margin=0.25)):
+    for base in (
+        simple(150, 33, 30, rows="mid", margin=1.0),
+        simple(120, 3, 2, rows="duplicates", margin=0.25),
+        simple(90, 9, 12, negatives="random_semi_hard", margin=1.0, soft_margin=True),
+    ):
         runs = [(base, False)]
         runs += [(with_schedule(base, schedule, seed), False) for schedule in SCHEDULES for seed in (2, 3)]
         runs += [(replace(base, multiprocessors=m), False) for m in (1, 3)]

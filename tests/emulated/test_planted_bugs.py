@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
-from emulated_cases import simple
+from emulated_cases import simple, with_nan
 from emulation import CSRC, Finding, build, check, with_schedule
 
 # name: (file, what stands there, what stands there instead, the build that must object)
 BUGS = {
     "block_barrier_before_products": (
-        "tile.cuh", "    __syncthreads();               // everybody's have", "    // everybody's have", "tsan",
+        "tile.cuh", "    __syncthreads();  // everybody's have", "    // everybody's have", "tsan",
     ),
     "block_barrier_before_part": ("tile.cuh", "    __syncthreads();  // the part is complete\n", "", "tsan"),
-    "block_barrier_before_buckets": ("select.cuh", "    __syncthreads();  // the buckets are there\n", "", "tsan"),
+    "block_barrier_after_the_strip": ("select.cuh", "    __syncthreads();  // d2_ap of the strip\n", "", "tsan"),
+    "block_barrier_after_the_least_distances": (
+        "select.cuh", "  __syncthreads();  // the least distances\n", "", "tsan",
+    ),
+    "block_barrier_before_buckets_are_stored": (
+        "select.cuh", "            __syncthreads();  // all offers are made\n", "", "tsan",
+    ),
     "block_barrier_in_sum": (
         "gradient.cuh", "    __syncthreads();  // the sums of the step before are written\n", "", "tsan",
     ),
     "warp_barrier_after_list_sort": (
         "gradient.cuh", "    __syncwarp();  // the list is sorted", "    // the list", "tsan",
     ),
-    "warp_barrier_after_suffix_minimum": ("finish.cuh", "      __syncwarp();  // minima", "      // minima", "tsan"),
-    "grid_barrier_before_fill": ("triplet_kernel.cuh", "      grid_sync();  // list_begin\n", "", "tsan"),
-    "grid_barrier_before_gather": ("triplet_kernel.cuh", "      grid_sync();  // list\n", "", "tsan"),
+    "warp_barrier_after_suffix_minimum": ("finish.cuh", "    __syncwarp();  // minima", "    // minima", "tsan"),
+    "grid_barrier_before_fill": (
+        "triplet_kernel.cuh", "        grid_sync();  // list_begin", "        // list_begin", "tsan",
+    ),
+    "grid_barrier_before_gather": ("triplet_kernel.cuh", "        grid_sync();  // list\n", "", "tsan"),
+    "grid_barrier_after_thresholds": (
+        "triplet_kernel.cuh", "    grid_sync();  // d2_ap, thresholds, empty buckets\n", "", "tsan",
+    ),
+    "grid_barrier_after_finish": (
+        "triplet_kernel.cuh", "    grid_sync();  // coefficients, lists,", "    // coefficients, lists,", "tsan",
+    ),
     "plain_read_of_a_moving_minimum": (
         "select.cuh", "if (key < load_relaxed(best)) atomic_min(best, key);\n}", "if (key < *best) *best = key;\n}",
         "tsan",
@@ -51,18 +66,27 @@ BUGS = {
     ),
     "swapped_accumulator_rows": ("tile.cuh", "lane / 4 + i / 2 * 8,", "lane / 4 + i % 2 * 8,", "plain"),
     "ties_to_the_highest_index": (
-        "select.cuh", "  const uint64_t key = pack(bits, index);", "  const uint64_t key = pack(bits, ~index);",
+        "select.cuh", "atomicMin(&buckets[bucket[j]].index[place]", "atomicMax(&buckets[bucket[j]].index[place]",
         "plain",
     ),
-    "farther_or_equal": (
-        "finish.cuh", "count_below<true>(p.threshold + slot, count", "count_below<false>(p.threshold + slot, count",
-        "plain",
+    "negative_not_farther_than_the_positive": (
+        "select.cuh", "not_farther[r] = below + equal;", "not_farther[r] = max(below + equal - 1, 1);", "plain",
     ),
+    "unnoticed_overflow_of_a_list": (
+        "finish.cuh", "&p.counters->list_overflows, 1", "&p.counters->list_overflows, 0", "plain",
+    ),
+    "nan_as_a_negative": (
+        "select.cuh", "  if (d != d) return -1;  // NaN", "  // NaN", "plain",
+    ),
+    "hash_of_the_anchor_among_its_own": (
+        "select.cuh", "_t>(place + index + 1)", "_t>(0 * place + index + 1)", "plain",
+    ),
+    "pair_that_was_struck": ("select.cuh", ": r != chosen) not_farther", ": false) not_farther", "plain"),
     "forgotten_mirror_image": (
         "tile.cuh", "p.plain && cursor.row != cursor.column;", "p.plain && cursor.row + kSide < cursor.column;",
         "plain",
     ),
-    "gradient_of_the_positive": ("gradient.cuh", "counts = own != position &&", "counts = own < position &&", "plain"),
+    "gradient_of_the_positive": ("gradient.cuh", "if (own != position) {", "if (own < position) {", "plain"),
 }  # fmt: skip
 
 ONLY_FLOAT32 = """
@@ -72,6 +96,8 @@ Status launch_float32(const TripletArgs& args) { return launch_kernel<Math::spli
 Status launch_half(const TripletArgs&) { return {Code::unsupported, "half", ""}; }
 Status launch_float64(const TripletArgs&) { return {Code::unsupported, "float64", ""}; }
 Status launch_without_tensor_cores(const TripletArgs&) { return {Code::unsupported, "simt", ""}; }
+Status launch_dense(const TripletArgs&) { return {Code::unsupported, "dense", ""}; }
+int64_t dense_workspace_bytes(const TripletArgs&) { return -1; }
 }
 """
 
@@ -82,6 +108,9 @@ def cases():
         simple(130, 17, 30, rows="mid", margin=0.5, multiprocessors=3),
         simple(66, 5, 9, rows="duplicates", margin=0.25),
         simple(70, 33, 3, rows="collapsed", fallback="farthest"),
+        replace(simple(70, 9, 9, negatives="random_active"), offset=5, count=40),
+        simple(70, 9, 9, positives="hardest", negatives="hard"),
+        with_nan(simple(70, 9, 3)),  # classes larger than what is kept in shared memory
     ]
     return [with_schedule(case, "one_warp_ahead", seed) for case in plain for seed in (2, 3)]
 

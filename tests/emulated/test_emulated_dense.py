@@ -1,0 +1,269 @@
+"""The CUDA kernels of the rules that give every negative a term, on the CPU, against all triplets in float64."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dense_oracle import check_dense
+from emulated_cases import DIMS, LABELS, ROWS, SIZES, make_labels, make_rows, simple
+from emulation import (
+    CSRC,
+    DISTANCES,
+    DTYPES,
+    PAIR_ORDERS,
+    POSITIVES,
+    REDUCTIONS,
+    SCHEDULES,
+    Case,
+    Finding,
+    build,
+    exact,
+    run,
+    with_schedule,
+)
+
+
+def draw_dense(seed: int, largest: int = 130) -> tuple[Case, bool]:
+    """One case, mixed over everything, and whether its distances are exact: small integers, as they are."""
+    rng = np.random.default_rng(seed)
+    pick = lambda options: options[int(rng.integers(len(options)))]  # noqa: E731
+    is_exact = bool(rng.random() < 0.5)
+    n, d = pick([s for s in SIZES if s <= largest]), pick(DIMS)
+    dtype = pick(DTYPES if seed % 2 else ("float32",))
+    labels = make_labels(rng, pick(LABELS), n)
+    positives, distance = pick(POSITIVES), pick(DISTANCES)
+    normalize = distance == "cosine" or bool(rng.random() < 0.3)
+    if is_exact:
+        d, normalize = min(d, 33), False
+        distance = pick(DISTANCES[:2])
+        x = rng.integers(-2, 3, (n, d)).astype(np.float64) + (40 if rng.random() < 0.3 else 0)
+        margin, band = float(pick((0, 1, 3, 10))), float(pick((0, 2)))
+    else:
+        # Where one positive is chosen, rows without twins or near twins: any choice would be right, but not the same.
+        rows = (
+            pick([r for r in ROWS if r not in ("wide",)])
+            if positives == "all"
+            else pick(("random", "mid", "separated"))
+        )
+        x = make_rows(rng, rows, labels, d if positives == "all" else d + 2)
+        if rows in ("random", "mid", "separated") and rng.random() < 0.3:
+            x = x + 3
+        margin, band = pick((0.0, 0.05, 0.2, 1.0)), pick((0.0, 0.1))
+    if dtype == "float16":
+        x = x.clip(-100, 100)
+    x = exact(x, dtype)
+    anchors = anchor_labels = count = None
+    offset, pairs = 0, pick(PAIR_ORDERS)
+    form = rng.random()
+    if form < 0.2:
+        a = pick([s for s in SIZES if s <= largest])
+        chosen = rng.integers(0, n, a)
+        anchor_labels = np.where(rng.random(a) < 0.8, labels[chosen], rng.integers(0, 9, a))
+        shift = (
+            rng.integers(-1, 2, (a, x.shape[1]))
+            if is_exact
+            else 0.1 * np.abs(x).max() * rng.standard_normal((a, x.shape[1]))
+        )
+        anchors, pairs = exact(x[chosen] + shift, dtype), "ordered"
+    elif form < 0.4 and n > 1:
+        offset = int(rng.integers(0, n - 1))
+        count = int(rng.integers(1, n - offset + 1))
+        count -= offset == 0 and count == n
+    case = Case(
+        name=f"seed {seed}: {dtype} {n} x {d}",
+        x=x, labels=labels, anchors=anchors, anchor_labels=anchor_labels, offset=offset, count=count, dtype=dtype,
+        distance=distance, reduction=pick(REDUCTIONS), normalize=normalize, margin=margin, stats=True,
+        gradient=bool(rng.random() < 0.9), padding=pick((0, 0, 1, 5)), negatives=pick(("all", "all_semi_hard")),
+        positives=positives, pairs=pairs, negatives_only=pick((0, 0, n // 3)), multiprocessors=pick((1, 2, 3, 5)),
+        capability=pick((75, 80, 90, 90)), schedule=pick(SCHEDULES), seed=seed, late_copies=bool(rng.random() < 0.5),
+        shared_kib=pick((64, 99, 227)),
+    )  # fmt: skip
+    return replace(case, band=band if case.negatives == "all_semi_hard" else 0.0), is_exact
+
+
+def check_all(program: Path, cases: list[tuple[Case, bool]], directory: Path) -> None:
+    results = run(program, [(case, False) for case, _ in cases], directory)
+    for (case, is_exact), out in zip(cases, results, strict=True):
+        try:
+            check_dense(case, out, is_exact)
+        except AssertionError as error:
+            options = {k: v for k, v in vars(case).items() if not isinstance(v, np.ndarray)}
+            raise AssertionError(f"{options} exact={is_exact}: {error}") from error
+
+
+def drawn(first: int, count: int, largest: int = 130) -> list[tuple[Case, bool]]:
+    return [draw_dense(seed, largest) for seed in range(first, first + count)]
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_mixed_cases_of_every_negative(programs, tmp_path, first):
+    check_all(programs(), drawn(first, 50), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "sanitizer, first, count, largest", [("plain", 1000, 30, 130), ("asan", 2000, 40, 130), ("tsan", 3000, 16, 70)]
+)
+def test_mixed_cases_of_every_negative_in_other_builds(programs, tmp_path, sanitizer, first, count, largest):
+    program = programs("plain", 4, 4096) if sanitizer == "plain" else programs(sanitizer)
+    check_all(program, drawn(first, count, largest), tmp_path)
+
+
+def test_large_classes_take_several_passes(programs, tmp_path):
+    """Two features leave about 60 slots per row, so anchors with 149 positives are worked off in three passes; a class
+    does not fit in shared memory either, and its thresholds are longer than a warp sorts."""
+    grid = dict(rows="grid", margin=0.25, negatives="all_semi_hard")
+    cases = [
+        simple(300, 2, 2, negatives="all"),
+        simple(300, 2, 2, distance="euclidean", **grid),
+        simple(300, 2, 2, band=0.5, **grid),
+        simple(300, 1, 2, positives="hardest", reduction="sum", **grid),
+        simple(200, 1, 2, dtype="float64", **grid),
+        replace(simple(300, 2, 2, **grid), offset=20, count=200, negatives_only=30),
+        simple(300, 2, 1, negatives="all"),
+        simple(300, 2, 2, rows="collapsed", negatives="all"),
+    ]
+    check_all(programs(), [(case, "grid" in case.name) for case in cases], tmp_path)
+
+
+@pytest.mark.parametrize("distance", DISTANCES[:2])
+def test_gradient_has_the_accuracy_of_float32(programs, tmp_path, distance):
+    """On the terms that float64 finds active: largest error over largest gradient, also of rows far from the origin."""
+    base = simple(130, 100, 13, negatives="all", margin=0.5, distance=distance)
+    cases = [base, replace(base, x=exact(base.x + 3, "float32")), replace(base, normalize=True)]
+    results = run(programs(), [(case, False) for case in cases], tmp_path)
+    for case, out in zip(cases, results, strict=True):
+        assert check_dense(case, out) <= 1e-6
+
+
+def test_every_negative_does_not_depend_on_schedule_or_grid(programs, tmp_path):
+    """Bit for bit: no float is added in an order that threads decide."""
+    for base in (
+        simple(150, 33, 30, rows="mid", margin=1.0, negatives="all", distance="euclidean"),
+        simple(120, 3, 2, rows="duplicates", margin=0.25, negatives="all_semi_hard", band=0.3),
+        replace(simple(150, 33, 9, negatives="all"), offset=30, count=100),
+    ):
+        runs = [(base, False)]
+        runs += [(with_schedule(base, schedule, seed), False) for seed, schedule in enumerate(SCHEDULES, 2)]
+        runs += [(replace(base, multiprocessors=m), False) for m in (1, 3, 7)]
+        first, *others = run(programs(), runs, tmp_path)
+        for other in others:
+            assert other.loss == first.loss
+            np.testing.assert_array_equal(other.grad_candidates, first.grad_candidates)
+            np.testing.assert_array_equal(other.stat_counts, first.stat_counts)
+            np.testing.assert_array_equal(other.stat_d2, first.stat_d2)
+
+
+@pytest.mark.parametrize("anchors", [0, 5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_candidate_no_term(programs, tmp_path, anchors, dtype):
+    case = simple(5, 8, 2, dtype=dtype, negatives="all")
+    empty = replace(
+        case, x=case.x[:0], labels=case.labels[:0], anchors=case.x[:anchors], anchor_labels=case.labels[:anchors]
+    )
+    (out,) = run(programs(), [(empty, False)], tmp_path)
+    assert out.loss == 0 and (out.grad_anchors == 0).all() and (out.stat_counts == 0).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_one_element_that_is_not_finite_reaches_everything(programs, tmp_path, value, normalize):
+    cases = []
+    for row in (0, 40):  # row 0 is where rows are moved from
+        case = simple(70, 17, 9, negatives="all", normalize=normalize, dtype="float16")
+        case.x[row, 3] = value
+        cases.append(case)
+    for out in run(programs(), [(case, False) for case in cases], tmp_path):
+        assert np.isnan(out.loss) and np.isnan(out.grad_candidates).all() and np.isnan(out.stat_d2).all()
+        assert (out.stat_counts == 0).all()
+
+
+def test_workspace_is_enough_whatever_the_size(programs, tmp_path):
+    cases = [
+        simple(n, d, 2, dtype=dtype, negatives="all")
+        for n in (1, 2, 3, 17, 40) for d in (1, 5, 64) for dtype in ("float32", "float64")
+    ]  # fmt: skip
+    check_all(programs(), [(case, False) for case in cases], tmp_path)
+
+
+# ---- planted bugs ----------------------------------------------------------------------------------------------------
+
+# name: (file, what stands there, what stands there instead, the build that must object)
+BUGS = {
+    "barrier_before_products": (
+        "dense_sweep.cuh", "      __syncthreads();  // the rows are there\n", "", "tsan",
+    ),
+    "barrier_before_the_sums": (
+        "dense_sweep.cuh", "        __syncthreads();  // weights and sums of the part\n", "", "tsan",
+    ),
+    "grid_barrier_before_counting": (
+        "dense_kernel.cuh", "      grid_sync();  // histograms, partial sums\n", "", "tsan",
+    ),
+    "warp_barrier_before_coefficients": (
+        "dense_finish.cuh", "    __syncwarp();  // the weights by rank\n", "", "tsan",
+    ),
+    "closed_end_of_the_margin": ("dense_sweep.cuh", "rank<true>(t, offset,", "rank<false>(t, offset,", "plain"),
+    "equally_far_is_farther": (
+        "dense_sweep.cuh", "rank<false>(t, offset, pitch, count, d, r.farther)",
+        "rank<true>(t, offset, pitch, count, d, r.farther)", "plain",
+    ),
+    "open_end_of_the_band": (
+        "dense_sweep.cuh", "rank<false>(t, offset, pitch, count, x, r.term)",
+        "rank<true>(t, offset, pitch, count, x, r.term)", "plain",
+    ),
+    "no_weights_of_the_columns": ("dense_sweep.cuh", "weight[j] += own[j] > 0 ?", "weight[j] += own[j] < 0 ?", "plain"),
+    "chunks_that_overlap": (
+        "dense_sweep.cuh", "* (item.chunk + 1) / chunks) * kSide", "* (item.chunk + 1) / chunks + 1) * kSide", "plain",
+    ),
+}  # fmt: skip
+
+ONLY_SPLIT = """
+#include "dense_kernel.cuh"
+namespace facenet_ext::cuda {
+Status launch_dense(const TripletArgs& args) { return launch_dense_kernel<Math::split>(args, "dense"); }
+int64_t dense_workspace_bytes(const TripletArgs& args) { return dense_bytes(args); }
+Status launch_float32(const TripletArgs&) { return {Code::unsupported, "float32", ""}; }
+Status launch_half(const TripletArgs&) { return {Code::unsupported, "half", ""}; }
+Status launch_float64(const TripletArgs&) { return {Code::unsupported, "float64", ""}; }
+Status launch_without_tensor_cores(const TripletArgs&) { return {Code::unsupported, "simt", ""}; }
+}
+"""
+
+
+def try_it(name: str | None, sanitizer: str, directory: Path) -> None:
+    copy = directory / "cuda"
+    shutil.copytree(CSRC / "cuda", copy, ignore=shutil.ignore_patterns("*.md", "__pycache__"))
+    if name is not None:
+        file, there, instead, _ = BUGS[name]
+        text = (copy / file).read_text()
+        assert there in text, f"{file} no longer contains {there!r}: adapt this test"
+        (copy / file).write_text(text.replace(there, instead))
+    only = directory / "only_split.cu"
+    only.write_text(ONLY_SPLIT)
+    sources = [copy / "triplet.cu", only]
+    program = build(directory / "build", sanitizer, sources=sources, cuda_directory=copy, optimize="-O0")
+    grid = dict(rows="grid", margin=0.25)
+    plain = [
+        (simple(130, 20, 10, negatives="all", margin=1.0, multiprocessors=3), False),
+        (simple(70, 9, 5, negatives="all", **grid), True),
+        (simple(70, 9, 5, negatives="all_semi_hard", band=0.25, distance="euclidean", **grid), True),
+    ]
+    cases = [(with_schedule(case, "one_warp_ahead", seed), is_exact) for case, is_exact in plain for seed in (2, 3)]
+    check_all(program, cases, directory / "run")
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "tsan"])
+def test_without_a_bug_in_the_sums_nothing_is_found(tmp_path, sanitizer):
+    try_it(None, sanitizer, tmp_path)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_in_the_sums_is_caught(tmp_path, name):
+    with pytest.raises((Finding, AssertionError)) as caught:
+        try_it(name, BUGS[name][3], tmp_path)
+    assert "no longer contains" not in str(caught.value)
+    if BUGS[name][3] == "tsan":
+        assert "ThreadSanitizer" in str(caught.value)
