@@ -182,6 +182,23 @@ def package_loss(x: Tensor, y: Tensor) -> Tensor:
     return facenet_ext.triplet_loss(x, y, margin=MARGIN)
 
 
+def rule(**options) -> Callable[[Tensor, Tensor], Tensor]:
+    return functools.partial(facenet_ext.triplet_loss, margin=MARGIN, **options)
+
+
+def same_rule(**options) -> Callable:
+    """The reference's value, on batches whose triplets it can list."""
+
+    def check(loss: Tensor, gradient: Tensor, x: Tensor, y: Tensor) -> str:
+        if len(y) > 512:
+            return "" if bool(gradient.isfinite().all()) else "a gradient that is not finite"
+        expected = facenet_ext.reference.triplet_loss(x.double(), y, margin=MARGIN, **options)
+        wrong = not abs(loss - expected) <= 1e-4 * abs(expected)
+        return f"loss {float(loss):.7g}, the reference's is {float(expected):.7g}" if wrong else ""
+
+    return check
+
+
 def reference_loss(x: Tensor, y: Tensor) -> Tensor:
     return facenet_ext.reference.triplet_loss(x, y, margin=MARGIN)
 
@@ -276,3 +293,16 @@ CONTENDERS = (
         "cubic", cubic_mask, lambda s: 16 * s.n**3, lambda s: s.n**3, note="masks of N x N x N, as TensorFlow Addons"
     ),
 )
+
+# The family of rules, for --rules: the memory of each grows like the package's.
+RULES = tuple(
+    Contender(name, rule(**options), PACKAGE.memory, check=same_rule(**options), always=True)
+    for name, options in {
+        "semi_hard": {},
+        "hard": {"negatives": "hard"},
+        "hard, hardest positive": {"negatives": "hard", "positives": "hardest"},
+        "all": {"negatives": "all"},
+        "all_semi_hard": {"negatives": "all_semi_hard"},
+    }.items()
+)
+DRAWN = Contender("random_semi_hard", rule(negatives="random_semi_hard"), PACKAGE.memory, check=None, always=True)

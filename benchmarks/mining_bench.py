@@ -4,6 +4,7 @@
     python benchmarks/mining_bench.py --plot curve.png       and a plot of time and memory against N
     python benchmarks/mining_bench.py --cliff                no dimension and no class size falls off a cliff
     python benchmarks/mining_bench.py --memory               large batches: N = 32,768 and 100,000
+    python benchmarks/mining_bench.py --rules                every rule of mining against semi-hard
     python benchmarks/mining_bench.py --device cuda          on a GPU: eager, CUDA graph, CUDA graph with a cold L2
     python benchmarks/mining_bench.py --markdown FILE.json   the README's table from a file that --json wrote
 
@@ -24,7 +25,7 @@ except ImportError as error:
 
 import report
 from batches import REGIMES, Size, make_batch
-from contenders import CONTENDERS, PACKAGE, YARDSTICK
+from contenders import CONTENDERS, DRAWN, PACKAGE, RULES, YARDSTICK
 from probe import ProbeServer, available_bytes
 from timing import modes, round_robin, summarise
 
@@ -43,6 +44,11 @@ CLIFF = (
     *(Size(4096, k, 128) for k in (2, 3, 4, 8, 32, 64, 100, 200)),
 )
 CLIFF_LIMIT = 1.4  # times the base's ratio to its yardstick
+RULES_SIZE = Size(1800, 40, 128)
+RULES_CHECK = Size(256, 8, 64)  # small enough to be compared with the reference
+RULE_LIMITS = {"hard": 1.0, "all": 2.0, "all_semi_hard": 2.0}  # times semi-hard in the same round
+RULES_MEMORY = Size(32768, 16, 128), 200e6  # bytes above input and gradient
+LIBRARY = Size(1024, 16, 128), 200.0  # pytorch-metric-learning takes at least so many times as long
 MOST_ROUNDS, LEAST_ROUNDS = 60, 11
 
 
@@ -179,6 +185,45 @@ class Bench:
         self.say("")
         return rows
 
+    def rules(self, regimes: list[str]) -> list[dict]:
+        """Every rule, the yardstick and the default rule once in each round."""
+        rows = []
+        prepare, timer = modes(self.device)["eager" if self.device == "cpu" else "graph"]
+        for regime in regimes:
+            calls = {}
+            for contender in (YARDSTICK, *RULES, DRAWN):
+                found = self.server(contender.name, RULES_CHECK, regime, self.seed, self.threads)
+                if found.get("error") or found.get("wrong"):
+                    self.wrong.append(f"{contender.name} {regime}: {found.get('error') or found['wrong']}")
+                calls[contender.name] = prepare(contender.bind(*make_batch(RULES_SIZE, regime, self.seed, self.device)))
+                calls[contender.name]()
+            samples = round_robin(
+                calls, dict.fromkeys(calls, MOST_ROUNDS), timer, self.counter(f"rules {regime}", MOST_ROUNDS)
+            )
+            for name in calls:
+                row = {"size": list(RULES_SIZE), "regime": regime, "name": name}
+                over = summarise(samples[name], samples[RULES[0].name])["ratio_in_round"]
+                rows.append(row | summarise(samples[name], samples[YARDSTICK.name]) | {"over_semi_hard": over})
+        self.say("")
+        return rows
+
+    def rules_memory(self) -> list[dict]:
+        rows = []
+        for contender in (*RULES, DRAWN):
+            self.say(f"{contender.name}: memory")
+            row = {"size": list(RULES_MEMORY[0]), "name": contender.name}
+            rows.append(row | self.server(contender.name, RULES_MEMORY[0], REGIMES[0], self.seed, self.threads))
+        self.say("")
+        return rows
+
+    def library(self) -> list[dict]:
+        chosen = [c for c in CONTENDERS if c.name in (YARDSTICK.name, PACKAGE.name, "metric-learning")]
+        bench = Bench(self.server, self.device, self.threads, self.seed, chosen, self.budget)
+        rows = bench.measure(LIBRARY[0], REGIMES[0])
+        self.wrong += bench.wrong
+        self.say("")
+        return rows
+
     def large(self, regime: str) -> list[dict]:
         rows = []
         for size in LARGE:
@@ -223,6 +268,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--cliff", action="store_true", help="instead of the table: dimensions and class sizes against the base")
     add("--memory", action="store_true", help="instead of the table: the peak at N = 32,768 and 100,000")
+    add("--rules", action="store_true", help="instead of the table: every rule of mining, and the strongest library")
     add("--markdown", type=Path, metavar="FILE.json", help="measure nothing: the README's table from a JSON file")
     args = parser.parse_args(arguments)
 
@@ -285,7 +331,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(report.cliff_table(data["cliff"], CLIFF_LIMIT))
         if args.memory:
             data["memory"] = bench.large(args.regimes[0])
-        if not args.cliff and not args.memory:
+        if args.rules:
+            data["rules"], data["library"] = bench.rules(args.regimes), bench.library()
+            data["rules_memory"] = bench.rules_memory()
+            print(report.rules_table(data, RULE_LIMITS, RULES_MEMORY[1], LIBRARY[1]))
+        if not (args.cliff or args.memory or args.rules):
             print("Time of forward and backward, in brackets over the yardstick's: medians of interleaved calls.")
             print("Peak extra: memory above the input and its gradient.")
             print("".join(f"  {name}: {note}\n" for name, note in data["notes"].items() if note))

@@ -31,9 +31,9 @@ from pathlib import Path
 
 import torch
 from batches import Size, make_batch
-from contenders import CONTENDERS
+from contenders import CONTENDERS, DRAWN, RULES
 
-BY_NAME = {contender.name: contender for contender in CONTENDERS}
+BY_NAME = {contender.name: contender for contender in (*CONTENDERS, *RULES, DRAWN)}
 
 
 def available_bytes() -> int:

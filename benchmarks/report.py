@@ -155,6 +155,34 @@ def cliff_table(rows: list[dict], limit: float) -> str:
     return "\n".join(lines)
 
 
+def rules_table(data: dict, limits: dict, memory_limit: float, library_limit: float) -> str:
+    """Time over that of semi-hard in the same round, in brackets over the yardstick; limits and whether they hold."""
+    rows, regimes = data["rules"], listed(data["rules"], "regime")
+    size = rows[0]["size"]
+    lines = [f"({','.join(map(str, size))})".ljust(26) + "".join(f"{regime:>24s}" for regime in regimes)]
+    for name in listed(rows, "name"):
+        line = name.ljust(26)
+        for row in (row for row in rows if row["name"] == name):
+            over = row["over_semi_hard"]["median"]
+            mark = " !" if over > limits.get(name, over) else ""
+            shown = f"x{show_ratio(over)} ({show_ratio(row['ratio_in_round']['median'])})"
+            line += f"{show_seconds(row['seconds']['median'])} {shown}{mark}".rjust(24)
+        lines.append(line + (f"   limit x{limits[name]:.0f}" if name in limits else ""))
+    for row in data["rules_memory"]:
+        held = "holds" if row.get("peak_bytes", memory_limit) < memory_limit else "EXCEEDED"
+        found = row.get("error") or f"{show_seconds(row['seconds'])}, peak {show_bytes(row['peak_bytes'])}"
+        lines.append(f"N = {row['size'][0]}, {row['name']}: {found}; limit {show_bytes(memory_limit)}: {held}")
+    mine = {row["name"]: row["seconds"]["median"] for row in data["library"] if "seconds" in row}
+    if "metric-learning" in mine:
+        times = mine["metric-learning"] / mine["facenet_ext"]
+        held = "holds" if times >= library_limit else "does NOT hold"
+        lines.append(f"pytorch-metric-learning at N = {data['library'][0]['size'][0]} takes {times:.0f} times as long; "
+                     f"at least {library_limit:.0f}: {held}")
+    else:
+        lines += [f"{name} left out at {reason}" for name, reason in left_out(data["library"])]
+    return "\n".join(lines)
+
+
 def markdown(data: dict) -> str:
     """The README's table from a JSON file of this benchmark."""
     rows = data["rows"]

@@ -9,30 +9,26 @@ import json
 import sys
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
 from tqdm import tqdm
 
 from . import data, evaluate, mine_triplets, train
 
-THRESHOLD = 1.1  # squared distance; paper, Figure 1
-
-
-def bar(todo):
-    return tqdm(todo, "embedding", unit="batch", disable=None)
+bar = partial(tqdm, desc="embedding", unit="batch", disable=None)
 
 
 def open_images(path, size, crop):
     """The images of root/NAME/file, or of a folder without people or a single file, which have label -1."""
     path = Path(path)
-    folders = path.is_dir() and any(p.is_dir() and not p.name.startswith(".") for p in path.iterdir())
-    if folders or not path.exists():
+    inside = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
+    files = [path] if path.is_file() else inside
+    if not files or any(p.is_dir() for p in inside):  # people; or nothing at all, which scan has the words for
         return data.Images(*data.scan(path), size, crop)
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if not p.name.startswith("."))
-    if not files:
-        raise data.DataError(f"{path}: no images in it")
     return data.Images(map(str, files), np.full(len(files), -1), [], size, crop)
 
 
@@ -50,10 +46,6 @@ def embed_all(options, *paths):
         names = [images.names[label] if label >= 0 else "" for label in images.labels[good]]
         found.append(([images.paths[i] for i in good], names, images.labels[good], vectors[good]))
     return found
-
-
-def squared_distances(a, b):
-    return np.maximum(np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T, 0)
 
 
 def write_json(path, values):
@@ -74,12 +66,13 @@ def figure(path, width, height, rows=1, columns=1):
 
 
 def do_train(options):
+    """Train an embedding with the semi-hard triplet loss, verified on people it never saw."""
     return train.start(options)
 
 
 def do_evaluate(options):
-    """Accuracy, VAL at a FAR, AUC and equal error rate on pairs: of an LFW list, or random ones. With one --model per
-    fold, in the order of the folds, each fold is judged by the model that was trained without it."""
+    """Accuracy, VAL at a FAR, AUC and equal error rate on pairs of images: of an LFW list, or random ones. With one
+    --model per fold, in the order of the folds, each fold is judged by the model that was trained without it."""
     d2 = []
     for path in options.model:
         model, trained = train.load_model(path, options.device)
@@ -98,7 +91,7 @@ def do_evaluate(options):
     found, kept = evaluate.verify(d2[0] if len(d2) == 1 else np.stack(d2), pairs, options.far)
     print(f"{kept.sum()} pairs, {len(found.thresholds)} folds\n"
           f"accuracy          {100 * found.accuracy:6.2f} % ± {100 * found.accuracy_se:.2f}\n"
-          f"thresholds        {min(found.thresholds):.3f} ... {max(found.thresholds):.3f} (squared distance)\n"
+          f"thresholds        {' '.join(f'{t:.3f}' for t in found.thresholds)} (squared distance, by fold)\n"
           f"VAL at FAR {options.far:<7g}{100 * found.val:6.2f} % ± {100 * found.val_se:.2f} "
           f"(FAR on the folds left out: {found.far:.2g})\n"
           f"AUC               {found.auc:.4f}\nequal error rate  {100 * found.eer:6.2f} %")
@@ -132,13 +125,9 @@ def do_compare(options):
     """The matrix of squared distances, and who is the same person at the threshold."""
     found = embed_all(options, *options.images)
     paths, vectors = sum((part[0] for part in found), []), np.concatenate([part[3] for part in found])
-    d2 = squared_distances(vectors, vectors)
-    np.fill_diagonal(d2, 0)
-    for i, path in enumerate(paths):
-        print(f"[{i}] {path}")
-    print("     " + "".join(f"{f'[{i}]':>8}" for i in range(len(paths))))
-    for i, row in enumerate(d2):
-        print(f"{f'[{i}]':>5}" + "".join(f"{value:8.3f}" for value in row))
+    d2 = cdist(vectors, vectors, "sqeuclidean")
+    print("\n".join(f"[{i}] {path}" for i, path in enumerate(paths)))
+    np.savetxt(sys.stdout, d2, "%8.3f", delimiter="")
     for i, j in zip(*np.triu_indices(len(paths), 1), strict=True):
         print(f"[{i}] [{j}] {d2[i, j]:.3f} {'same' if d2[i, j] <= options.threshold else 'different'}")
     if options.plot:
@@ -164,7 +153,7 @@ def do_cluster(options):
     if len(paths) < 2:
         raise data.DataError(f"{options.folder}: one image; at least two are needed to form groups")
     found = AgglomerativeClustering(None, metric="precomputed", linkage="average", distance_threshold=options.threshold
-                                    ).fit_predict(squared_distances(vectors, vectors))
+                                    ).fit_predict(cdist(vectors, vectors, "sqeuclidean"))
     result = {"images": len(paths), "clusters": int(found.max()) + 1, "threshold": options.threshold}
     if (labels >= 0).all():
         (_, wrong), (missed, right) = pair_confusion_matrix(labels, found)
@@ -185,8 +174,7 @@ def do_identify(options):
     (_, names, labels, known), (paths, _, _, probes) = embed_all(options, options.gallery, options.probe)
     if (labels < 0).any():
         raise data.DataError(f"{options.gallery}: the gallery needs people, as folders NAME/image files")
-    d2 = squared_distances(probes, known)
-    for path, row in zip(paths, d2, strict=True):
+    for path, row in zip(paths, cdist(probes, known, "sqeuclidean"), strict=True):
         best = int(row.argmin())
         print(f"{path}\t{names[best] if row[best] <= options.threshold else 'unknown'}\t{row[best]:.3f}")
 
@@ -194,9 +182,8 @@ def do_identify(options):
 def do_triplets(options):
     """A contact sheet of the mined triplets with the farthest positives: the way to find mislabelled images."""
     (paths, names, labels, vectors), = embed_all(options, options.folder)
-    found = mine_triplets(torch.from_numpy(vectors), torch.from_numpy(labels))
-    once = torch.nonzero(found.anchor < found.positive).squeeze(1)
-    worst = once[torch.argsort(found.d2_ap[once], descending=True, stable=True)[:options.count]]
+    found = mine_triplets(torch.from_numpy(vectors), torch.from_numpy(labels), pairs="unordered")
+    worst = torch.argsort(found.d2_ap, descending=True, stable=True)[:options.count]
     if not len(worst):
         raise data.DataError(f"{options.folder}: no triplet; two people are needed, one of them with two images")
     with figure(options.out, 4.5, 1.7 * len(worst), len(worst), 3) as axes:
@@ -218,56 +205,63 @@ def distance(text):
 
 
 def build_parser():
+    using, model, threshold = (argparse.ArgumentParser(add_help=False) for _ in range(3))  # what commands share
+    using.add_argument("--crop", type=float, metavar="SHARE", help="central share of an image; default: the training's")
+    using.add_argument("--flip", action="store_true", help="embed image and mirror image together")
+    using.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    model.add_argument("--model", required=True, metavar="RUN", help="a run's folder or a checkpoint in it")
+    threshold.add_argument("--threshold", type=distance, default=1.1, metavar="D2",
+                           help="squared distance up to which two images are of one person (1.1, the paper's Figure 1)")
     parser = argparse.ArgumentParser("facenet-ext", description="FaceNet: train an embedding and use it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name, function, text, threshold=False):
-        sub = commands.add_parser(name, help=text, description=text)
+    def command(function, *parents):
+        name, text = function.__name__.removeprefix("do_"), function.__doc__
+        sub = commands.add_parser(name, help=text.split(":")[0], description=text, parents=parents)
         sub.set_defaults(function=function)
-        if function is not do_train:
-            sub.add_argument("--model", required=True, metavar="RUN", help="a run's folder or a checkpoint",
-                             nargs="+" if function is do_evaluate else None)
-            sub.add_argument("--crop", type=float, help="central share of each image; default: as in training")
-            sub.add_argument("--flip", action="store_true", help="embed image and mirror image together")
-            sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        if threshold:
-            sub.add_argument("--threshold", type=distance, default=THRESHOLD, help=f"squared distance ({THRESHOLD})")
         return sub
 
-    train.add_arguments(command("train", do_train, "train an embedding"))
-    sub = command("evaluate", do_evaluate, do_evaluate.__doc__)
-    sub.add_argument("--data", metavar="FOLDER", help="default: the data of the training")
-    sub.add_argument("--pairs", metavar="FILE", help="pairs.txt (ten folds) or pairsDevTest.txt; default: random pairs")
-    sub.add_argument("--far", type=float, default=1e-3, help="false accept rate for VAL (0.001)")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--json", metavar="FILE")
-    sub.add_argument("--plot", metavar="FILE.png", help="ROC and histogram of distances")
-    sub = command("embed", do_embed, do_embed.__doc__)
-    sub.add_argument("folder")
-    sub.add_argument("--out", default="embeddings.npz", metavar="FILE.npz")
-    sub = command("compare", do_compare, do_compare.__doc__, threshold=True)
-    sub.add_argument("images", nargs="+")
-    sub.add_argument("--plot", metavar="FILE.png")
-    sub = command("cluster", do_cluster, do_cluster.__doc__, threshold=True)
-    sub.add_argument("folder")
-    sub.add_argument("--json", metavar="FILE")
-    sub = command("identify", do_identify, do_identify.__doc__, threshold=True)
-    sub.add_argument("gallery")
-    sub.add_argument("probe")
-    sub = command("triplets", do_triplets, do_triplets.__doc__)
-    sub.add_argument("folder")
-    sub.add_argument("--count", type=int, default=20)
-    sub.add_argument("--out", default="triplets.png", metavar="FILE.png")
+    people = "folder of NAME/image files"
+    train.add_arguments(command(do_train))
+    add = command(do_evaluate, using).add_argument
+    add("--model", required=True, nargs="+", metavar="RUN", help="a run's folder or a checkpoint; or one per fold")
+    add("--data", metavar="FOLDER", help=f"{people}; default: the data of the training")
+    add("--pairs", metavar="FILE", help="LFW's pairs.txt (ten folds) or pairsDevTest.txt; default: random pairs")
+    add("--far", type=float, default=1e-3, help="false accept rate for VAL (0.001)")
+    add("--seed", type=int, default=0, help="of the random pairs (0)")
+    add("--json", metavar="FILE", help="the figures, with the threshold of every fold")
+    add("--plot", metavar="FILE.png", help="ROC and histogram of distances")
+    add = command(do_embed, model, using).add_argument
+    add("folder", help=f"{people}, or of image files")
+    add("--out", default="embeddings.npz", metavar="FILE.npz", help="file to write (embeddings.npz)")
+    add = command(do_compare, model, using, threshold).add_argument
+    add("images", nargs="+", help="image files, or folders of them")
+    add("--plot", metavar="FILE.png", help="the images and their distances as a table")
+    add = command(do_cluster, model, using, threshold).add_argument
+    add("folder", help=f"{people}, or of image files")
+    add("--json", metavar="FILE", help="the figures, and the group of every image")
+    add = command(do_identify, model, using, threshold).add_argument
+    add("gallery", help=f"people who are known: {people}")
+    add("probe", help="who is it? An image file or a folder of them")
+    add = command(do_triplets, model, using).add_argument
+    add("folder", help=people)
+    add("--count", type=int, default=20, help="triplets on the sheet (20)")
+    add("--out", default="triplets.png", metavar="FILE.png", help="file to write (triplets.png)")
     return parser
 
 
 def main(argv=None):
     options = build_parser().parse_args(argv)
+    function = vars(options).pop("function")
     with_place, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"{message}\n"
     try:
-        return options.function(options)
+        return function(options)
     except (data.DataError, OSError) as error:  # an OSError names its file
         print(f"facenet-ext: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         warnings.formatwarning = with_place
+
+
+if __name__ == "__main__":
+    main()

@@ -70,13 +70,11 @@ def read_image(path, size: tuple[int, int], crop: float = 1.0) -> np.ndarray:
 
 
 def _to_rgb(image):
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip everything above 255 to white
+    if image.mode[0] in "IF":  # 16 bits and more; Pillow's own conversion would clip everything above 255 to white
         grey = np.asarray(image).astype(np.float32)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise DataError("32-bit pixels of unknown range")
-        return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise DataError("floating-point pixels of unknown range")
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+            raise DataError(f"32-bit pixels (mode {image.mode}) of unknown range")
+        image = Image.fromarray((grey / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -99,9 +97,7 @@ def scan(root) -> tuple[list[str], np.ndarray, list[str]]:
     def skip(entry, reason):
         warnings.warn(f"{entry}: skipped ({reason})", stacklevel=3)
 
-    for folder in sorted(root.iterdir()):
-        if folder.name.startswith(".") or not os.path.isdir(folder):
-            continue
+    for folder in sorted(path for path in root.iterdir() if os.path.isdir(path) and not path.name.startswith(".")):
         if (real := folder.resolve()) in seen:
             skip(folder, "a link to a folder that counts already")
             continue
@@ -111,13 +107,12 @@ def scan(root) -> tuple[list[str], np.ndarray, list[str]]:
         except OSError as error:
             skip(folder, error.strerror)
             continue
-        for entry in entries:
-            if os.path.isdir(entry):
-                skip(entry, "a folder inside a person's folder")
-            elif not entry.name.startswith("."):
-                paths.append(str(entry))
-                labels.append(len(names))
-        if labels and labels[-1] == len(names):
+        for entry in filter(os.path.isdir, entries):
+            skip(entry, "a folder inside a person's folder")
+        files = [str(path) for path in entries if not os.path.isdir(path) and not path.name.startswith(".")]
+        if files:
+            paths += files
+            labels += [len(names)] * len(files)
             names.append(folder.name)
     if not paths:
         raise DataError(f"{root}: no images; expected a folder of NAME/image files")
@@ -166,8 +161,7 @@ class Images:
         """uint8 [B, H, W, 3] and labels [B] of the readable ones among ``indices``."""
         kept = [(pixels, self.labels[i]) for i in map(int, indices) if (pixels := self.get(i)) is not None]
         if not kept:
-            raise DataError(f"none of the {len(indices)} images of a batch can be read, for example "
-                            f"{self.paths[int(indices[0])]}" if len(indices) else "an empty batch")
+            raise DataError(f"none of the {len(indices)} images of a batch can be read")
         pixels, labels = zip(*kept, strict=True)
         return torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.array(labels))
 
@@ -182,18 +176,16 @@ def digits(size, unseen: tuple[int, ...] = (4, 6, 9)) -> tuple[Images, np.ndarra
     """
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    paths, labels, pixels = [], [], []
-    for turns in range(4):
-        for i, digit in enumerate(data.target):
-            if turns and (digit in unseen or turns > 1 and digit in (0, 1, 2, 5, 8)):
-                continue
-            grey = Image.fromarray((np.rot90(data.images[i], turns) * 255 / 16).round().astype(np.uint8))  # 0 ... 16
-            pixels.append(np.asarray(grey.resize(size[::-1], Image.Resampling.BICUBIC).convert("RGB")))
-            paths.append(f"digit {digit}, scan {i}, turned {turns * 90} degrees")
-            labels.append(digit + 10 * turns)
-    images = Images(paths, labels, [f"{n % 10} turned {n // 10 * 90}" for n in range(40)], size)
-    images._cache = dict(enumerate(pixels))
+    scans, parts, labels = load_digits(), [], []
+    for turns, digit in np.ndindex(4, 10):
+        if not turns or digit not in unseen and (turns == 1 or digit not in (0, 1, 2, 5, 8)):
+            parts.append(np.rot90(scans.images[scans.target == digit], turns, (1, 2)))
+            labels += [digit + 10 * turns] * len(parts[-1])
+    grey = torch.from_numpy(np.concatenate(parts)).unsqueeze(1) * (255 / 16)  # the scans hold 0 ... 16
+    pixels = F.interpolate(grey, size, mode="bicubic").clamp(0, 255).round().byte().expand(-1, 3, -1, -1)
+    names = [f"{n % 10} turned {n // 10 * 90} degrees" for n in range(40)]
+    images = Images([f"digit {names[label]}, scan {i}" for i, label in enumerate(labels)], labels, names, size)
+    images._cache = dict(enumerate(pixels.permute(0, 2, 3, 1).contiguous().numpy()))
     held_out = np.isin(labels, unseen)
     return images, np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
@@ -203,44 +195,39 @@ class IdentitySampler:
 
     labels [N]: identity of each image. indices: the images to draw from (default all). Every epoch visits every person
     with two or more images once, in a new order; K images are drawn without repetition, all if there are fewer, and
-    then more people fill the batch to about P x K. With rank and world, rank r takes every world-th batch.
-    batch(step) depends on (seed, step) alone: any step can be drawn at any time, in any order.
+    then more people fill the batch to about P x K. batch(number) depends on (seed, number) alone: any one can be drawn
+    at any time, in any order, by any rank. len(): batches of an epoch.
     DataError: nobody has two images, so there is no anchor-positive pair.
     """
 
-    def __init__(self, labels, people=45, images=40, singletons=0, seed=0, indices=None, rank=0, world=1):
+    def __init__(self, labels, people=45, images=40, singletons=0, seed=0, indices=None):
         if people < 2 or images < 2:
             raise DataError(f"people, images per person: got {people} x {images}; at least 2 x 2 are needed for a "
                             "triplet")
         labels = np.asarray(labels)
-        indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
-        groups = np.split(indices[order := np.argsort(labels[indices], kind="stable")],
-                          np.flatnonzero(np.diff(labels[indices][order])) + 1) if len(indices) else []
-        self.groups = [group for group in groups if len(group) > 1]
-        self.single = np.concatenate([group for group in groups if len(group) == 1] or [np.zeros(0, np.int64)])
+        indices = np.arange(len(labels)) if indices is None else np.asarray(indices, np.int64)
+        indices = indices[np.argsort(labels[indices], kind="stable")]
+        everybody = np.split(indices, np.flatnonzero(np.diff(labels[indices])) + 1)
+        self.groups = [group for group in everybody if len(group) > 1]
+        self.single = np.array([group[0] for group in everybody if len(group) == 1], np.int64)
         if not self.groups or len(self.groups) + min(singletons, len(self.single)) < 2:
-            raise DataError(f"nothing to train on: {len(indices)} images of {len(groups)} people, {len(self.groups)} "
-                            "with two or more; needed are two of those, or one and singletons beside")
-        self.images, self.singletons, self.seed, self.rank, self.world = images, singletons, seed, rank, world
-        taken = np.minimum([len(group) for group in self.groups], images)
-        self.batches = max(1, int(taken.sum()) // (people * images))  # per epoch
-        self.target = people * images
-        self._taken = taken
+            raise DataError(f"nothing to train on: {len(indices)} images of {len(self.groups) + len(self.single)} "
+                            f"people, {len(self.groups)} with two or more; needed are two of those, or one and "
+                            "singletons beside")
+        self.seed, self.singletons, self.target = seed, min(singletons, len(self.single)), people * images
+        self.taken = np.minimum([len(group) for group in self.groups], images)  # of each of the groups
 
     def __len__(self):
-        """Steps per epoch."""
-        return max(1, self.batches // self.world)
+        return max(1, int(self.taken.sum()) // self.target)
 
-    def batch(self, step: int) -> np.ndarray:
+    def batch(self, number: int) -> np.ndarray:
         """Indices [B] of one batch; equal people stand together."""
-        epoch, place = divmod(step * self.world + self.rank, self.batches)
+        epoch, place = divmod(number, len(self))
         order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.groups))
-        start = np.cumsum(self._taken[order]) - self._taken[order]
-        chosen = order[(start >= place * self.target) & (start < (place + 1) * self.target)]
+        batch_of = (np.cumsum(self.taken[order]) - self.taken[order]) // self.target  # the rest of an epoch is not used
         draw = np.random.default_rng([self.seed, epoch, 1 + place])
-        parts = [draw.choice(self.groups[g], self._taken[g], replace=False) for g in chosen]
-        parts.append(draw.choice(self.single, min(self.singletons, len(self.single)), replace=False))
-        return np.concatenate(parts)
+        parts = [draw.choice(self.groups[g], self.taken[g], replace=False) for g in order[batch_of == place]]
+        return np.concatenate([*parts, draw.choice(self.single, self.singletons, replace=False)])
 
 
 def augment(pixels, size: tuple[int, int], seed=None, device="cpu", mirror=True) -> torch.Tensor:
@@ -276,55 +263,53 @@ class Pairs(NamedTuple):
 
 
 def draw_pairs(labels, indices, count: int, seed: int = 0) -> Pairs:
-    """``count`` random pairs among ``indices``, half of them same, none twice; fewer where there are no more."""
-    labels, indices = np.asarray(labels), np.asarray(indices)
+    """``count`` random pairs among ``indices`` of labels [N], half same, none twice; fewer where there are no more."""
     rng = np.random.default_rng([seed, 2])
     groups = [indices[labels[indices] == label] for label in np.unique(labels[indices])]
     several = [group for group in groups if len(group) > 1]
     if not several or len(groups) < 2:
         raise DataError("no pairs to verify with: two people are needed, one of them with two images")
-    found = {True: set(), False: set()}
-    for _ in range(20 * count):
-        same = len(found[True]) <= len(found[False])
-        if same:
-            pair = rng.choice(several[rng.integers(len(several))], 2, replace=False)
-        else:
-            pair = [rng.choice(groups[g]) for g in rng.choice(len(groups), 2, replace=False)]
-        found[same].add((int(min(pair)), int(max(pair))))
-        if len(found[True]) + len(found[False]) == count:
+    same, different = set(), set()
+    for _ in range(20 * count):  # where there are few pairs, most that are drawn are there already
+        if len(same) + len(different) == count:
             break
-    pairs = rng.permutation(np.array(sorted(found[True] | found[False])))
+        if len(same) <= len(different):
+            same.add(tuple(sorted(rng.choice(several[rng.integers(len(several))], 2, replace=False).tolist())))
+        else:
+            two = rng.choice(len(groups), 2, replace=False)
+            different.add(tuple(sorted(int(rng.choice(groups[g])) for g in two)))
+    pairs = rng.permutation(sorted(same | different))
     return Pairs(*pairs.T, labels[pairs[:, 0]] == labels[pairs[:, 1]], None)
 
 
 def split_people(labels, indices, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to train on and of held-out people: ``share`` of those with two or more images, at least two of them."""
-    labels, indices = np.asarray(labels), np.asarray(indices)
+    """Indices to train on and of held-out people: ``share`` of those with two or more images, at least two of them.
+
+    Of fewer than four such people nobody is held out.
+    """
     people, counts = np.unique(labels[indices], return_counts=True)
     several = people[counts > 1]
-    if len(several) < 4:
-        return indices, indices[:0]
-    held = np.random.default_rng([seed, 3]).choice(several, max(2, round(share * len(several))), replace=False)
-    out = np.isin(labels[indices], held)
+    held = max(2, round(share * len(several))) if len(several) >= 4 else 0
+    out = np.isin(labels[indices], np.random.default_rng([seed, 3]).choice(several, held, replace=False))
     return indices[~out], indices[out]
 
 
 def read_people(path) -> list[list[str]]:
     """The names of an LFW people list, one list per set (one in peopleDevTrain.txt, ten in people.txt)."""
-    lines = [line.split() for line in Path(path).read_text().splitlines() if line.strip()]
-    if len(lines) > 1 and len(lines[0]) == len(lines[1]) == 1:  # the number of sets, before the first set's count
-        del lines[0]
-    sets = []
-    while lines:
-        (head, *more), lines = lines[0], lines[1:]
-        if more or not head.isdigit():
-            raise DataError(f"{path}: {' '.join([head, *more])!r} stands where the number of people of a set is due")
-        if len(lines) < int(head) or any(len(line) != 2 for line in lines[:int(head)]):
-            raise DataError(f"{path}: {head} people are announced, but lines of name and number are fewer")
-        sets.append([name for name, _ in lines[:int(head)]])
-        del lines[:int(head)]
-    if not sets:
-        raise DataError(f"{path}: no people in it")
+    sizes, sets = [], []
+    for line in Path(path).read_text().splitlines():
+        match line.split():
+            case [size] if size.isdigit():
+                sizes.append(int(size))
+                sets.append([])
+            case [name, _] if sets:
+                sets[-1].append(name)
+            case [_, *_]:
+                raise DataError(f"{path}: {line!r} is neither the size of a set nor NAME NUMBER after one")
+    if len(sets) > 1 and not sets[0]:  # the first line was the number of sets
+        del sizes[0], sets[0]
+    if not any(sets) or [*map(len, sets)] != sizes:
+        raise DataError(f"{path}: sets of {sizes} people are announced, of {[*map(len, sets)]} are there")
     return sets
 
 
@@ -341,15 +326,18 @@ def read_pairs(path, paths: list[str]) -> Pairs:
         raise DataError(f"{path}, first line: {head!r} is neither a number of pairs nor sets and pairs") from None
     rows, missing = [], []
     for number, line in enumerate(lines):
-        fields = line.split()
-        if len(fields) not in (3, 4):
-            raise DataError(f"{path}, line {number + 2}: {line!r} is not a pair (NAME i j or NAME i NAME j)")
-        name_a, i, name_b, j = fields if len(fields) == 4 else (fields[0], fields[1], fields[0], fields[2])
-        a, b = (where.get((name, f"{name}_{int(k):04d}")) for name, k in ((name_a, i), (name_b, j)))
-        if a is None or b is None:
+        match line.split():
+            case [name, i, j] if (i + j).isdigit():
+                other = name
+            case [name, i, other, j] if (i + j).isdigit():
+                pass
+            case _:
+                raise DataError(f"{path}, line {number + 2}: {line!r} is not a pair (NAME i j or NAME i NAME j)")
+        ends = where.get((name, f"{name}_{int(i):04d}")), where.get((other, f"{other}_{int(j):04d}"))
+        if None in ends:
             missing.append(line)
         else:
-            rows.append((a, b, len(fields) == 3, number // (2 * each)))
+            rows.append((*ends, name == other, number // (2 * each)))
     if missing:
         warnings.warn(f"{path}: {len(missing)} of {len(lines)} pairs left out, an image is missing; the first: "
                       f"{missing[0]!r}", stacklevel=2)

@@ -39,7 +39,8 @@ def verification(d2, same, folds=10, far_target: float = 1e-3) -> Verification:
     pairs). far_target: the false accept rate for VAL.
     A threshold is one of the observed distances: the lowest of those with the best accuracy, and for VAL the largest
     with FAR <= far_target (none: nothing is accepted). Ties need no care: equal distances are accepted together.
-    ValueError: lengths that differ, a distance that is not finite, one kind of pair only, fewer than two folds.
+    ValueError: lengths that differ, a distance that is not finite, fewer than two folds, pairs of one kind only, in
+    all or without one of the folds.
     Warns where the different pairs are too few for far_target. Source: paper section 4; Huang et al. 2007 (LFW).
     """
     d2, same = np.atleast_2d(np.asarray(d2, np.float64)), np.asarray(same)
@@ -70,44 +71,30 @@ def verification(d2, same, folds=10, far_target: float = 1e-3) -> Verification:
     different = (~same).sum() * (len(numbers) - 1) / len(numbers)
     if different * far_target < 1:
         warnings.warn(f"VAL at FAR {far_target:g} needs {1 / far_target:.0f} different pairs to choose a threshold on; "
-                      f"about {different:.0f} are given, so it accepts no different pair at all", stacklevel=2)
-    wrong, right, _ = roc_curve(same, -d2, drop_intermediate=False)
+                      f"about {different:.0f} are given, so it accepts none of them", stacklevel=2)
+    wrong, right, _ = roc_curve(same, -d2, drop_intermediate=False)  # wrong = 1 - right: the equal error rate
     return Verification(float(np.mean(accuracies)), _standard_error(accuracies), thresholds, float(np.nanmean(vals)),
                         _standard_error(vals), float(np.nanmean(fars)), float(roc_auc_score(same, -d2)),
-                        equal_error_rate(wrong, right))
+                        float(np.interp(0, wrong + right - 1, wrong)))
 
 
 def _one_fold(d2, same, test, far_target):
     """Accuracy, threshold, VAL and FAR on the pairs ``test``, both thresholds chosen on the others."""
-    candidates, accepted_same, accepted_different = _accepted(d2[~test], same[~test])
-    threshold = candidates[np.argmax(accepted_same - accepted_different)]  # accuracy, less what all thresholds share
-    strict = candidates[accepted_different <= far_target * (~same[~test]).sum()]
-    accept = d2[test] <= (strict[-1] if len(strict) else -np.inf)
+    train = same[~test]
+    if train.all() or not train.any():
+        raise ValueError("folds: without one of the folds the pairs are of one kind only, which gives no threshold")
+    wrong, right, score = roc_curve(train, -d2[~test], drop_intermediate=False)  # its first point accepts nothing
+    gain = np.rint(right * train.sum() - wrong * (~train).sum())[1:]  # accuracy, less what all thresholds share
+    threshold, strict = -score[1:][np.argmax(gain)], -score[wrong <= far_target][-1]
+    accept = d2[test] <= strict
     return (float(np.mean((d2[test] <= threshold) == same[test])), float(threshold),
             accept[same[test]].mean() if same[test].any() else np.nan,
             accept[~same[test]].mean() if (~same[test]).any() else np.nan)
 
 
-def _accepted(d2, same):
-    """The distinct distances, ascending, and how many same and different pairs lie at or below each."""
-    order = np.argsort(d2, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(d2[order])), len(d2) - 1)
-    return d2[order][last], np.cumsum(same[order])[last], np.cumsum(~same[order])[last]
-
-
 def _standard_error(values):
     values = np.asarray(values)[~np.isnan(values)]
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-
-
-def equal_error_rate(false_accept, true_accept) -> float:
-    """The rate at which false accepts and false rejects are equal, by linear interpolation along the ROC."""
-    gap = np.asarray(false_accept) + np.asarray(true_accept) - 1  # rises along the curve from -1 to 1
-    at = int(np.argmax(gap >= 0))
-    if gap[at] == 0:
-        return float(false_accept[at])
-    part = -gap[at - 1] / (gap[at] - gap[at - 1])
-    return float(false_accept[at - 1] + part * (false_accept[at] - false_accept[at - 1]))
 
 
 @torch.inference_mode()
@@ -124,7 +111,6 @@ def embed(model, images, indices, device="cpu", batch: int = 256, flip: bool = F
         place = [k for k in range(start, min(start + batch, len(indices))) if images.get(int(indices[k])) is not None]
         if place:
             x = augment(images.batch(indices[place])[0], model.input_size, device=device)
-            x = x.contiguous(memory_format=torch.channels_last)
             y = model(x)
             if flip:
                 y = torch.nn.functional.normalize(y + model(x.flip(3)), dim=1)

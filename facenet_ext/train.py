@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import SemiHardTripletLoss, cached_step, data, evaluate, mine_triplets, models
+from . import TripletLoss, _options, cached_step, data, evaluate, mine_triplets, models
 
 PRESETS = {
     # AdaGrad 0.05, lowered at the end (paper section 3).
@@ -36,61 +37,60 @@ PRESETS = {
     "modern": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05},
 }
 # Where the command line does not say: for the digits (scans of 8 x 8), on a CPU, on a GPU (the paper's batch).
+KEYS = ("network", "size", "people_per_batch", "images_per_person", "singletons", "steps")
 SIZES = {
-    "network": {"digits": "mini", "cpu": "mini", "cuda": "nn4"},
-    "size": {"digits": (16, 16), "cpu": (48, 48), "cuda": (96, 96)},
-    "people_per_batch": {"digits": 16, "cpu": 45, "cuda": 45},
-    "images_per_person": {"digits": 8, "cpu": 4, "cuda": 40},
-    "singletons": {"digits": 0, "cpu": 0, "cuda": 200},
-    "steps": {"digits": 60, "cpu": 3000, "cuda": 20000},
+    "digits": ("mini", (16, 16), 16, 8, 0, 60),
+    "cpu": ("mini", (48, 48), 45, 4, 0, 3000),
+    "cuda": ("nn4", (96, 96), 45, 40, 200, 20000),
 }
 SUBSET = 4096  # images that offline mining looks through
+SHOWN = ("loss", "active", "fallback", "d2_ap", "d2_an", "max_d2_ap")  # of each step, in metrics and TensorBoard
 
 
 def add_arguments(parser):
-    group = parser.add_argument_group("data")
-    add = group.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--data", metavar="FOLDER", help="folder of NAME/image files; without it, scikit-learn's digits")
     add("--people", metavar="FILE", help="LFW people list: train on these only (peopleDevTrain.txt, people.txt)")
     add("--without-set", type=int, metavar="K", help="leave out set K (1 to 10) of --people, the fold to test on")
     add("--pairs", metavar="FILE", help="LFW pair list to verify on; default: random pairs of people held out")
     add("--hold-out", type=float, default=0.1, metavar="SHARE", help="people held out where no --pairs are given (0.1)")
     add("--crop", type=float, default=1.0, metavar="SHARE", help="central share of each image to use (1.0)")
-    group = parser.add_argument_group("network and batch", "On a CPU mini at 48 pixels and batches of 45 people x 4 "
-                                      "images; on a GPU nn4 at 96 and the paper's 45 x 40, and 200 singletons.")
-    add = group.add_argument
-    add("--network", choices=sorted(models.NETWORKS))
+    add = parser.add_argument_group(
+        "network and batch", "On a CPU mini at 48 pixels and batches of 45 people x 4 images; on a GPU nn4 at 96 and "
+        "the paper's 45 x 40, and 200 singletons.").add_argument
+    add("--network", choices=sorted(models.NETWORKS), help="the paper's, OpenFace's nn4_small2, or mini for CPUs")
     add("--size", type=pixels, metavar="H[xW]", help="input pixels; default: the table's where --network is given")
     add("--dim", type=int, default=128, help="length of the embedding (128)")
     add("--no-batch-norm", action="store_true", help="the paper's parameter counts; slower to train")
-    add("--people-per-batch", type=int, metavar="P")
-    add("--images-per-person", type=int, metavar="K")
+    add("--people-per-batch", type=int, metavar="P", help="more of them where there are fewer images than K of each")
+    add("--images-per-person", type=int, metavar="K", help="at most, of each")
     add("--singletons", type=int, metavar="S", help="further people in each batch with their only image, as negatives")
     add("--chunk", type=int, metavar="N", help="embed N images at a time and run each chunk again for its gradient: "
         "the whole batch's loss in the memory of a chunk (with batch norm, statistics are the chunk's)")
-    group = parser.add_argument_group("loss and optimizer")
-    add = group.add_argument
+    add = parser.add_argument_group("loss and optimizer").add_argument
     add("--margin", type=float, default=0.2, help="in squared distance, 0 to 4 (0.2)")
-    add("--fallback", choices=["farthest", "skip"], default="farthest", help="of a pair without a semi-hard negative")
-    add("--offline", type=int, metavar="STEPS", help=f"the paper's offline way: every STEPS, mine triplets with the "
-        f"latest weights over {SUBSET} images, and train on those (default: mine online, within each batch)")
+    add("--negatives", choices=_options.NEGATIVES, default="semi_hard",
+        help="of each pair: the paper's, the closest of all, a random one, or every one (semi_hard)")
+    add("--positives", choices=_options.POSITIVES, default="all", help="of each anchor (all)")
+    add("--fallback", choices=_options.FALLBACKS, default="farthest", help="of a pair without a semi-hard negative")
+    add("--offline", type=int, metavar="STEPS", help="the paper's offline way: every STEPS, mine each anchor's hardest "
+        f"positive and its negative over {SUBSET} images, and train on those (default: online, within each batch)")
     add("--preset", choices=sorted(PRESETS), default="modern", help="modern: AdamW 0.001, warm-up, cosine, which needs "
         "fewer steps; paper: AdaGrad 0.05, lowered at the end (modern)")
     add("--lr", type=float, help="learning rate; default: the preset's")
-    add("--weight-decay", type=float)
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add("--steps", type=int, help="length of the run")
+    add("--weight-decay", type=float, help="not of biases and batch norm; default: the preset's")
+    add = parser.add_argument_group("run").add_argument
+    add("--steps", type=int, help="length of the run (digits 60, on a CPU 3000, on a GPU 20000)")
     add("--minutes", type=float, help="length of the run on the clock, instead of --steps; not reproducible to the bit")
-    add("--verify-every", type=int, metavar="STEPS", help="default: whole epochs, 200 steps or more")
-    add("--save-every", type=int, default=100, metavar="STEPS")
+    add("--verify-every", type=int, metavar="STEPS", help="default: every epoch, or as many epochs as make 200 steps")
+    add("--save-every", type=int, default=100, metavar="STEPS", help="checkpoint for --resume (100)")
     add("--flip", action="store_true", help="verify on image and mirror image together")
     add("--out", metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard; default: a new folder under runs/")
-    add("--resume", metavar="DIR", help="go on with the run in DIR, with its options")
+    add("--resume", metavar="DIR", help="go on with the run in DIR, with its options but for those given anew")
     add("--device", help="default: cuda where there is a GPU, else cpu")
     add("--bf16", action="store_true", help="bfloat16 autocast; on a CPU no run repeats to the bit")
-    add("--threads", type=int, help="CPU threads")
-    add("--seed", type=int, default=0)
+    add("--threads", type=int, help="CPU threads; default: all cores")
+    add("--seed", type=int, default=0, help="of weights, batches, augmentation and the people held out (0)")
 
 
 def pixels(text):
@@ -104,14 +104,15 @@ def complete(options):
     """Fill what the command line leaves open; the result is stored in the checkpoint."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     where = "digits" if options.data is None else options.device.split(":")[0]
-    sizes = {key: values[where] for key, values in SIZES.items()}
+    defaults = {**dict(zip(KEYS, SIZES[where], strict=True)), **PRESETS[options.preset]}
     if options.network and options.data is not None:
-        sizes["size"] = models.NETWORKS[options.network].size
-    for key, value in {**sizes, **PRESETS[options.preset]}.items():
+        defaults["size"] = models.NETWORKS[options.network].size
+    for key, value in defaults.items():
         if getattr(options, key, None) is None:
             setattr(options, key, value)
-    if options.data is not None:
-        options.data = str(Path(options.data).resolve())
+    for key in ("data", "people", "pairs"):  # a run may be resumed from another folder
+        if getattr(options, key) is not None:
+            setattr(options, key, os.path.abspath(getattr(options, key)))
     if options.out is None:
         options.out = f"runs/{Path(options.data or 'digits').name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return options
@@ -123,7 +124,7 @@ def load_data(options):
         images, train, unseen = data.digits(options.size)
         return images, train, data.draw_pairs(images.labels, unseen, 2400, options.seed)
     images = data.Images(*data.scan(options.data), options.size, options.crop)
-    train, used = np.arange(len(images)), []
+    train, pairs = np.arange(len(images)), None
     if options.people:
         sets = data.read_people(options.people)
         wanted = {name for k, names in enumerate(sets, 1) if k != options.without_set for name in names}
@@ -133,13 +134,13 @@ def load_data(options):
         train = train[[images.names[label] in wanted for label in images.labels]]
     if options.pairs:
         pairs = data.read_pairs(options.pairs, images.paths)
-        used = np.concatenate([pairs.a, pairs.b])
-    todo = np.union1d(train, used).astype(int)
+    todo = train if pairs is None else np.unique(np.concatenate([train, pairs.a, pairs.b]))
     good = images.preload(todo, lambda work: tqdm(work, "reading images", len(todo), unit="img", disable=None))
     train = np.intersect1d(train, good)
-    if not options.pairs:
+    if pairs is None:
         train, unseen = data.split_people(images.labels, train, options.hold_out, options.seed)
-        pairs = data.draw_pairs(images.labels, unseen, 2400, options.seed) if len(unseen) else None
+        if len(unseen):
+            pairs = data.draw_pairs(images.labels, unseen, 2400, options.seed)
     return images, train, pairs
 
 
@@ -170,37 +171,20 @@ def load_model(path, device="cpu"):
     return model.to(device, memory_format=torch.channels_last).eval(), options
 
 
-class CollapseWatch:
-    """All embeddings equal: every distance 0, the loss at the margin, and no gradient that could change it."""
+@contextmanager
+def interrupts():
+    """A list of the signals so far: the first Ctrl-C or SIGTERM asks the loop to stop after its step, another kills."""
+    asked = []
 
-    def __init__(self, margin, patience=20):
-        self.margin, self.patience, self.seen = margin, patience, 0
-
-    def __call__(self, step, loss, max_d2_ap):
-        collapsed = max_d2_ap < 1e-3 and abs(loss - self.margin) < 0.05 * self.margin
-        self.seen = self.seen + 1 if collapsed else 0
-        if self.seen == self.patience:
-            warnings.warn(f"step {step}: the embedding has collapsed to a point (loss {loss:.4f} stays at the margin, "
-                          f"largest anchor-positive distance {max_d2_ap:.1e}); use a lower learning rate, more people "
-                          "per batch or batch norm", stacklevel=2)
-
-
-class Interrupt:
-    """The first Ctrl-C or SIGTERM asks the loop to stop after its step; the second one kills."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self):
-        self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def handle(self, number, _):
-        self.asked = True
+    def ask(number, _):
+        asked.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 
@@ -208,17 +192,12 @@ class Log:
     """metrics.jsonl and TensorBoard; on resume the records after the checkpoint are dropped, they will come again."""
 
     def __init__(self, out, step):
-        path, kept = out / "metrics.jsonl", []
-        if step and path.exists():
-            for line in path.read_text().split("\n"):
-                try:
-                    record = json.loads(line)
-                    if record["step"] < step + (record["kind"] == "verification"):  # it names the steps before it
-                        kept.append(line + "\n")
-                except ValueError:  # the line that a kill cut short
-                    continue
-        self.file = open(path, "w", buffering=1)
-        self.file.writelines(kept)
+        path = out / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+        records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]  # not what a kill cut short
+        with data.atomic(path) as file:  # a verification names the steps before it
+            file.writelines(line.encode() for line, r in records if r["step"] < step + (r["kind"] == "verification"))
+        self.file = open(path, "a", buffering=1)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and no other command needs it
         self.board = SummaryWriter(str(out), purge_step=step or None)
 
@@ -228,32 +207,30 @@ class Log:
             if isinstance(value, float):
                 self.board.add_scalar(f"{kind}/{key}", value, step)
 
-    def close(self):
-        self.file.close()
-        self.board.close()
-
 
 class Run:
-    """A training run: what it needs, in the order in which it needs it. ``loaded``: instead of ``load_data``'s."""
+    """A training run: what it needs, in the order in which it needs it.
 
-    def __init__(self, options, loaded=None):
+    saved: the checkpoint to go on from. loaded: instead of what ``load_data`` gives.
+    """
+
+    clock = staticmethod(time.monotonic)  # seconds, for --minutes
+
+    def __init__(self, options, saved=None, loaded=None):
         self.options, self.out = options, Path(options.out)
-        self.stored = {key: value for key, value in vars(options).items() if key != "function"}  # cli's, no option
-        self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() \
-            else (0, 1)
+        self.rank, self.world = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1)))
         self.device = torch.device(options.device)
         torch.manual_seed(options.seed)
         self.images, indices, self.pairs = loaded or load_data(options)
         self.sampler = data.IdentitySampler(self.images.labels, options.people_per_batch, options.images_per_person,
-                                            options.singletons, options.seed, indices, self.rank, self.world)
+                                            options.singletons, options.seed, indices)
         self.model = models.create(options.network, options.dim, not options.no_batch_norm, options.size)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, options)
-        self.criterion = SemiHardTripletLoss(margin=options.margin, fallback=options.fallback)
-        self.watch = CollapseWatch(options.margin)
+        self.criterion = TripletLoss(options.margin, negatives=options.negatives, positives=options.positives,
+                                     fallback=options.fallback)
         self.state = {"step": 0, "seconds": 0.0, "before": None, "best": -1.0, "mined": None}
-        if options.resume:
-            saved = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
+        if saved:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.state = {key: saved[key] for key in self.state}
@@ -293,66 +270,63 @@ class Run:
         if self.rank == 0:
             with data.atomic(self.out / name) as file:
                 torch.save({**self.state, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                            "options": self.stored}, file)
+                            "options": vars(self.options)}, file)
+            self.log.board.flush()
 
     def read(self, step):
         """uint8 images and labels of a step; for offline mining anchors, positives and negatives one after another."""
         if not self.options.offline:
-            return self.images.batch(self.sampler.batch(step))
+            return self.images.batch(self.sampler.batch(step * self.world + self.rank))
         mined = self.state["mined"]
         count = min(len(mined), self.options.people_per_batch * self.options.images_per_person // 3)
         draw = np.random.default_rng([self.options.seed, 5, step, self.rank])
         return self.images.batch(mined.numpy()[draw.choice(len(mined), count, replace=False)].T.reshape(-1))
 
     def mine(self, step):
-        """Each anchor's hardest positive with its semi-hard negative, over a subset, with the weights as they are."""
-        draw = np.random.default_rng([self.options.seed, 6, step])
-        batches = -(-SUBSET // max(1, len(self.sampler.batch(0))))
-        pool = np.unique(np.concatenate([self.sampler.batch(int(s)) for s in draw.integers(0, 1 << 20, batches)]))
+        """Each anchor's hardest positive and the negative for it, over some people, with the weights as they are."""
+        some = np.random.default_rng([self.options.seed, 6, step]).permutation(len(self.sampler.groups))
+        pool = np.concatenate([self.sampler.groups[g] for g in some[:SUBSET]])[:SUBSET]
         pool = pool[[self.images.get(int(i)) is not None for i in pool]]
         vectors = torch.from_numpy(evaluate.embed(self.model, self.images, pool, self.device))
-        found = mine_triplets(vectors, torch.from_numpy(self.images.labels[pool]))
-        order = np.lexsort((-found.d2_ap, found.anchor))  # by anchor, its farthest positive first
-        first = order[np.unique(found.anchor[order], return_index=True)[1]]
-        taken = first[(found.d2_ap - found.d2_an + self.options.margin > 0).numpy()[first]]
-        if not len(taken):
+        found = mine_triplets(vectors, torch.from_numpy(self.images.labels[pool]), margin=self.options.margin,
+                              negatives=self.options.negatives, positives="hardest", fallback=self.options.fallback)
+        taken = found.d2_ap - found.d2_an + self.options.margin > 0
+        if not taken.any():
             raise data.DataError(f"--offline: at step {step} no triplet of {len(pool)} images violates the margin")
         triplets = torch.stack([found.anchor, found.positive, found.negative], 1)[taken]
         self.state["mined"] = torch.from_numpy(pool)[triplets]
 
     def loss(self, vectors, labels):
-        """Loss and what to show of it: the criterion's, or that of the triplets mined offline."""
+        """The loss, the criterion's or that of the triplets mined offline, and the rest of ``SHOWN``."""
         if not self.options.offline:
             loss, stats = self.criterion(vectors, labels, return_stats=True)
             count = stats.pairs.clamp(min=1)
-            return loss, {"loss": loss, "active": stats.active / count, "fallback": stats.fallback / count,
-                          "d2_ap": stats.mean_d2_ap, "d2_an": stats.mean_d2_an, "max_d2_ap": stats.max_d2_ap}
+            return (loss, stats.active / count, stats.fallback / count, stats.mean_d2_ap, stats.mean_d2_an,
+                    stats.max_d2_ap)
         anchor, positive, negative = vectors.view(3, -1, vectors.shape[1])
-        d2_ap, d2_an = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
-        hinge = (d2_ap - d2_an + self.options.margin).clamp(min=0)
-        return hinge.mean(), {"loss": hinge.mean(), "active": (hinge > 0).float().mean(),
-                              "fallback": (d2_an <= d2_ap).float().mean(), "d2_ap": d2_ap.mean(),
-                              "d2_an": d2_an.mean(), "max_d2_ap": d2_ap.max()}
-
-    def forward_backward(self, x, labels):
-        """Gradients of the batch's loss, and what to show of it."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
-            return cached_step(self.wrapped, x, labels, self.loss, chunk=self.options.chunk or None)[1]
+        d2_ap, d2_an = ((anchor - other).square().sum(1) for other in (positive, negative))
+        hinge = (d2_ap - d2_an + self.options.margin).relu()
+        return (hinge.mean(), (hinge > 0).float().mean(), (d2_an <= d2_ap).float().mean(), d2_ap.mean(), d2_an.mean(),
+                d2_ap.max())
 
     def step(self, step, pixels, labels):
+        """From uint8 images and their labels to new weights; returns what to show, by name."""
         start = time.monotonic()
         x = data.augment(pixels, self.model.input_size, [self.options.seed, 4, step, self.rank], self.device,
                          mirror=self.options.data is not None)
         self.optimizer.zero_grad(set_to_none=True)
-        shown = self.forward_backward(x, labels.to(self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+            values = cached_step(self.wrapped, x, labels.to(self.device), self.loss, chunk=self.options.chunk or None)
         self.optimizer.step()
-        names, values = zip(*shown.items(), strict=True)
-        shown = dict(zip(names, torch.stack([v.detach().float() for v in values]).tolist(), strict=True))  # waits once
+        values = torch.stack([value.detach().float() for value in values]).tolist()  # waits for the device, once
+        shown = dict(zip(SHOWN, values, strict=True))
         if not math.isfinite(shown["loss"]):
             raise FloatingPointError(f"step {step}: the loss is {shown['loss']}; the last good state is "
                                      f"{self.out / 'last.pt'}; lower --lr")
         shown["images/s"] = self.world * len(labels) / (time.monotonic() - start)
-        self.watch(step, shown["loss"], shown["max_d2_ap"])
+        if step >= 20 and shown["max_d2_ap"] < 1e-3 and shown["loss"] > 0.95 * self.options.margin:
+            warnings.warn("the embedding has collapsed to a point: all distances are 0, the loss is the margin and "
+                          "has no gradient; use a lower --lr, more --people-per-batch or batch norm", stacklevel=2)
         return shown
 
     def agree(self, progress, asked):
@@ -366,23 +340,25 @@ class Run:
     def train(self):
         """Verification accuracy before and after (None where nobody was held out)."""
         options, state = self.options, self.state
-        every = options.verify_every or len(self.sampler) * -(-200 // len(self.sampler))
+        epoch = max(1, len(self.sampler) // self.world)
+        every = options.verify_every or epoch * -(-200 // epoch)
         limit = sys.maxsize if options.minutes else options.steps
         if state["before"] is None:
             state["before"] = self.check("before")
             self.save()
-        began = time.monotonic() - state["seconds"]
+        began = self.clock() - state["seconds"]
         bar = tqdm(total=None if options.minutes else limit, initial=state["step"], unit="step",
                    disable=True if self.rank else None)
-        with Interrupt() as interrupt, ThreadPoolExecutor(1) as ahead, bar:
+        ready, asked = None, False
+        with interrupts() as signals, ThreadPoolExecutor(1) as ahead, bar:
             self.wrapped.train()
-            ready = None
             while state["step"] < limit:
                 step = state["step"]
-                progress = (time.monotonic() - began) / (60 * options.minutes) if options.minutes else step / limit
-                progress, asked = self.agree(progress, interrupt.asked)
+                progress = (self.clock() - began) / (60 * options.minutes) if options.minutes else step / limit
+                progress, asked = self.agree(progress, bool(signals))
                 if progress >= 1 or asked:
                     break
+                torch.manual_seed(int(np.random.SeedSequence([options.seed, 7, step, self.rank]).generate_state(1)[0]))
                 for group in self.optimizer.param_groups:
                     group["lr"] = options.lr * rate(progress, options.preset)
                 if options.offline and (step % options.offline == 0 or state["mined"] is None):
@@ -390,7 +366,7 @@ class Run:
                 batch = ready.result() if ready else self.read(step)
                 ready = None if options.offline else ahead.submit(self.read, step + 1)
                 shown = self.step(step, *batch)
-                state["step"], state["seconds"] = step + 1, time.monotonic() - began
+                state["step"], state["seconds"] = step + 1, self.clock() - began
                 if self.rank == 0:
                     self.log(step, "step", **shown, lr=group["lr"], images=len(batch[1]))
                     bar.set_postfix({k: f"{shown[k]:.3g}" for k in ("loss", "active", "fallback", "images/s")},
@@ -401,38 +377,39 @@ class Run:
                 if state["step"] % options.save_every == 0:
                     self.save()
         self.save()
-        if interrupt.asked:
+        if asked:
             self.say(f"stopped after step {state['step']}; go on with --resume {self.out}")
             raise SystemExit(130)
         after = self.check("after")
         if self.rank == 0:
-            self.log.close()
+            self.log.board.flush()
         return state["before"], after
 
 
 def start(options):
     """Fill in the options, those of a run resumed first, and train; under torchrun as one of several ranks."""
+    saved = None
     if options.resume:
         path = Path(options.resume) / "last.pt"
         if not path.exists():
             raise data.DataError(f"--resume {options.resume}: no last.pt in it, so there is nothing to go on with")
-        stored = torch.load(path, map_location="cpu", weights_only=True)["options"]
-        given = {key: value for key, value in vars(options).items() if value != vars(parse([])).get(key)}
-        options = argparse.Namespace(**{**stored, **given, "out": options.resume})
+        saved, defaults = torch.load(path, map_location="cpu", weights_only=True), vars(parse([]))
+        given = {key: value for key, value in vars(options).items() if value != defaults[key]}
+        options = argparse.Namespace(**{**defaults, **saved["options"], **given, "out": options.resume})
     options = complete(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Run(options).train()
-    cuda = options.device.startswith("cuda")
-    if cuda:
-        options.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(options.device)
-    distributed.init_process_group("nccl" if cuda else "gloo")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        cuda = options.device.startswith("cuda")
+        if cuda:
+            options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(options.device)
+        distributed.init_process_group("nccl" if cuda else "gloo")
     try:
-        return Run(options).train()
+        return Run(options, saved).train()
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def parse(argv):

@@ -1,6 +1,6 @@
 """Kill a training at random moments, resume it, and compare every checkpoint with the uninterrupted run, bit for bit.
 
-    python tests/kills.py [--kills 20] [--seed 0]
+    python tests/kills.py [--kills 20] [--seed 0] [further options of facenet-ext train, such as --chunk 10]
 
 Not collected by pytest, which has one such kill (test_train.py): twenty take a few minutes.
 """
@@ -31,7 +31,7 @@ def digest(path):
     return saved["step"], hashlib.sha256(pickle.dumps(parts)).hexdigest()
 
 
-def reference(out, steps):
+def reference(out, options):
     """{step: digest} of the run that nobody disturbs."""
     from facenet_ext import cli, train
 
@@ -44,7 +44,7 @@ def reference(out, steps):
             found[step] = value
 
     train.Run.save = save_and_note
-    cli.main(["train", "--out", str(out), "--steps", str(steps), *OPTIONS])
+    cli.main(["train", "--out", str(out), *options])
     train.Run.save = save
     return found
 
@@ -54,14 +54,14 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     draw, kills, wrong, midway = random.Random(options.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as top:
-        whole = reference(Path(top) / "whole", options.steps)
+        whole = reference(Path(top) / "whole", [*OPTIONS, "--steps", str(options.steps), *more])
         out = Path(top) / "cut"
         while True:
-            go = ["--resume", str(out)] if (out / "last.pt").exists() else ["--out", str(out), "--steps",
-                                                                           str(options.steps), *OPTIONS]
+            go = ["--resume", str(out)] if (out / "last.pt").exists() else \
+                ["--out", str(out), *OPTIONS, "--steps", str(options.steps), *more]
             old = stamp(out / "last.pt")
             child = subprocess.Popen([sys.executable, "-m", "facenet_ext.train", *go], stdout=subprocess.DEVNULL,
                                      stderr=subprocess.PIPE)

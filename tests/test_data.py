@@ -239,7 +239,7 @@ def test_the_sampler_resumes_at_any_step_and_depends_on_the_seed():
 
 def test_ranks_draw_different_people():
     labels = np.repeat(np.arange(40), 5)
-    drawn = [data.IdentitySampler(labels, 4, 3, rank=rank, world=2).batch(3) for rank in range(2)]
+    drawn = [data.IdentitySampler(labels, 4, 3).batch(3 * 2 + rank) for rank in range(2)]  # as train.Run.read
     assert not set(labels[drawn[0]]) & set(labels[drawn[1]])
 
 
@@ -273,10 +273,10 @@ def test_drawn_pairs_are_balanced_true_and_without_repetition():
     pairs = data.draw_pairs(labels, np.arange(40, 80), 60)
     assert np.array_equal(labels[pairs.a] == labels[pairs.b], pairs.same) and pairs.same.sum() == 30
     assert len(set(zip(pairs.a, pairs.b, strict=True))) == 60 and (pairs.a != pairs.b).all() and pairs.a.min() >= 40
-    few = data.draw_pairs([0, 0, 1], np.arange(3), 100)
+    few = data.draw_pairs(np.array([0, 0, 1]), np.arange(3), 100)
     assert few.same.sum() == 1 and (~few.same).sum() == 1
     with pytest.raises(data.DataError, match="two people are needed"):
-        data.draw_pairs([0, 0], np.arange(2), 10)
+        data.draw_pairs(np.zeros(2, int), np.arange(2), 10)
 
 
 def test_people_held_out_are_whole_people():
@@ -284,7 +284,7 @@ def test_people_held_out_are_whole_people():
     train, unseen = data.split_people(labels, np.arange(len(labels)), 0.2)
     assert len(set(labels[unseen])) == 4 and not set(labels[train]) & set(labels[unseen])
     assert len(train) + len(unseen) == len(labels)
-    assert not len(data.split_people([0, 0, 1, 1], np.arange(4), 0.5)[1])
+    assert not len(data.split_people(np.array([0, 0, 1, 1]), np.arange(4), 0.5)[1])
 
 
 def test_lfw_lists(tmp_path):
@@ -303,8 +303,9 @@ def test_lfw_lists(tmp_path):
     assert data.read_people(tmp_path / "train.txt") == [["carl"]]
 
 
-@pytest.mark.parametrize("text, named", [("2\nanna\t1\n", "2 people are announced"), ("", "no people"),
-                                         ("anna\t1\n", "'anna 1' stands where")])
+@pytest.mark.parametrize("text, named", [("2\nanna\t1\n", r"of \[2\] people are announced, of \[1\]"),
+                                         ("", r"of \[\] people"), ("10\n", r"of \[10\]"),
+                                         ("anna\t1\n", "is neither the size"), ("1\nanna\t1\tx\n", "is neither")])
 def test_malformed_people_lists(tmp_path, text, named):
     (tmp_path / "people.txt").write_text(text)
     with pytest.raises(data.DataError, match=named):
@@ -315,7 +316,7 @@ def test_malformed_pair_lists(tmp_path):
     paths = data.scan(folder(tmp_path / "faces", {"anna": 2}))[0]
     for text, named in (("1\nanna\t1\n", "line 2.*not a pair"),
                         ("1\nzoe\t1\t2\nzoe\t1\tben\t1\n", "none of the 2 pairs"),
-                        ("anna\t1\t2\n", "first line")):
+                        ("1\nanna\tx\t2\n", "line 2.*not a pair"), ("anna\t1\t2\n", "first line")):
         (tmp_path / "pairs.txt").write_text(text)
         with pytest.raises(data.DataError, match=named), warnings.catch_warnings():
             warnings.simplefilter("ignore")
