@@ -9,12 +9,7 @@ namespace facenet_ext::cuda {
 template <Math M>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_kernel(const __grid_constant__ DenseProblem<typename MathTraits<M>::Acc> p) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
-  constexpr bool kCompiled = true;
-#else
-  constexpr bool kCompiled = M != Math::simt32;  // never launched there: not worth compiling
-#endif
-  if constexpr (kCompiled) {
+  if constexpr (kIsCompiled<M>) {
     using Acc = typename MathTraits<M>::Acc;
     FACENET_EXT_SHARED_MEMORY(shared_memory);
     // The pass stands in shared memory, not in registers, which the products need; behind it the phases lay out what they
