@@ -396,7 +396,6 @@ struct Dense {
   void join() const {
     const auto& w = c.w;
     if (!c.wants_gradient()) return;
-    fill(w.reverse_begin, c.C + 1, int64_t{0});
     if (c.symmetric) return;
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic, 16)
     for (int64_t row = begin; row < end; ++row) {
@@ -447,7 +446,9 @@ Status run_dense(const TripletArgs& args) {
     if (end == c.classes.live) total(c);
     if (c.wants_gradient()) {
       dense.join();
-      gradient(c, begin, end);
+      const Takers<S> nobody(c, begin, end);
+      nobody.clear();
+      gradient(c, nobody);
     }
     begin = end;
   } while (begin < c.classes.live);

@@ -6,7 +6,7 @@
 //     thresholds   block-diagonal distances, sorted                            mine.h      2 N K D FLOP
 //     sweep        tiles of distances -> search -> buckets                     buckets.h   N^2 D FLOP
 //     select       suffix minimum, direct distances, term, weights             finish.h    up to 6 N K D FLOP
-//     reverse      candidate -> the anchors that took it                       gradient.h
+//     takers       candidate -> the anchors that took it                       gradient.h
 //     gradient     one gather a row                                            gradient.h  up to 9 N K D FLOP
 //
 //   loss, statistics: sums of per-anchor float64 values in anchor order        finish.h
@@ -56,8 +56,9 @@ Status run_buckets(const TripletArgs& args) {
     select(c, begin, end);
     if (!c.mining && end == c.classes.live) total(c);
     if (c.wants_gradient()) {
-      reverse(c, begin, end);
-      gradient(c, begin, end);
+      const Takers<S> takers(c, begin, end);
+      takers.list();
+      gradient(c, takers);
     }
     begin = end;
   } while (begin < c.classes.live);

@@ -15,49 +15,61 @@
 namespace facenet_ext::cpu {
 namespace {
 
-// Candidate -> (anchor row, weight) of the anchors that took it, by ascending row: a stable counting sort whose parts, one a
-// bin, cover ascending ranges of anchors. The lists take the memory of the thresholds and ranks, which selection has used up.
+// Candidate -> (anchor row, weight) of the anchors that took it, by ascending row: a counting sort of every bin's anchors by
+// itself, bins being ascending ranges of anchors. Each takes the memory of its own anchors' thresholds and ranks, which
+// selection has used up, so that no two threads write to one cache line.
 template <class S>
-void reverse(Call<S>& c, int64_t begin, int64_t end) {
-  using T = typename S::T;
-  const auto& w = c.w;
-  const int bins = c.threads < kMaxBins ? c.threads : kMaxBins;
-  const auto first = [&](int bin) { return begin + (end - begin) * bin / bins; };
-  const auto runs_of = [&](int64_t row) { return reinterpret_cast<const Run<T>*>(w.key + w.rows[row].slot); };
-#pragma omp parallel for num_threads(c.threads) schedule(static, 1)
-  for (int bin = 0; bin < bins; ++bin) {
-    int32_t* count = w.bins + bin * c.C;
-    fill(count, c.C, int32_t{0});
-    for (int64_t row = first(bin); row < first(bin + 1); ++row) {
-      const Run<T>* runs = runs_of(row);
-      for (uint32_t i = 0; i < w.rows[row].runs; ++i) ++count[runs[i].candidate];
-    }
+struct Takers {
+  const Call<S>& c;
+  const int64_t begin, end;  // the pass's anchors
+  const int bins;
+  int64_t slot[kMaxBins];  // where each bin's lists begin
+
+  Takers(const Call<S>& call, int64_t b, int64_t e)
+      : c(call), begin(b), end(e), bins(call.threads < kMaxBins ? call.threads : kMaxBins) {
+    for (int bin = 0; bin < bins; ++bin) slot[bin] = end > begin && first(bin) < end ? c.w.rows[first(bin)].slot : 0;
   }
-  int64_t at = 0;
-  for (int64_t j = 0; j < c.C; ++j) {
-    w.reverse_begin[j] = at;
-    int32_t before = 0;
+  int64_t first(int bin) const { return begin + (end - begin) * bin / bins; }
+  int32_t* ends(int bin) const { return c.w.bins + bin * c.C; }  // [C] of each candidate's list, from the bin's slot on
+
+  void list() const {
+    const auto& w = c.w;
+#pragma omp parallel for num_threads(c.threads) schedule(static, 1)
     for (int bin = 0; bin < bins; ++bin) {
-      const int32_t here = w.bins[bin * c.C + j];
-      w.bins[bin * c.C + j] = before;
-      before += here;
-    }
-    at += before;
-  }
-  w.reverse_begin[c.C] = at;
-#pragma omp parallel for num_threads(c.threads) schedule(static, 1)
-  for (int bin = 0; bin < bins; ++bin) {
-    int32_t* next = w.bins + bin * c.C;
-    for (int64_t row = first(bin); row < first(bin + 1); ++row) {
-      const Run<T>* runs = runs_of(row);
-      for (uint32_t i = 0; i < w.rows[row].runs; ++i) {
-        const int64_t place = w.reverse_begin[runs[i].candidate] + next[runs[i].candidate]++;
-        w.rank[place] = static_cast<uint32_t>(row);
-        w.t[place] = runs[i].weight;
+      int32_t* next = ends(bin);
+      fill(next, c.C, int32_t{0});
+      const auto for_each_run = [&](auto visit) {
+        for (int64_t row = first(bin); row < first(bin + 1); ++row) {
+          const auto* runs = reinterpret_cast<const Run<typename S::T>*>(w.key + w.rows[row].slot);
+          for (uint32_t i = 0; i < w.rows[row].runs; ++i) visit(row, runs[i]);
+        }
+      };
+      for_each_run([&](int64_t, const auto& run) { ++next[run.candidate]; });
+      int32_t before = 0;
+      for (int64_t j = 0; j < c.C; ++j) {
+        const int32_t here = next[j];
+        next[j] = before;
+        before += here;
       }
+      for_each_run([&](int64_t row, const auto& run) {  // where a list ends in the end is where the next one begins
+        const int64_t place = slot[bin] + next[run.candidate]++;
+        w.rank[place] = static_cast<uint32_t>(row);
+        w.t[place] = run.weight;
+      });
     }
   }
-}
+  void clear() const {
+    for (int bin = 0; bin < bins; ++bin) fill(ends(bin), c.C, int32_t{0});
+  }
+  template <class Visit>
+  void for_each(int64_t candidate, Visit visit) const {
+    for (int bin = 0; bin < bins; ++bin) {
+      const int32_t* next = ends(bin);
+      for (int64_t i = slot[bin] + (candidate > 0 ? next[candidate - 1] : 0); i < slot[bin] + next[candidate]; ++i)
+        visit(static_cast<int64_t>(c.w.rank[i]), c.w.t[i]);
+    }
+  }
+};
 
 // Adds `sum` to one output row; after the last pass, scales it and takes it back through the normalisation.
 template <class S>
@@ -86,9 +98,10 @@ void put(const Call<S>& c, typename S::T* sum, typename S::T* out, const typenam
 }
 
 template <class S>
-void gradient(Call<S>& c, int64_t begin, int64_t end) {
+void gradient(Call<S>& c, const Takers<S>& takers) {
   using T = typename S::T;
   const auto& w = c.w;
+  const int64_t begin = takers.begin, end = takers.end;
   const TripletArgs& args = c.args;
   const bool first = begin == 0, last = end == c.classes.live;
   const bool inside = args.anchor_offset >= 0;  // anchors are candidates: one gather over the rows x serves everything
@@ -137,8 +150,7 @@ void gradient(Call<S>& c, int64_t begin, int64_t end) {
             if (weight != 0) gather.push(row, weight);
           }
         }
-        for (int64_t i = w.reverse_begin[j]; i < w.reverse_begin[j + 1]; ++i)
-          gather.push_far(inside ? w.aself[w.rank[i]] : static_cast<int64_t>(w.rank[i]), -w.t[i]);
+        takers.for_each(j, [&](int64_t row, T weight) { gather.push_far(inside ? w.aself[row] : row, -weight); });
         gather.flush();
       }
       put(c, scratch.row, static_cast<T*>(args.grad_candidates) + w.order[j] * c.D, x,

@@ -104,8 +104,7 @@ struct Workspace {
   T* weight;  // by place (Row): d loss / d d2_ap; before selection, negatives = hard: the positives' distances
   T* upper;  // per bucket: distances beyond it change nothing
   // reverse lists: candidate -> anchors that took it as negative
-  int64_t* reverse_begin;  // [C + 1]
-  int32_t* bins;  // [kMaxBins, C]
+  int32_t* bins;  // [kMaxBins, C] where each list ends (gradient.h)
   // label hashing, then row locks
   int32_t* table;  // [hash_size]
   int64_t hash_size;
@@ -201,12 +200,12 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   const int64_t one = slot_pitch(C);  // an anchor's slots at most
   const int64_t bound = (3072 * A + (int64_t{16} << 20)) / slot_bytes * static_cast<int64_t>(sizeof(T) / 4);
   w.slots = A * one < bound ? A * one : (one > bound ? one : bound);
+  if (w.slots > INT32_MAX) w.slots = INT32_MAX;  // reverse lists count in 32 bits; one anchor fits all the same
   take(w.t, w.slots + kSlotPad);  // the last anchor's thresholds are read in whole vectors from the second on
   take(w.key, w.slots);
   take(w.rank, w.slots);
   take(w.weight, w.slots);
   take(w.upper, w.slots);
-  take(w.reverse_begin, C + 1);
   take(w.bins, kMaxBins * C);
 
   w.hash_size = hash_capacity(C);
