@@ -36,7 +36,7 @@ _PEERS = {
     "openface": dict(_DRAWN, negatives="random_active", margin=0.2, normalize=True),
     # SemihardNegativeTripletSelector and OnlineTripletLoss
     "adambielski": dict(_DRAWN, negatives="random_semi_hard", margin=1.0),
-    # batch_hard with the soft margin, its default
+    # batch_hard with the soft margin, its default; sentence-transformers' BatchHardSoftMarginTripletLoss
     "triplet-reid": dict(_HARD, soft_margin=True),
 }
 
@@ -60,9 +60,10 @@ def like(name: str, **overrides) -> TripletLoss:
     Notes:
         Equal where every anchor has a positive and a negative, no two distances tie and no hinge is exactly 0. At those
         edges ours holds: tied negatives go to the lowest index, where TensorFlow Addons splits the gradient; a hinge of
-        exactly 0 has gradient 0, where TensorFlow Addons gives 1 and sentence-transformers a half; an anchor without a
-        positive or a negative has no term, where batch-hard losses, TF-similarity and triplet-reid still count it with
-        a distance of 0; no pair at all is loss 0, where TensorFlow Addons gives NaN. "paper" skips pairs without a
+        exactly 0 has gradient 0, where TensorFlow Addons gives 1, sentence-transformers 1 and its semi-hard loss a
+        half; an anchor without a positive or a negative has no term, where batch-hard losses, TF-similarity and
+        triplet-reid still count it with a distance of 0, and semi-hard losses one without a negative; no pair at all is
+        loss 0, where TensorFlow Addons gives NaN. "paper" skips pairs without a
         semi-hard negative. The drawn rules ("davidsandberg", "openface", "adambielski") have the peer's eligible set,
         not its random numbers. TensorFlow Addons up to 0.10 meant squared distances by "L2": override ``distance``.
     """
