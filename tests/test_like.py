@@ -198,5 +198,12 @@ def test_where_sentence_transformers_differs(name):
 def test_overrides_and_unknown_names():
     assert facenet_ext.like("pytorch-metric-learning", mine_margin=0.4, margin=0.1).band == 0.4
     assert facenet_ext.like("tensorflow-addons", distance="sqeuclidean").distance == "sqeuclidean"
-    with pytest.raises(ValueError, match="name is 'keras'; accepted: 'paper', 'tensorflow-addons'"):
-        facenet_ext.like("keras")
+    for bad, error in (("keras", ValueError), (3, TypeError), (["paper"], TypeError)):
+        with pytest.raises(error, match="^name is .*; accepted: 'paper', 'tensorflow-addons'"):
+            facenet_ext.like(bad)
+    pml = "pytorch-metric-learning"
+    for name, more in (("paper", {}), (f"{pml}-batch-hard", {}), (pml, {"band": 0.3})):
+        with pytest.raises(ValueError, match="^mine_margin is .*; accepted: with 'pytorch-metric-learning'"):
+            facenet_ext.like(name, mine_margin=0.4, **more)
+    with pytest.raises(ValueError, match="^mine_margin is -1; accepted: .* > 0"):
+        facenet_ext.like(pml, mine_margin=-1)
