@@ -132,11 +132,11 @@ def check_options(options: Options) -> None:
         check_band(options.band, options.negatives)
 
 
-def check_band(band: float, negatives: str) -> None:
+def check_band(band: float, negatives: str, argument: str = "band") -> None:
     if isinstance(band, bool) or not isinstance(band, (int, float, numbers.Real)):
-        raise TypeError(f"band is a {_kind(band)}; accepted: None or a number > 0, in the unit of distance")
+        raise TypeError(f"{argument} is a {_kind(band)}; accepted: None or a number > 0, in the unit of distance")
     if not 0 < band < math.inf:
-        raise ValueError(f"band is {band}; accepted: None or a finite number > 0, in the unit of distance")
+        raise ValueError(f"{argument} is {band}; accepted: None or a finite number > 0, in the unit of distance")
     if negatives not in _options.BANDED:
         raise ValueError(
             f"band is {band} with negatives={negatives!r}; accepted: None, or negatives one of "

@@ -42,7 +42,7 @@ def cached_step(
         of the criterion's if it has any; zero them before, step the optimizer after.
 
     Raises:
-        TypeError, ValueError: ``chunk`` is neither None nor an integer >= 1.
+        TypeError, ValueError: ``chunk`` is neither None nor an integer >= 1; images or embeddings are no tensor.
 
     Notes:
         Equal to the plain step for every network that treats rows alone. Batch norm does not: it normalises by the
@@ -58,6 +58,9 @@ def cached_step(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; accepted: an integer >= 1, or None")
 
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images is a {type(images).__name__}; accepted: a torch.Tensor [N, ...]")
+
     if chunk is None or len(images) <= chunk:
         return _backward(criterion(model(images), labels), scaler)
 
@@ -68,6 +71,8 @@ def cached_step(
         for part in chunks:
             states.append(_rng_states())
             parts.append(model(part))
+            if not isinstance(parts[-1], Tensor):
+                raise TypeError(f"embeddings is a {type(parts[-1]).__name__}; accepted: a torch.Tensor [n, D] of model")
     # autocast keeps the half-precision copies of weights that it made; those made without a graph would cut pass 2 off.
     torch.clear_autocast_cache()
     embeddings = torch.cat(parts).requires_grad_()

@@ -18,6 +18,8 @@ class TripletLoss(nn.Module):
 
     Options, arguments, results, errors and edges are those of :func:`facenet_ext.triplet_loss`. The module has no
     parameters and no state. Options are checked here, at construction; as attributes they may be set between calls.
+    Under torch.compile each value set is a new graph: leave a loss whose margin moves every step outside, as one op it
+    has nothing to gain.
 
         criterion = TripletLoss(margin=0.3, negatives="hard", distance="euclidean")
         loss = criterion(embeddings, labels)

@@ -23,13 +23,14 @@ class CrossBatchMemory(nn.Module):
         dim: D, >= 1.
         warmup: rows that must have been added before the memory gives any, >= 0: early embeddings move too fast.
         positives: whether rows of the memory also serve as positives; by default only as negatives.
-        dtype: of the rows kept; the loss converts them to the dtype of its embeddings.
+        dtype: of the rows kept, floating; the loss converts them to the dtype of its embeddings.
 
     State: ``state_dict`` holds the rows [size, D], their labels [size] int64 and how many were ever added, so that a
     resumed run goes on with the same memory. Memory: size·(D + 2) numbers.
 
     Notes:
-        Rows are detached: the gradient flows through the batch alone. Nothing waits for the device. Under
+        Rows are detached: the gradient flows through the batch alone. Nothing waits for the device. A row that is not
+        finite makes every loss NaN while it is kept: add a batch only once its loss was finite. Under
         torch.distributed each rank keeps the rows it added; losses with a ``process_group`` want the same references on
         every rank, so add what ``facenet_ext.distributed.gather`` returns there.
 
@@ -51,6 +52,8 @@ class CrossBatchMemory(nn.Module):
                 raise TypeError(f"{name} is a {type(value).__name__}; accepted: an integer >= {least}")
             if value < least:
                 raise ValueError(f"{name} is {value}; accepted: an integer >= {least}")
+        if dtype not in _checks.EMBEDDING_DTYPES:
+            raise TypeError(f"dtype is {dtype!r}; accepted: {', '.join(map(str, _checks.EMBEDDING_DTYPES))}")
         _checks.check_switch("positives", positives)
         self.size, self.dim, self.warmup, self.positives = size, dim, warmup, positives
         self.register_buffer("embeddings", torch.zeros(size, dim, dtype=dtype))

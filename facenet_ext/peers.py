@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import _checks
 from .loss import TripletLoss
 
 __all__ = ["like"]
@@ -36,7 +37,7 @@ _PEERS = {
     "openface": dict(_DRAWN, negatives="random_active", margin=0.2, normalize=True),
     # SemihardNegativeTripletSelector and OnlineTripletLoss
     "adambielski": dict(_DRAWN, negatives="random_semi_hard", margin=1.0),
-    # batch_hard with the soft margin, its default
+    # batch_hard with the soft margin, its default; sentence-transformers' BatchHardSoftMarginTripletLoss
     "triplet-reid": dict(_HARD, soft_margin=True),
 }
 
@@ -51,24 +52,28 @@ def like(name: str, **overrides) -> TripletLoss:
             "sentence-transformers-batch-hard", "sentence-transformers-batch-all", "pytorch-metric-learning",
             "pytorch-metric-learning-easy-hard", "pytorch-metric-learning-batch-hard", "tensorflow-similarity",
             "davidsandberg", "openface", "adambielski" or "triplet-reid".
-        overrides: keywords of ``TripletLoss`` in place of the peer's defaults; and ``mine_margin``, the margin of
-            pytorch-metric-learning's miner, which is ``band`` here.
+        overrides: keywords of ``TripletLoss`` in place of the peer's defaults; and, with "pytorch-metric-learning",
+            ``mine_margin``, the margin of its miner, which is ``band`` here.
 
     Raises:
-        ValueError: an unknown name. TypeError, ValueError: as ``TripletLoss``.
+        TypeError, ValueError: an unknown name; ``mine_margin`` elsewhere; as ``TripletLoss``.
 
     Notes:
         Equal where every anchor has a positive and a negative, no two distances tie and no hinge is exactly 0. At those
         edges ours holds: tied negatives go to the lowest index, where TensorFlow Addons splits the gradient; a hinge of
-        exactly 0 has gradient 0, where TensorFlow Addons gives 1 and sentence-transformers a half; an anchor without a
-        positive or a negative has no term, where batch-hard losses, TF-similarity and triplet-reid still count it with
-        a distance of 0; no pair at all is loss 0, where TensorFlow Addons gives NaN. "paper" skips pairs without a
+        exactly 0 has gradient 0, where TensorFlow Addons gives 1, sentence-transformers 1 and its semi-hard loss a
+        half; an anchor without a positive or a negative has no term, where batch-hard losses, TF-similarity and
+        triplet-reid still count it with a distance of 0, and semi-hard losses one without a negative; no pair at all is
+        loss 0, where TensorFlow Addons gives NaN. "paper" skips pairs without a
         semi-hard negative. The drawn rules ("davidsandberg", "openface", "adambielski") have the peer's eligible set,
         not its random numbers. TensorFlow Addons up to 0.10 meant squared distances by "L2": override ``distance``.
     """
-    if name not in _PEERS:
-        raise ValueError(f"name is {name!r}; accepted: {', '.join(map(repr, _PEERS))}")
+    _checks.check_choice("name", name, tuple(_PEERS))
     options = dict(_PEERS[name])
     if "mine_margin" in overrides:
-        options["band"] = overrides.pop("mine_margin")
+        margin = options["band"] = overrides.pop("mine_margin")
+        if name != "pytorch-metric-learning" or "band" in overrides:
+            raise ValueError(f"mine_margin is {margin!r}; accepted: with 'pytorch-metric-learning', and without band")
+        if margin is not None:
+            _checks.check_band(margin, options["negatives"], "mine_margin")
     return TripletLoss(**{**options, **overrides})

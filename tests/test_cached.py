@@ -106,3 +106,12 @@ def test_empty_batch(device):
 def test_errors(chunk, error):
     with pytest.raises(error, match="chunk is"):
         cached_step(network("cpu"), *batch("cpu"), SemiHardTripletLoss(), chunk=chunk)
+
+
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_images_and_embeddings_of_another_kind_are_named(chunk):
+    images, labels = batch("cpu")
+    with pytest.raises(TypeError, match="images is a list; accepted: a torch.Tensor"):
+        cached_step(network("cpu"), list(images), labels, SemiHardTripletLoss(), chunk=chunk)
+    with pytest.raises(TypeError, match="embeddings is a tuple; accepted: a torch.Tensor"):
+        cached_step(lambda x: (x.flatten(1),), images, labels, SemiHardTripletLoss(), chunk=chunk)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from facenet_ext import SemiHardTripletLoss, _backend, functional, mine_triplets, triplet_loss
+from facenet_ext import SemiHardTripletLoss, TripletLoss, _backend, functional, mine_triplets, triplet_loss
 from facenet_ext._options import Options
 
 OP_OPTIONS = Options(band=0.0)
@@ -266,6 +266,33 @@ def test_fullgraph_of_every_rule(cpu, fresh_compiler, options, references):
         assert all(map(torch.equal, *results))
         first = first or graphs.frame_count
     assert graphs.frame_count == first
+
+
+@pytest.mark.parametrize("options", RULES, ids=IDS)
+def test_batches_of_any_size_take_four_graphs(cpu, fresh_compiler, options):
+    """torch.compile's default: one for the first size, one for every size, and 0 and 1 always stand for themselves."""
+    graphs, criterion = CompileCounterWithBackend("aot_eager"), TripletLoss(margin=0.6, **options)
+    compiled = torch.compile(criterion, fullgraph=True, backend=graphs)
+    for n in (12, 7, 32, 0, 1, 2, 19, 64, 33, 5, 3):
+        x, y = batch(cpu, n=n)
+        x.requires_grad_()
+        results = []
+        for function in (compiled, criterion):
+            torch.manual_seed(n)
+            loss = function(x, y)
+            results.append((loss.detach(), *torch.autograd.grad(loss, x)))
+        assert all(map(torch.equal, *results))
+    assert graphs.frame_count == 4
+
+
+def test_a_margin_is_a_constant_of_its_graph(cpu, fresh_compiler):
+    """A new one is a new graph, never the old number."""
+    criterion = SemiHardTripletLoss(margin=0.1)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    x, y = batch(cpu)
+    for margin in (0.1, 0.2, 0.4, 0.2):
+        criterion.margin = margin
+        assert torch.equal(compiled(x, y), triplet_loss(x, y, margin=margin))
 
 
 @pytest.mark.parametrize("references", [None, "negatives", "all", "only"])

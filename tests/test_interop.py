@@ -41,6 +41,25 @@ def test_references_take_the_place_of_the_batch():
     losses.TripletMarginLoss()(x, y, (a, p, n), ref_emb=rows[:30], ref_labels=labels[:30])
 
 
+def test_inside_their_trainer():
+    from pytorch_metric_learning import samplers, trainers
+
+    x, y = batch(3)
+    network, seen = torch.nn.Linear(6, 4, dtype=torch.float64), []
+    trainers.MetricLossOnly(
+        models={"trunk": network},
+        optimizers={"trunk_optimizer": torch.optim.SGD(network.parameters(), lr=0.1)},
+        batch_size=16,
+        loss_funcs={"metric_loss": losses.TripletMarginLoss()},
+        mining_funcs={"tuple_miner": SemiHardMiner()},
+        dataset=torch.utils.data.TensorDataset(x, y),
+        sampler=samplers.MPerClassSampler(y, 4, length_before_new_iter=32),
+        dataloader_num_workers=0,
+        end_of_iteration_hook=lambda trainer: seen.append(trainer.losses["metric_loss"].item()),
+    ).train(num_epochs=2)
+    assert len(seen) == 4 and all(0 < loss < 1 for loss in seen)
+
+
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match="negatives is 'all'; accepted: 'semi_hard', 'hard'"):
         SemiHardMiner(negatives="all")

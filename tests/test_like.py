@@ -1,4 +1,5 @@
-"""Other libraries' values: plain float64 loops of what each computes, and pytorch-metric-learning itself."""
+"""Other libraries' values: plain float64 loops of what each computes; pytorch-metric-learning and sentence-transformers
+themselves, where they are installed (the first is in the test extra; the second is heavy: pip install it beside)."""
 
 from __future__ import annotations
 
@@ -144,8 +145,65 @@ def test_pytorch_metric_learning_itself(kind, seed):
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
 
 
+SENTENCE_TRANSFORMERS = {
+    "sentence-transformers": "BatchSemiHardTripletLoss",
+    "sentence-transformers-batch-hard": "BatchHardTripletLoss",
+    "sentence-transformers-batch-all": "BatchAllTripletLoss",
+    "triplet-reid": "BatchHardSoftMarginTripletLoss",
+}
+
+
+def sentence_transformers_loss(name: str, x: torch.Tensor, y: torch.Tensor, **options) -> torch.Tensor:
+    of = "sentence_transformers.sentence_transformer.losses"
+    losses = pytest.importorskip(of, reason="sentence-transformers 6 or later is not installed")
+    return getattr(losses, SENTENCE_TRANSFORMERS[name])(None, **options).compute_loss_from_embeddings([x], y)
+
+
+def both_with_gradients(name: str, x: torch.Tensor, y: torch.Tensor, **options):
+    """(theirs, its gradient), (ours, its gradient)"""
+    x = x.clone().requires_grad_()
+    both = sentence_transformers_loss(name, x, y, **options), facenet_ext.like(name, **options)(x, y)
+    return [(loss.item(), torch.autograd.grad(loss, x)[0]) for loss in both]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", SENTENCE_TRANSFORMERS)
+def test_sentence_transformers_itself(name, seed):
+    x, y = batch(seed)
+    if name in ("sentence-transformers", "sentence-transformers-batch-all"):
+        y[:4] = 100 + torch.arange(4)  # the only one of their label: negatives
+    (theirs, their_gradient), (ours, our_gradient) = both_with_gradients(name, x, y)
+    assert ours == pytest.approx(theirs, rel=1e-12)
+    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", SENTENCE_TRANSFORMERS)
+def test_where_sentence_transformers_differs(name):
+    """What the docstring of `like` says of the edges."""
+    x, _ = batch(1)
+    hard = name in ("sentence-transformers-batch-hard", "triplet-reid")
+    pairs_and_singles = torch.arange(len(x)).clamp(max=20)  # ten of one label, twenty of their own
+    (theirs, _), (ours, _) = both_with_gradients(name, x, pairs_and_singles)
+    assert (theirs != pytest.approx(ours, rel=1e-3)) == hard
+    (theirs, _), (ours, _) = both_with_gradients(name, x, torch.zeros_like(pairs_and_singles))
+    assert ours == 0 and (theirs == 0) == (name == "sentence-transformers-batch-all")
+    if name == "triplet-reid":
+        return
+    # The closest negative of 0 is 2: 1 - 2 + 1 = 0
+    x, y = torch.tensor([[0.0], [1.0], [2.0], [50.0]], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+    (theirs, their_gradient), (ours, our_gradient) = both_with_gradients(name, x, y, margin=1.0)
+    assert ours == pytest.approx(theirs, rel=1e-12) and not torch.allclose(their_gradient, our_gradient)
+
+
 def test_overrides_and_unknown_names():
     assert facenet_ext.like("pytorch-metric-learning", mine_margin=0.4, margin=0.1).band == 0.4
     assert facenet_ext.like("tensorflow-addons", distance="sqeuclidean").distance == "sqeuclidean"
-    with pytest.raises(ValueError, match="name is 'keras'; accepted: 'paper', 'tensorflow-addons'"):
-        facenet_ext.like("keras")
+    for bad, error in (("keras", ValueError), (3, TypeError), (["paper"], TypeError)):
+        with pytest.raises(error, match="^name is .*; accepted: 'paper', 'tensorflow-addons'"):
+            facenet_ext.like(bad)
+    pml = "pytorch-metric-learning"
+    for name, more in (("paper", {}), (f"{pml}-batch-hard", {}), (pml, {"band": 0.3})):
+        with pytest.raises(ValueError, match="^mine_margin is .*; accepted: with 'pytorch-metric-learning'"):
+            facenet_ext.like(name, mine_margin=0.4, **more)
+    with pytest.raises(ValueError, match="^mine_margin is -1; accepted: .* > 0"):
+        facenet_ext.like(pml, mine_margin=-1)

@@ -95,6 +95,13 @@ def test_bad_sizes_are_named(arguments, error, message):
         CrossBatchMemory(*arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, "float32", None])
+def test_bad_dtypes_are_named(dtype):
+    """Integers would keep the rows, rounded to nothing."""
+    with pytest.raises(TypeError, match="dtype is .*; accepted: torch.float32, torch.float64"):
+        CrossBatchMemory(4, 5, dtype=dtype)
+
+
 def test_bad_rows_are_named():
     memory = CrossBatchMemory(4, 5)
     with pytest.raises(ValueError, match=r"embeddings has shape \[2, 3\]; accepted: \[N, 5\]"):
