@@ -17,51 +17,50 @@ constexpr bool kIsCompiled = M != Math::simt32;
 template <Math M, class In>
 __global__ void __launch_bounds__(kThreads, 1)
     triplet_kernel(const __grid_constant__ Problem<typename MathTraits<M>::Acc> p) {
-  if constexpr (kIsCompiled<M>) {
-    FACENET_EXT_SHARED_MEMORY(shared_memory);
-    // The pass stands in shared memory, not in registers, which the products need; behind it the phases lay out what they use.
-    Carver carver{shared_memory, 0, true};
-    Pass& pass = *carver.take<Pass>(1);
-    constexpr int kPassBytes = (sizeof(Pass) + 15) / 16 * 16 + kSharedRedzone;
-    uint8_t* const scratch = shared_memory + kPassBytes;
+  if constexpr (!kIsCompiled<M>) return;
+  FACENET_EXT_SHARED_MEMORY(shared_memory);
+  // The pass stands in shared memory, not in registers, which the products need; behind it the phases lay out what they use.
+  Carver carver{shared_memory, 0, true};
+  Pass& pass = *carver.take<Pass>(1);
+  constexpr int kPassBytes = (sizeof(Pass) + 15) / 16 * 16 + kSharedRedzone;
+  uint8_t* const scratch = shared_memory + kPassBytes;
 
-    prepare<M, In>(p, scratch);
-    grid_sync();  // positions, classes and operands of all rows
-    const Facts facts = gather_facts(p, scratch);
-    if (facts.has_nonfinite && !p.mining) {
-      write_nan(p);
-      return;
-    }
-    if (thread_index() == 0) pass = first_pass(p, facts);
+  prepare<M, In>(p, scratch);
+  grid_sync();  // positions, classes and operands of all rows
+  const Facts facts = gather_facts(p, scratch);
+  if (facts.has_nonfinite && !p.mining) {
+    write_nan(p);
+    return;
+  }
+  if (thread_index() == 0) pass = first_pass(p, facts);
 
 #pragma unroll 1
-    for (;;) {
-      __syncthreads();  // the pass stands
-      find_thresholds<M>(p, pass, scratch);
-      grid_sync();  // d2_ap, thresholds, empty buckets
+  for (;;) {
+    __syncthreads();  // the pass stands
+    find_thresholds<M>(p, pass, scratch);
+    grid_sync();  // d2_ap, thresholds, empty buckets
 #pragma unroll 1
-      for (int round = 0; round < MathTraits<M>::kRounds; ++round) {
-        sweep<M>(p, pass, round, scratch);
-        grid_sync();  // after round 0 the buckets' least distances; after the last all of best and farthest
-      }
-      finish<In>(p, pass, scratch);
-      grid_sync();  // coefficients, lists, the counters that scale the gradient, loss_of_anchor
-      const bool is_last = pass.is_last(p.anchors.count);
-      if (is_last && !p.mining) write_loss(p, scratch);
-      if (p.wants_gradient) {
-        const bool overflow = p.counters->list_overflows != 0;  // the same for all blocks
-        if (overflow) {
-          reserve_lists(p);
-          grid_sync();  // list_begin; nobody reads the lists that finish() began
-          fill_lists(p, pass);
-          grid_sync();  // list
-        }
-        gather_gradients<In>(p, pass, overflow, scratch);
-      }
-      if (is_last) return;
-      grid_sync();  // all are done with the slots, and the block with the pass
-      if (thread_index() == 0) pass.advance(p.anchors.count);
+    for (int round = 0; round < MathTraits<M>::kRounds; ++round) {
+      sweep<M>(p, pass, round, scratch);
+      grid_sync();  // after round 0 the buckets' least distances; after the last all of best and farthest
     }
+    finish<In>(p, pass, scratch);
+    grid_sync();  // coefficients, lists, the counters that scale the gradient, loss_of_anchor
+    const bool is_last = pass.is_last(p.anchors.count);
+    if (is_last && !p.mining) write_loss(p, scratch);
+    if (p.wants_gradient) {
+      const bool overflow = p.counters->list_overflows != 0;  // the same for all blocks
+      if (overflow) {
+        reserve_lists(p);
+        grid_sync();  // list_begin; nobody reads the lists that finish() began
+        fill_lists(p, pass);
+        grid_sync();  // list
+      }
+      gather_gradients<In>(p, pass, overflow, scratch);
+    }
+    if (is_last) return;
+    grid_sync();  // all are done with the slots, and the block with the pass
+    if (thread_index() == 0) pass.advance(p.anchors.count);
   }
 }
 
