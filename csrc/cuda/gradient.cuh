@@ -10,10 +10,10 @@
 // times 2 (squared) or 1 (euclidean, cosine), over the number of counted pairs. Differences, not rowsum * x - S x:
 // near-duplicates keep their relative accuracy.
 //
-//   5 gather    a warp per row; bytes from L2: one row per active pair and side
+//   5 gather    a warp per row; bytes from L2: two rows per active pair; class rows mostly from L1
 //
-// The anchors' part of rows up to kChunk elements is in rows.gradient already (finish.cuh). A candidate's list stands in its
-// own places of `list`; only if some list is longer do two more phases, each behind a grid barrier, build them anew:
+// A candidate's list stands in its own places of `list`; only if some list is longer do two more phases, each behind a grid
+// barrier, build them anew:
 //
 //   reserve     list_begin: the end of a piece of `list` for every row; which piece depends on the schedule, its content does
 //   not fill        list[--list_begin[n]] = slot, for all slots
@@ -52,6 +52,31 @@ __device__ void fill_lists(const Problem<Acc>& p, const Pass& pass) {
       if (p.coefficient[slot + r] == 0) continue;
       p.list[atomicAdd(&p.list_begin[p.negative[slot + r]], -1) - 1] = static_cast<int32_t>(slot) + r;
     }
+  }
+}
+
+// The groups' sums, added in a fixed order. Lane l then has elements first + l * kVector and up.
+template <class Acc>
+__device__ __forceinline__ void combine_groups(Acc (&sum)[kPiece<Acc>], Acc (&mine)[kVector<Acc>]) {
+  const int group = thread_index() % 32 / kGroupLanes;
+#pragma unroll
+  for (int i = 0; i < kPiece<Acc>; ++i) {
+    sum[i] += __shfl_xor_sync(kWholeWarp, sum[i], kGroupLanes);
+    if (i / kVector<Acc> == group) mine[i % kVector<Acc>] = sum[i];
+  }
+}
+
+// Adds the warp's sums to elements first .. first + kChunk of a row of `gradient`; is_first: they are all there is yet.
+template <class Acc>
+__device__ __forceinline__ void add_to_gradient(const Problem<Acc>& p, Acc* gradient, int32_t index, int32_t first,
+                                                bool is_first, Acc (&sum)[kPiece<Acc>]) {
+  Acc mine[kVector<Acc>];
+  combine_groups(sum, mine);
+  Acc* out = gradient + int64_t(index) * p.dim;
+#pragma unroll
+  for (int i = 0; i < kVector<Acc>; ++i) {
+    const int32_t d = first + thread_index() % 32 * kVector<Acc> + i;
+    if (d < p.dim) out[d] = is_first ? mine[i] : out[d] + mine[i];
   }
 }
 
@@ -95,7 +120,6 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
                                            int32_t anchor_position, int32_t position, const int32_t* list,
                                            int32_t list_count) {
   const bool is_anchor = anchor_position >= 0 && pass.has(anchor_position);
-  const bool has_negatives = is_anchor && finish_has_negatives(p);
 #pragma unroll 1
   for (int32_t first = 0; first < p.dim; first += kChunk<Acc>) {
     Acc x[kPiece<Acc>], sum[kPiece<Acc>] = {};
@@ -110,7 +134,7 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
         return sorted_index(p, p.candidates)[begin + e + (own >= 0 && begin + e >= own ? 1 : 0)];
       });
     }
-    if (is_anchor && !has_negatives) {
+    if (is_anchor) {
       const int32_t count = count_positives(p, p.anchors.mate_begin[anchor_position], p.anchors.mate_end[anchor_position]);
       const int32_t slot = pass.slot(anchor_position);
       gather<In>(p, p.candidates, x, first, count, sum, [&](int32_t e, Acc& coefficient) {
@@ -140,7 +164,7 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
         return sorted_index(p, p.anchors)[pass.begin + list[e] / pass.stride];
       });
     }
-    add_to_gradient(p, rows.gradient, index, first, pass.is_first() && !has_negatives, sum);
+    add_to_gradient(p, rows.gradient, index, first, pass.is_first(), sum);
   }
 }
 

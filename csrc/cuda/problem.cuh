@@ -24,6 +24,7 @@ constexpr int kRowsPerBlock = 8;  // a grid has at most a block per so many rows
 #endif
 constexpr int kSortChunk = FACENET_EXT_SORT_CHUNK;
 constexpr int kWarpSort = FACENET_EXT_SORT_CHUNK < 128 ? 16 : 128;  // longer lists are sorted by a block
+constexpr int kExpandedDim = 128;  // up to here a tile's distance of a pair that is not near serves the loss (finish.cuh)
 constexpr int kTileGroup = 8;     // rows of tiles that walk down the columns together, so that L2 serves them
 static_assert(2 * kSide * (kStageBytes / 16) % kThreads == 0, "every thread copies as many 16-byte pieces");
 
@@ -78,9 +79,20 @@ struct Rows {
 struct Facts {  // of a block's rows, of all rows in the end
   int32_t max_positives;
   int32_t max_exponent;
+  int32_t max_norm;  // norm_order()
   int32_t has_nonfinite;
 };
 constexpr int32_t kNoExponent = -(1 << 20);  // a row of zeros
+
+// norm * 4^exponent as an integer that orders as it does: exponents are added, so no range of rows is out of reach.
+__device__ __forceinline__ int32_t norm_order(float norm, int32_t exponent) {
+  return norm > 0 ? static_cast<int32_t>(ordered_bits(norm) >> 4) + exponent * (1 << 20) : INT32_MIN;
+}
+__device__ __forceinline__ int32_t norm_order(double, int32_t) { return INT32_MIN; }  // nobody asks
+// Rounded down, in units of 4^max_exponent.
+__device__ __forceinline__ float norm_of_order(int32_t order, int32_t max_exponent) {
+  return order == INT32_MIN ? 0.f : __uint_as_float(static_cast<uint32_t>(order - max_exponent * (1 << 20)) << 4);
+}
 
 struct Counters {
   uint64_t counts[5];  // as stat_counts
@@ -100,6 +112,7 @@ struct Problem {
   bool unordered;
   bool drops_pairs;  // not every candidate of the anchor's class makes a pair: one of the three options above, or those below
   int32_t positives_end;  // candidates from this index on are nobody's positives
+  bool direct;  // the loss takes every distance in direct form, not those of near pairs alone (finish.cuh)
   bool without_negative;  // a pair whose bucket is empty does not count, or (mining, random rules) has negative -1
   Reduction reduction;
   int32_t anchor_offset;
@@ -184,6 +197,7 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.drops_pairs = p.unordered || p.positives != Positives::all || args.negatives_only > 0;
   p.positives_end = static_cast<int32_t>(args.num_candidates - args.negatives_only);
   p.without_negative = draws(p) || (p.negatives == Negatives::semi_hard && args.fallback == Fallback::skip && !p.mining);
+  p.direct = sizeof(Acc) == 8 || M == Math::simt32 || p.mining || draws(p) || args.dim > kExpandedDim;
   p.closed = p.negatives == Negatives::random_semi_hard && args.band > 0;
   p.width = static_cast<Acc>(p.closed ? args.band : args.margin);
   p.seed = args.seed;
@@ -325,6 +339,7 @@ struct Pass {
   int32_t stride;  // slots of each
   int32_t buckets;  // of each, with thresholds or beyond the last
   int32_t max_exponent;
+  float max_norm;  // of any row, in units of 4^max_exponent
   bool in_shared;  // buckets fit in shared memory while a tile is swept
   __device__ __forceinline__ bool has(int32_t a) const { return a >= begin && a < end; }
   __device__ __forceinline__ int32_t slot(int32_t a) const { return (a - begin) * stride; }
@@ -349,6 +364,7 @@ __device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, const Facts& f
             stride,
             buckets,
             facts.max_exponent,
+            norm_of_order(facts.max_norm, facts.max_exponent),
             buckets <= p.shared_slots && !draws(p)};
   pass.advance(p.anchors.count);
   return pass;

@@ -83,6 +83,16 @@ def test_nan_is_nobodys_negative(programs, tmp_path):
     check(programs(), cases, tmp_path)
 
 
+def test_near_pairs_are_summed_in_direct_form(programs, tmp_path):
+    """Both kinds of pairs in one batch, in rows of one length and of many; the statistics show every distance."""
+    cases = [simple(70, d, 9, rows="nearly_collapsed", margin=1e-6) for d in (5, 128, 130)]
+    for case in cases[:2]:
+        far = np.arange(70) % 2 == 0
+        x = case.x * np.where(far, -1.0, 1.0)[:, None]
+        cases += [replace(case, x=x), replace(case, x=x * 2.0 ** (np.arange(70) % 40)[:, None])]
+    check(programs(), cases, tmp_path)
+
+
 def test_result_does_not_depend_on_schedule_or_grid(programs, tmp_path):
     """Bit for bit: no float is added in an order that threads decide."""
     for base in (

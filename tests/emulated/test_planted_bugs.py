@@ -75,6 +75,7 @@ BUGS = {
     "unnoticed_overflow_of_a_list": (
         "finish.cuh", "&p.counters->list_overflows, 1", "&p.counters->list_overflows, 0", "plain",
     ),
+    "near_pair_left_as_it_is": ("finish.cuh", "return !(d2 >= near);", "return !(d2 >= 0);", "plain"),
     "nan_as_a_negative": (
         "select.cuh", "  if (d != d) return -1;  // NaN", "  // NaN", "plain",
     ),
@@ -108,6 +109,7 @@ def cases():
         simple(130, 17, 30, rows="mid", margin=0.5, multiprocessors=3),
         simple(66, 5, 9, rows="duplicates", margin=0.25),
         simple(70, 33, 3, rows="collapsed", fallback="farthest"),
+        simple(40, 33, 9, rows="nearly_collapsed", stats=True),
         replace(simple(70, 9, 9, negatives="random_active"), offset=5, count=40),
         simple(70, 9, 9, positives="hardest", negatives="hard"),
         with_nan(simple(70, 9, 3)),  # classes larger than what is kept in shared memory
