@@ -188,7 +188,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
       bool is_pair = false, is_fallback = false;
       Acc d2_ap = 0, d2_an = 0;
       if (mine < count) {
-        const int32_t not_farther = p.negative[slot + mine];
+        const int32_t not_farther = p.entry[slot + mine].row;
         positive = negative = sorted_index(p, p.candidates)[begin + mine + (own >= 0 && begin + mine >= own ? 1 : 0)];
         is_pair = not_farther > 0;
         if (is_pair) {
@@ -284,8 +284,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
       }
       if (mine < count) {
         p.d2_ap[slot + mine] = c_ap;
-        p.coefficient[slot + mine] = speaks ? sum : Acc(0);
-        p.negative[slot + mine] = negative;
+        p.entry[slot + mine] = {negative, speaks ? sum : Acc(0)};
       }
       if (speaks) {
         const int32_t place = atomicAdd(&p.times_chosen[negative], 1);

@@ -76,6 +76,13 @@ struct Rows {
   bool aligned;  // vectors of 16 bytes of Acc lie on multiples of their size in every row, and fill it
 };
 
+// A negative of an anchor, or an anchor that chose a row.
+template <class Acc>
+struct alignas(2 * sizeof(Acc)) Entry {
+  int32_t row;  // before finish(): how many thresholds are not farther than the positive, 0: no pair; after it the index
+  Acc coefficient;  // in the gradient; 0: no term, or an earlier pair of the anchor has the same negative and speaks for both
+};
+
 struct Facts {  // of a block's rows, of all rows in the end
   int32_t max_positives;
   int32_t max_exponent;
@@ -120,6 +127,7 @@ struct Problem {
   int32_t pitch;  // bytes of a row in `operand`, a multiple of kStageBytes
   int32_t merges;  // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
   int32_t shared_slots;  // an anchor's buckets that fit in shared memory
+  int32_t slice_lanes;  // slices.cuh; 0: the gradient is not gathered from slices
   Acc margin;
   Acc width;  // random rules: eligible is t > d - width, or t >= d - width if `closed`
   bool closed;
@@ -131,11 +139,7 @@ struct Problem {
   Acc* threshold;  // [slots] the same, ascending
   uint64_t* best;  // [slots] bucket r: the closest negative with threshold[r] < d <= threshold[r + 1]
   uint32_t* best_index;  // [slots] double only: its index
-  Acc* coefficient;  // [slots] after finish(): gradient coefficient of the pair's negative, or 0: no term, or an earlier
-                     //         pair of the anchor has the same negative and speaks for both
-  int32_t*
-      negative;  // [slots] before finish(): how many thresholds are not farther than the positive, 0: no pair; after it the
-                 //         negative's candidate index
+  Entry<Acc>* entry;  // [slots] the pair's negative
   int32_t list_places;  // slots / C: places of `list` that each candidate has before it overflows
   int32_t* list;  // [slots] per candidate the slots that chose it
   int32_t* sorted_list;  // [slots] in the memory of `best`: the same, ascending
@@ -271,8 +275,7 @@ int64_t make_problem(const TripletArgs& args, uint8_t* base, Problem<typename Ma
   p.threshold = carver.take<Acc>(slots);
   p.best = carver.take<uint64_t>(slots);
   p.best_index = carver.take<uint32_t>(sizeof(Acc) == 8 ? slots : 0);
-  p.coefficient = carver.take<Acc>(slots);
-  p.negative = carver.take<int32_t>(slots);
+  p.entry = carver.take<Entry<Acc>>(slots);
   p.list = carver.take<int32_t>(slots);
   p.list_places = static_cast<int32_t>(slots / args.num_candidates);
   p.sorted_list = reinterpret_cast<int32_t*>(p.best);
