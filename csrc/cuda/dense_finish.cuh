@@ -119,9 +119,11 @@ template <class Acc>
 __device__ void write_totals(const DenseProblem<Acc>& p, uint8_t* shared_memory) {
   if (block_index() != 0) return;
   const Problem<Acc>& q = p.side[0];
-  const double* partial = sums_of_anchors(q, shared_memory);
+  Carver carver{shared_memory, 0, true};
+  double sum[3];
+  sum_anchors(q, carver.take<double>(3 * kWarps), sum);
   if (thread_index() != 0) return;
-  *static_cast<Acc*>(q.loss) = static_cast<Acc>(partial[0] / dense_divisor(p));
+  *static_cast<Acc*>(q.loss) = static_cast<Acc>(sum[0] / dense_divisor(p));
   if (!p.stats) return;
   const DenseTotals& totals = *p.totals;
   q.stat_counts[0] = static_cast<int64_t>(totals.terms);
@@ -131,8 +133,8 @@ __device__ void write_totals(const DenseProblem<Acc>& p, uint8_t* shared_memory)
   q.stat_counts[4] = static_cast<int64_t>(totals.semi_hard);
   const double terms = totals.terms > 0 ? static_cast<double>(totals.terms) : 1.0;
   Acc* stats = static_cast<Acc*>(q.stat_d2);
-  stats[0] = static_cast<Acc>(partial[kThreads] / terms);
-  stats[1] = static_cast<Acc>(partial[2 * kThreads] / terms);
+  stats[0] = static_cast<Acc>(sum[1] / terms);
+  stats[1] = static_cast<Acc>(sum[2] / terms);
   stats[2] = static_cast<Acc>(__longlong_as_double(static_cast<long long>(totals.max_d2_ap)));
 }
 

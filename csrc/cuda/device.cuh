@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "triplet.h"
 
@@ -27,6 +28,16 @@ __host__ __device__ inline void poison_shared(void*, int64_t, void*) {}
 
 // All threads of the grid; needs a cooperative launch. Orders every access to global memory before it against those after it.
 __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+// The same barrier in two halves: what is before grid_arrive() is ordered before what is behind grid_wait(); between them a
+// thread touches nothing that others write before theirs or read behind it. `ticket` is the block's, in shared memory.
+__device__ __forceinline__ void grid_arrive(uint32_t* ticket) {
+  const uint32_t mine = cooperative_groups::this_grid().barrier_arrive();
+  if (threadIdx.x == 0) *ticket = mine;  // that of the thread which waits for all
+}
+__device__ __forceinline__ void grid_wait(const uint32_t* ticket) {
+  cooperative_groups::this_grid().barrier_wait(threadIdx.x == 0 ? *ticket : 0u);
+}
 
 // threadIdx.x, blockIdx.x and gridDim.x, read anew: what is derived from them need not wait in registers while a tile's
 // products fill them. (The compiler would hoist every phase's addresses out of the loop over passes, and spill them.)

@@ -1,13 +1,15 @@
-// Phase 4: from bucket minima to triplets, a warp per anchor.
+// Phase 4: from bucket minima to triplets, a warp per anchor, lane = pair.
 //
 //   best         suffix minimum over the buckets; bucket u - 1 then holds the negative of a positive with u thresholds <= its
-//   own direct form  sum (a - p)^2 and sum (a - n)^2 of every pair: the loss does not inherit the expansion's cancellation
-//   d2_ap        becomes the gradient coefficient of the pair's positive (1, or 1 / d for the euclidean distance; 0: no
+//   own d2_ap        becomes the gradient coefficient of the pair's positive (1, or 1 / d for the euclidean distance; 0: no
 //   hinge) coefficient  of its negative: those of pairs with the same negative are added up at the first of 32 neighbouring
-//   pairs gradient     of the anchor, while its partners' rows are in L1 (rows of one chunk; longer ones: gradient.cuh)
+//   pairs list         per candidate, the slots that chose it
 //
-// Two pairs at a time, 16 lanes each, 16 bytes per lane and load. Bytes: 2 rows per pair from L2, positives mostly from L1.
-// The rest of a pair (negative, hinge, statistics) is done with lane = pair.
+// The distances of a pair are those of the tiles, unless it is near: less than a quarter of |a|^2 + |n|^2 is left of one of
+// the two, so that the expansion's rounding would show. Such a pair is summed anew in direct form, sum (a - p)^2 and sum (a -
+// n)^2, two pairs at a time, 16 lanes each, 16 bytes per lane and load; both distances, because they are subtracted. All
+// pairs are where rows are longer than kExpandedDim, whose products the tensor cores may round too coarsely, and where they
+// are listed. Bytes: 40 per pair from L2; near pairs 2 rows more.
 #pragma once
 
 #include "select.cuh"
@@ -60,42 +62,6 @@ __device__ __forceinline__ void load_piece(const Problem<Acc>& p, const Rows<Acc
   }
 }
 
-// The groups' sums, added in a fixed order. Lane l then has elements first + l * kVector and up.
-template <class Acc>
-__device__ __forceinline__ void combine_groups(Acc (&sum)[kPiece<Acc>], Acc (&mine)[kVector<Acc>]) {
-  const int group = thread_index() % 32 / kGroupLanes;
-#pragma unroll
-  for (int i = 0; i < kPiece<Acc>; ++i) {
-    sum[i] += __shfl_xor_sync(kWholeWarp, sum[i], kGroupLanes);
-    if (i / kVector<Acc> == group) mine[i % kVector<Acc>] = sum[i];
-  }
-}
-
-// Adds the warp's sums to elements first .. first + kChunk of a row of `gradient`; is_first: they are all there is yet.
-template <class Acc>
-__device__ __forceinline__ void add_to_gradient(const Problem<Acc>& p, Acc* gradient, int32_t index, int32_t first,
-                                                bool is_first, Acc (&sum)[kPiece<Acc>]) {
-  Acc mine[kVector<Acc>];
-  combine_groups(sum, mine);
-  Acc* out = gradient + int64_t(index) * p.dim;
-#pragma unroll
-  for (int i = 0; i < kVector<Acc>; ++i) {
-    const int32_t d = first + thread_index() % 32 * kVector<Acc> + i;
-    if (d < p.dim) out[d] = is_first ? mine[i] : out[d] + mine[i];
-  }
-}
-
-// Whether finish() adds the negatives' part of the anchors' gradients, while their rows are in L1. From sm_100 on it does
-// not: the compiler would spill.
-template <class Acc>
-__device__ __forceinline__ bool finish_has_negatives([[maybe_unused]] const Problem<Acc>& p) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  return false;
-#else
-  return p.wants_gradient && p.dim <= kChunk<Acc>;
-#endif
-}
-
 struct Winner {  // of a bucket: ordered bits of the distance (all ones: none) and the index
   uint64_t bits;
   uint32_t index;
@@ -119,12 +85,28 @@ __device__ __forceinline__ void store_winner(const Problem<double>& p, int32_t s
   p.best[slot] = w.bits;
   p.best_index[slot] = w.index;
 }
-__device__ __forceinline__ int32_t farthest_of(const Problem<float>& p, int32_t a) {
-  return static_cast<int32_t>(~static_cast<uint32_t>(p.farthest[a]));
+__device__ __forceinline__ Winner farthest_of(const Problem<float>& p, int32_t a) {
+  const uint64_t key = p.farthest[a];
+  return {(key >> 32) - 1, ~static_cast<uint32_t>(key)};
 }
-__device__ __forceinline__ int32_t farthest_of(const Problem<double>& p, int32_t a) {
-  return static_cast<int32_t>(p.farthest_index[a]);
+__device__ __forceinline__ Winner farthest_of(const Problem<double>& p, int32_t a) {
+  return {p.farthest[a] - 1, p.farthest_index[a]};
 }
+
+// The tiles' distances in the unit of the rows, and which of them are near.
+struct Expanded {
+  int32_t exponent;
+  float near;  // below it, in the tiles' unit
+  __device__ __forceinline__ Expanded(const Problem<float>& p, const Pass& pass, int32_t a)
+      : exponent(2 * pass.max_exponent) {
+    const float scale = two_to<float>(p.anchors.exponent[a] - pass.max_exponent);
+    const float quarter = 0.25f * (p.anchors.norm[a] * scale * scale + pass.max_norm);
+    near = quarter > 1e-24f ? quarter : 1e-24f;  // far from where floats end: scaled norms of tiny rows may have vanished
+  }
+  __device__ __forceinline__ Expanded(const Problem<double>&, const Pass&, int32_t) : exponent(0), near(0) {}
+  __device__ __forceinline__ bool is_near(float d2) const { return !(d2 >= near); }
+  __device__ __forceinline__ float value(float d2) const { return ldexpf(d2, exponent); }
+};
 
 // best[r] = min of best[r ..]: whole warp; a barrier must follow before other lanes read it.
 template <class Acc>
@@ -187,7 +169,6 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
   uint32_t counts[5] = {};  // of this lane's pairs, as stat_counts
   Acc max_d2_ap = 0;
 
-  const bool with_gradient = finish_has_negatives(p);
 #pragma unroll 1
   for (int32_t a = pass.begin + block_index() * kWarps + warp; a < pass.end; a += grid_size() * kWarps) {
     const int32_t begin = p.anchors.mate_begin[a], end = p.anchors.mate_end[a], own = own_position(p, a);
@@ -195,7 +176,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
     const int32_t slot = pass.slot(a), bucket = pass.bucket(a), step = pass.bucket_step();
     const int32_t anchor_index = sorted_index(p, p.anchors)[a];
     double loss = 0, sum_ap = 0, sum_an = 0;
-    Acc gradient[kPiece<Acc>] = {};
+    const Expanded expanded(p, pass, a);
     if (p.negatives == Negatives::semi_hard) suffix_minimum(p, bucket, step, count);
     __syncwarp();  // minima, which all lanes read
     int64_t pair = p.mining ? p.pair_begin[anchor_index] : 0;  // place of the next one in the list
@@ -205,24 +186,33 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
       const int32_t mine = base + lane;
       int32_t positive = 0, negative = 0;  // any row, where there is no pair
       bool is_pair = false, is_fallback = false;
+      Acc d2_ap = 0, d2_an = 0;
       if (mine < count) {
-        const int32_t not_farther = p.negative[slot + mine];
+        const int32_t not_farther = p.entry[slot + mine].row;
         positive = negative = sorted_index(p, p.candidates)[begin + mine + (own >= 0 && begin + mine >= own ? 1 : 0)];
         is_pair = not_farther > 0;
         if (is_pair) {
-          const Winner winner = load_winner(p, bucket + (not_farther - 1) * step);
+          Winner winner = load_winner(p, bucket + (not_farther - 1) * step);
           is_fallback = winner.none() && p.negatives != Negatives::hard;
-          if (!winner.none()) negative = static_cast<int32_t>(winner.index);
-          else if (!p.without_negative) negative = farthest_of(p, a);
+          if (!winner.none() || !p.without_negative) {
+            if (winner.none()) winner = farthest_of(p, a);
+            negative = static_cast<int32_t>(winner.index);
+          }
+          d2_ap = p.d2_ap[slot + mine];
+          d2_an = static_cast<Acc>(__uint_as_float(static_cast<uint32_t>(winner.bits)));
         }
       }
       const bool counts_here = is_pair && !(is_fallback && p.without_negative);
-      const uint32_t counted = __ballot_sync(kWholeWarp, counts_here);
-      // group = pair: its distances and the anchor's gradient
-      Acc d2_ap = 0, d2_an = 0;
+      const bool is_direct = counts_here && (p.direct || expanded.is_near(d2_ap) || expanded.is_near(d2_an));
+      if (!p.direct) {
+        d2_ap = expanded.value(d2_ap);
+        d2_an = expanded.value(d2_an);
+      }
+      // group = pair: the distances of near pairs
+      const uint32_t direct = __ballot_sync(kWholeWarp, is_direct);
 #pragma unroll 1
       for (int turn = 0; turn < kGroupLanes && base + kGroups * turn < count; ++turn) {
-        if ((counted >> kGroups * turn & ((1 << kGroups) - 1)) == 0) continue;
+        if ((direct >> kGroups * turn & ((1 << kGroups) - 1)) == 0) continue;
         const int i = kGroups * turn + group;
         const int32_t its_positive = __shfl_sync(kWholeWarp, positive, i),
                       its_negative = __shfl_sync(kWholeWarp, negative, i);
@@ -245,20 +235,9 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
           sum_ap2 += __shfl_xor_sync(kWholeWarp, sum_ap2, by);
           sum_an2 += __shfl_xor_sync(kWholeWarp, sum_an2, by);
         }
-        if (with_gradient && (counted >> i & 1) != 0) {
-          const Acc c_an = term_of(p, sum_ap2, sum_an2).c_an;
-          if (c_an != 0) {
-            Acc x[kPiece<Acc>],
-                negative_row[kPiece<Acc>];  // again, from L1 where they are now: kept over the sums they would spill
-            load_piece<In>(p, p.anchors, anchor_index, 0, x);
-            load_piece<In>(p, p.candidates, its_negative, 0, negative_row);
-#pragma unroll
-            for (int e = 0; e < kPiece<Acc>; ++e) gradient[e] = fma(-c_an, x[e] - negative_row[e], gradient[e]);
-          }
-        }
         const Acc its_d2_ap = __shfl_sync(kWholeWarp, sum_ap2, lane % kGroups * kGroupLanes);
         const Acc its_d2_an = __shfl_sync(kWholeWarp, sum_an2, lane % kGroups * kGroupLanes);
-        if (lane / kGroups == turn) {
+        if (is_direct && lane / kGroups == turn) {
           d2_ap = its_d2_ap;
           d2_an = its_d2_an;
         }
@@ -305,8 +284,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
       }
       if (mine < count) {
         p.d2_ap[slot + mine] = c_ap;
-        p.coefficient[slot + mine] = speaks ? sum : Acc(0);
-        p.negative[slot + mine] = negative;
+        p.entry[slot + mine] = {negative, speaks ? sum : Acc(0)};
       }
       if (speaks) {
         const int32_t place = atomicAdd(&p.times_chosen[negative], 1);
@@ -315,13 +293,6 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
         } else {
           atomicMax(&p.counters->list_overflows, 1);
         }
-      }
-    }
-    if (with_gradient) {
-      if (p.anchors_are_candidates) {
-        add_to_gradient(p, p.candidates.gradient, p.anchor_offset + anchor_index, 0, pass.is_first(), gradient);
-      } else {
-        add_to_gradient(p, p.anchors.gradient, anchor_index, 0, pass.is_first(), gradient);
       }
     }
     loss = warp_sum(loss);

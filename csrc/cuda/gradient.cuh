@@ -10,10 +10,10 @@
 // times 2 (squared) or 1 (euclidean, cosine), over the number of counted pairs. Differences, not rowsum * x - S x:
 // near-duplicates keep their relative accuracy.
 //
-//   5 gather    a warp per row; bytes from L2: one row per active pair and side
+//   5 gather    a warp per row; bytes from L2: two rows per active pair; class rows mostly from L1
 //
-// The anchors' part of rows up to kChunk elements is in rows.gradient already (finish.cuh). A candidate's list stands in its
-// own places of `list`; only if some list is longer do two more phases, each behind a grid barrier, build them anew:
+// A candidate's list stands in its own places of `list`; only if some list is longer do two more phases, each behind a grid
+// barrier, build them anew:
 //
 //   reserve     list_begin: the end of a piece of `list` for every row; which piece depends on the schedule, its content does
 //   not fill        list[--list_begin[n]] = slot, for all slots
@@ -49,9 +49,34 @@ __device__ void fill_lists(const Problem<Acc>& p, const Pass& pass) {
     const int32_t count = count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]);
     const int32_t slot = pass.slot(a);
     for (int32_t r = lane; r < count; r += 32) {
-      if (p.coefficient[slot + r] == 0) continue;
-      p.list[atomicAdd(&p.list_begin[p.negative[slot + r]], -1) - 1] = static_cast<int32_t>(slot) + r;
+      if (p.entry[slot + r].coefficient == 0) continue;
+      p.list[atomicAdd(&p.list_begin[p.entry[slot + r].row], -1) - 1] = static_cast<int32_t>(slot) + r;
     }
+  }
+}
+
+// The groups' sums, added in a fixed order. Lane l then has elements first + l * kVector and up.
+template <class Acc>
+__device__ __forceinline__ void combine_groups(Acc (&sum)[kPiece<Acc>], Acc (&mine)[kVector<Acc>]) {
+  const int group = thread_index() % 32 / kGroupLanes;
+#pragma unroll
+  for (int i = 0; i < kPiece<Acc>; ++i) {
+    sum[i] += __shfl_xor_sync(kWholeWarp, sum[i], kGroupLanes);
+    if (i / kVector<Acc> == group) mine[i % kVector<Acc>] = sum[i];
+  }
+}
+
+// Adds the warp's sums to elements first .. first + kChunk of a row of `gradient`; is_first: they are all there is yet.
+template <class Acc>
+__device__ __forceinline__ void add_to_gradient(const Problem<Acc>& p, Acc* gradient, int32_t index, int32_t first,
+                                                bool is_first, Acc (&sum)[kPiece<Acc>]) {
+  Acc mine[kVector<Acc>];
+  combine_groups(sum, mine);
+  Acc* out = gradient + int64_t(index) * p.dim;
+#pragma unroll
+  for (int i = 0; i < kVector<Acc>; ++i) {
+    const int32_t d = first + thread_index() % 32 * kVector<Acc> + i;
+    if (d < p.dim) out[d] = is_first ? mine[i] : out[d] + mine[i];
   }
 }
 
@@ -95,7 +120,6 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
                                            int32_t anchor_position, int32_t position, const int32_t* list,
                                            int32_t list_count) {
   const bool is_anchor = anchor_position >= 0 && pass.has(anchor_position);
-  const bool has_negatives = is_anchor && finish_has_negatives(p);
 #pragma unroll 1
   for (int32_t first = 0; first < p.dim; first += kChunk<Acc>) {
     Acc x[kPiece<Acc>], sum[kPiece<Acc>] = {};
@@ -110,12 +134,12 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
         return sorted_index(p, p.candidates)[begin + e + (own >= 0 && begin + e >= own ? 1 : 0)];
       });
     }
-    if (is_anchor && !has_negatives) {
+    if (is_anchor) {
       const int32_t count = count_positives(p, p.anchors.mate_begin[anchor_position], p.anchors.mate_end[anchor_position]);
       const int32_t slot = pass.slot(anchor_position);
       gather<In>(p, p.candidates, x, first, count, sum, [&](int32_t e, Acc& coefficient) {
-        coefficient = -p.coefficient[slot + e];
-        return p.negative[slot + e];
+        coefficient = -p.entry[slot + e].coefficient;
+        return p.entry[slot + e].row;
       });
     }
     if (position >= 0) {
@@ -136,11 +160,11 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
         return sorted_index(p, p.anchors)[a];
       });
       gather<In>(p, p.anchors, x, first, list_count, sum, [&](int32_t e, Acc& coefficient) {
-        coefficient = -p.coefficient[list[e]];
+        coefficient = -p.entry[list[e]].coefficient;
         return sorted_index(p, p.anchors)[pass.begin + list[e] / pass.stride];
       });
     }
-    add_to_gradient(p, rows.gradient, index, first, pass.is_first() && !has_negatives, sum);
+    add_to_gradient(p, rows.gradient, index, first, pass.is_first(), sum);
   }
 }
 
@@ -235,41 +259,41 @@ __device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass, bool o
   }
 }
 
-// Sums over all anchors, by one whole block in a fixed order: thread t adds anchors t, t + kThreads, …, then the threads'
-// sums are added by a tree. For thread 0: loss, d2_ap and d2_an, kThreads apart.
+// Sums over all anchors of loss, d2_ap and d2_an, by one whole block in a fixed order: thread t adds anchors t, t + kThreads,
+// …, then a warp's sums are added by a tree, then the warps' in turn. of_warp: [3 kWarps], shared.
 template <class Acc>
-__device__ const double* sums_of_anchors(const Problem<Acc>& p, uint8_t* shared_memory) {
-  Carver carver{shared_memory, 0, true};
-  double* partial = carver.take<double>(3 * kThreads);
-  double sum[3] = {0, 0, 0};
+__device__ void sum_anchors(const Problem<Acc>& p, double* of_warp, double (&sum)[3]) {
+  for (int i = 0; i < 3; ++i) sum[i] = 0;
   for (int32_t a = thread_index(); a < p.anchors.count; a += kThreads) {
     sum[0] += p.loss_of_anchor[a];
     sum[1] += p.sum_d2_ap[a];
     sum[2] += p.sum_d2_an[a];
   }
-  for (int i = 0; i < 3; ++i) partial[i * kThreads + thread_index()] = sum[i];
-  for (int step = kThreads / 2; step > 0; step /= 2) {
-    __syncthreads();  // the sums of the step before are written
-    if (thread_index() < step) {
-      for (int i = 0; i < 3; ++i) partial[i * kThreads + thread_index()] += partial[i * kThreads + thread_index() + step];
-    }
+  for (int i = 0; i < 3; ++i) {
+    sum[i] = warp_sum(sum[i]);
+    if (thread_index() % 32 == 0) of_warp[thread_index() / 32 * 3 + i] = sum[i];
   }
-  return partial;
+  __syncthreads();  // the sums of all warps
+  for (int i = 0; i < 3; ++i) {
+    sum[i] = 0;
+    for (int warp = 0; warp < kWarps; ++warp) sum[i] += of_warp[3 * warp + i];
+  }
 }
 
 // The scalars, by the last block, which has the fewest rows.
 template <class Acc>
-__device__ void write_loss(const Problem<Acc>& p, uint8_t* shared_memory) {
+__device__ void write_loss(const Problem<Acc>& p, double* of_warp) {
   if (block_index() != grid_size() - 1) return;
-  const double* partial = sums_of_anchors(p, shared_memory);
+  double sum[3];
+  sum_anchors(p, of_warp, sum);
   if (thread_index() != 0) return;
-  *static_cast<Acc*>(p.loss) = static_cast<Acc>(partial[0] / divisor(p));
+  *static_cast<Acc*>(p.loss) = static_cast<Acc>(sum[0] / divisor(p));
   if (p.stat_counts == nullptr) return;
   for (int i = 0; i < 5; ++i) p.stat_counts[i] = static_cast<int64_t>(p.counters->counts[i]);
   const double pairs = p.counters->counts[0] > 0 ? static_cast<double>(p.counters->counts[0]) : 1.0;
   Acc* stats = static_cast<Acc*>(p.stat_d2);
-  stats[0] = static_cast<Acc>(partial[kThreads] / pairs);
-  stats[1] = static_cast<Acc>(partial[2 * kThreads] / pairs);
+  stats[0] = static_cast<Acc>(sum[1] / pairs);
+  stats[1] = static_cast<Acc>(sum[2] / pairs);
   stats[2] = static_cast<Acc>(__longlong_as_double(static_cast<long long>(p.counters->max_d2_ap)));
 }
 

@@ -166,13 +166,15 @@ __device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t 
   }
   __syncwarp();  // the row is there for all lanes
   const auto itself = [&](int) -> const uint8_t* { return row; };
+  Acc norm = 0;  // lane 0's
   strip_products<M, Acc>(p.pitch, itself, itself, [&](int i, int j, Acc product) {
-    if (i == 0 && j == 0) rows.norm[position] = product;
+    if (i == 0 && j == 0) rows.norm[position] = norm = product;
   });
   if (lane == 0) {
     rows.inverse_norm[index] = inverse;
     rows.exponent[position] = exponent;
     atomicMax(&facts.max_exponent, exponent);
+    atomicMax(&facts.max_norm, norm_order(norm, exponent));
     if (!finite) atomicMax(&facts.has_nonfinite, 1);
   }
 }
@@ -233,7 +235,7 @@ __device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   Facts& facts = *carver.take<Facts>(1);
   const int lane = thread_index() % 32;
-  if (thread_index() == 0) facts = Facts{0, kNoExponent, 0};
+  if (thread_index() == 0) facts = Facts{0, kNoExponent, INT32_MIN, 0};
   if (block_index() == 0 && thread_index() == 0) *p.counters = Counters{};
   for (int64_t c = int64_t(block_index()) * kThreads + thread_index(); c < p.candidates.count;
        c += int64_t(grid_size()) * kThreads) {
@@ -283,12 +285,13 @@ __device__ Facts gather_facts(const Problem<Acc>& p, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   Facts& s = *carver.take<Facts>(1);
   __syncthreads();  // prepare() has read its own facts, which stand in the same place
-  if (thread_index() == 0) s = Facts{0, kNoExponent, 0};
+  if (thread_index() == 0) s = Facts{0, kNoExponent, INT32_MIN, 0};
   __syncthreads();
   for (int32_t block = thread_index(); block < grid_size(); block += kThreads) {
     const Facts facts = p.facts[block];
     atomicMax(&s.max_positives, facts.max_positives);
     atomicMax(&s.max_exponent, facts.max_exponent);
+    atomicMax(&s.max_norm, facts.max_norm);
     atomicMax(&s.has_nonfinite, facts.has_nonfinite);
   }
   __syncthreads();

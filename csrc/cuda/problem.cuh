@@ -24,6 +24,7 @@ constexpr int kRowsPerBlock = 8;  // a grid has at most a block per so many rows
 #endif
 constexpr int kSortChunk = FACENET_EXT_SORT_CHUNK;
 constexpr int kWarpSort = FACENET_EXT_SORT_CHUNK < 128 ? 16 : 128;  // longer lists are sorted by a block
+constexpr int kExpandedDim = 128;  // up to here a tile's distance of a pair that is not near serves the loss (finish.cuh)
 constexpr int kTileGroup = 8;     // rows of tiles that walk down the columns together, so that L2 serves them
 static_assert(2 * kSide * (kStageBytes / 16) % kThreads == 0, "every thread copies as many 16-byte pieces");
 
@@ -75,12 +76,30 @@ struct Rows {
   bool aligned;  // vectors of 16 bytes of Acc lie on multiples of their size in every row, and fill it
 };
 
+// A negative of an anchor, or an anchor that chose a row.
+template <class Acc>
+struct alignas(2 * sizeof(Acc)) Entry {
+  int32_t row;  // before finish(): how many thresholds are not farther than the positive, 0: no pair; after it the index
+  Acc coefficient;  // in the gradient; 0: no term, or an earlier pair of the anchor has the same negative and speaks for both
+};
+
 struct Facts {  // of a block's rows, of all rows in the end
   int32_t max_positives;
   int32_t max_exponent;
+  int32_t max_norm;  // norm_order()
   int32_t has_nonfinite;
 };
 constexpr int32_t kNoExponent = -(1 << 20);  // a row of zeros
+
+// norm * 4^exponent as an integer that orders as it does: exponents are added, so no range of rows is out of reach.
+__device__ __forceinline__ int32_t norm_order(float norm, int32_t exponent) {
+  return norm > 0 ? static_cast<int32_t>(ordered_bits(norm) >> 4) + exponent * (1 << 20) : INT32_MIN;
+}
+__device__ __forceinline__ int32_t norm_order(double, int32_t) { return INT32_MIN; }  // nobody asks
+// Rounded down, in units of 4^max_exponent.
+__device__ __forceinline__ float norm_of_order(int32_t order, int32_t max_exponent) {
+  return order == INT32_MIN ? 0.f : __uint_as_float(static_cast<uint32_t>(order - max_exponent * (1 << 20)) << 4);
+}
 
 struct Counters {
   uint64_t counts[5];  // as stat_counts
@@ -100,6 +119,7 @@ struct Problem {
   bool unordered;
   bool drops_pairs;  // not every candidate of the anchor's class makes a pair: one of the three options above, or those below
   int32_t positives_end;  // candidates from this index on are nobody's positives
+  bool direct;  // the loss takes every distance in direct form, not those of near pairs alone (finish.cuh)
   bool without_negative;  // a pair whose bucket is empty does not count, or (mining, random rules) has negative -1
   Reduction reduction;
   int32_t anchor_offset;
@@ -107,6 +127,7 @@ struct Problem {
   int32_t pitch;  // bytes of a row in `operand`, a multiple of kStageBytes
   int32_t merges;  // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
   int32_t shared_slots;  // an anchor's buckets that fit in shared memory
+  int32_t slice_lanes;  // slices.cuh; 0: the gradient is not gathered from slices
   Acc margin;
   Acc width;  // random rules: eligible is t > d - width, or t >= d - width if `closed`
   bool closed;
@@ -118,11 +139,7 @@ struct Problem {
   Acc* threshold;  // [slots] the same, ascending
   uint64_t* best;  // [slots] bucket r: the closest negative with threshold[r] < d <= threshold[r + 1]
   uint32_t* best_index;  // [slots] double only: its index
-  Acc* coefficient;  // [slots] after finish(): gradient coefficient of the pair's negative, or 0: no term, or an earlier
-                     //         pair of the anchor has the same negative and speaks for both
-  int32_t*
-      negative;  // [slots] before finish(): how many thresholds are not farther than the positive, 0: no pair; after it the
-                 //         negative's candidate index
+  Entry<Acc>* entry;  // [slots] the pair's negative
   int32_t list_places;  // slots / C: places of `list` that each candidate has before it overflows
   int32_t* list;  // [slots] per candidate the slots that chose it
   int32_t* sorted_list;  // [slots] in the memory of `best`: the same, ascending
@@ -151,10 +168,17 @@ struct Problem {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Slots per row of input. With them a float problem needs 22 N D + 950 N bytes, a double one 21.5 N D + 860 N.
+// Half precision that leaves its format is widened to floats first, in the workspace (widen.cuh).
+template <Math M>
+bool is_widened(const TripletArgs& args) {
+  return (M == Math::split || M == Math::simt32) && args.dtype != DType::float32;
+}
+
+// Slots per row of input. With them a float problem needs 22 N D + 950 N bytes, one that is widened 24 N D + 950 N, a double
+// one 21.5 N D + 860 N.
 template <class Acc>
-int64_t slots_for(int64_t rows, int64_t dim, int64_t anchors, int64_t candidates) {
-  const int64_t per_row = sizeof(Acc) == 4 ? 24 + dim / 2 : 14 + dim / 8;
+int64_t slots_for(int64_t rows, int64_t dim, int64_t anchors, int64_t candidates, bool widened) {
+  const int64_t per_row = sizeof(Acc) == 8 ? 14 + dim / 8 : 24 + (widened ? 3 * dim / 7 : dim / 2);
   const int64_t all = candidates < (int64_t(1) << 31) / (anchors + 1) ? anchors * candidates : INT32_MAX;
   const int64_t some = rows < (int64_t(1) << 31) / per_row ? rows * per_row : INT32_MAX;
   const int64_t wanted = all < some ? all : some;
@@ -184,6 +208,7 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.drops_pairs = p.unordered || p.positives != Positives::all || args.negatives_only > 0;
   p.positives_end = static_cast<int32_t>(args.num_candidates - args.negatives_only);
   p.without_negative = draws(p) || (p.negatives == Negatives::semi_hard && args.fallback == Fallback::skip && !p.mining);
+  p.direct = sizeof(Acc) == 8 || M == Math::simt32 || p.mining || draws(p) || args.dim > kExpandedDim;
   p.closed = p.negatives == Negatives::random_semi_hard && args.band > 0;
   p.width = static_cast<Acc>(p.closed ? args.band : args.margin);
   p.seed = args.seed;
@@ -238,27 +263,29 @@ int64_t make_problem(const TripletArgs& args, uint8_t* base, Problem<typename Ma
   using Acc = typename MathTraits<M>::Acc;
   Carver carver{base};
   lay_out_sizes<M>(args, p);
-  const int64_t element_bytes = args.dtype == DType::float64 ? 8 : args.dtype == DType::float32 ? 4 : 2;
-  lay_out_rows(carver, p, p.candidates, args.candidates, args.candidate_labels, args.candidate_stride, args.num_candidates,
-               args.grad_candidates, element_bytes);
+  const bool widened = is_widened<M>(args);
+  const int64_t element_bytes = args.dtype == DType::float64 ? 8 : args.dtype == DType::float32 || widened ? 4 : 2;
+  lay_out_rows(carver, p, p.candidates, widened ? carver.take<float>(args.num_candidates * args.dim) : args.candidates,
+               args.candidate_labels, widened ? args.dim : args.candidate_stride, args.num_candidates, args.grad_candidates,
+               element_bytes);
   p.candidates.gradient = carver.take<Acc>(args.num_candidates * args.dim);
   if (p.plain) {
     p.anchors = p.candidates;
   } else {
-    lay_out_rows(carver, p, p.anchors, args.anchors, args.anchor_labels, args.anchor_stride, args.num_anchors,
-                 args.grad_anchors, element_bytes);
+    lay_out_rows(carver, p, p.anchors, widened ? carver.take<float>(args.num_anchors * args.dim) : args.anchors,
+                 args.anchor_labels, widened ? args.dim : args.anchor_stride, args.num_anchors, args.grad_anchors,
+                 element_bytes);
     p.anchors.gradient = carver.take<Acc>(args.num_anchors * args.dim);
   }
 
   const int64_t rows = p.plain ? args.num_candidates : args.num_anchors + args.num_candidates;  // N
-  const int64_t slots = slots_for<Acc>(rows, args.dim, args.num_anchors, args.num_candidates);
+  const int64_t slots = slots_for<Acc>(rows, args.dim, args.num_anchors, args.num_candidates, widened);
   p.slots = static_cast<int32_t>(slots);
   p.d2_ap = carver.take<Acc>(slots);
   p.threshold = carver.take<Acc>(slots);
   p.best = carver.take<uint64_t>(slots);
   p.best_index = carver.take<uint32_t>(sizeof(Acc) == 8 ? slots : 0);
-  p.coefficient = carver.take<Acc>(slots);
-  p.negative = carver.take<int32_t>(slots);
+  p.entry = carver.take<Entry<Acc>>(slots);
   p.list = carver.take<int32_t>(slots);
   p.list_places = static_cast<int32_t>(slots / args.num_candidates);
   p.sorted_list = reinterpret_cast<int32_t*>(p.best);
@@ -325,6 +352,7 @@ struct Pass {
   int32_t stride;  // slots of each
   int32_t buckets;  // of each, with thresholds or beyond the last
   int32_t max_exponent;
+  float max_norm;  // of any row, in units of 4^max_exponent
   bool in_shared;  // buckets fit in shared memory while a tile is swept
   __device__ __forceinline__ bool has(int32_t a) const { return a >= begin && a < end; }
   __device__ __forceinline__ int32_t slot(int32_t a) const { return (a - begin) * stride; }
@@ -349,6 +377,7 @@ __device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, const Facts& f
             stride,
             buckets,
             facts.max_exponent,
+            norm_of_order(facts.max_norm, facts.max_exponent),
             buckets <= p.shared_slots && !draws(p)};
   pass.advance(p.anchors.count);
   return pass;

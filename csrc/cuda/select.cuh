@@ -25,11 +25,11 @@ struct StripShared {
 // By one warp: ascending thresholds, and how many of them are not farther than each positive.
 template <class Acc>
 __device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Acc* d2_ap, int32_t positives, Acc* threshold,
-                                                int32_t step, int32_t* not_farther) {
+                                                int32_t step, Entry<Acc>* entry) {
   for (int32_t r = thread_index() % 32; r < positives; r += 32) {
     if (p.negatives == Negatives::hard) {
       if (r == 0) threshold[0] = -1;
-      not_farther[r] = 1;
+      entry[r].row = 1;
       continue;
     }
     const Acc own = d2_ap[r];
@@ -43,14 +43,14 @@ __device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Acc
       before += other == mine && j < r ? 1 : 0;
     }
     threshold[(below + before) * step] = own;
-    not_farther[r] = below + equal;
+    entry[r].row = below + equal;
   }
 }
 
 // By one warp: which candidates of the class of anchor i (of the strip) make no pair with it. NaN is the farthest or the
 // closest where there is nothing else.
 template <class Acc>
-__device__ void drop_pairs(const Problem<Acc>& p, const Edge<Acc>& edge, int i, const Acc* d2_ap, int32_t* not_farther) {
+__device__ void drop_pairs(const Problem<Acc>& p, const Edge<Acc>& edge, int i, const Acc* d2_ap, Entry<Acc>* entry) {
   const int32_t begin = edge.mate_begin[i], own = edge.own[i], positives = count_positives(p, begin, edge.mate_end[i]);
   const int32_t from = p.unordered ? p.anchor_offset + edge.index[i] + 1 : 0;
   const auto is_pair = [&](int32_t r) {
@@ -74,7 +74,7 @@ __device__ void drop_pairs(const Problem<Acc>& p, const Edge<Acc>& edge, int i, 
     chosen = ~warp_max(most == of_all && chosen >= 0 ? ~chosen : INT32_MIN);  // the lowest
   }
   for (int32_t r = thread_index() % 32; r < positives; r += 32) {
-    if (p.positives == Positives::all ? !is_pair(r) : r != chosen) not_farther[r] = 0;
+    if (p.positives == Positives::all ? !is_pair(r) : r != chosen) entry[r].row = 0;
   }
 }
 
@@ -132,20 +132,20 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
       const int32_t positives = count_positives(p, s.row.mate_begin[i], s.row.mate_end[i]);
       const int32_t slot = pass.slot(first + i);
       if (p.negatives != Negatives::hard && positives > kWarpSort) {
-        // A copy is sorted: d2_ap stays in order of the positive. `best` is free until the buckets are emptied, `coefficient`
+        // A copy is sorted: d2_ap stays in order of the positive. `best` is free until the buckets are emptied, `entry`
         // until finish().
         Acc* keys = reinterpret_cast<Acc*>(p.best + slot);
         for (int32_t r = thread; r < positives; r += kThreads) keys[r] = p.d2_ap[slot + r];
         __syncthreads();  // the copy
-        block_sort(keys, p.threshold + slot, p.coefficient + slot, positives);
+        block_sort(keys, p.threshold + slot, reinterpret_cast<Acc*>(p.entry + slot), positives);
         // Behind block_sort's last barrier.
         for (int32_t r = thread; r < pass.buckets; r += kThreads) empty_bucket(slot + r, r < positives);
         for (int32_t r = thread; r < positives; r += kThreads) {
-          p.negative[slot + r] = count_below<true>(p.threshold + slot, positives, p.d2_ap[slot + r]);
+          p.entry[slot + r].row = count_below<true>(p.threshold + slot, positives, p.d2_ap[slot + r]);
         }
       } else if (i % kWarps == warp) {
         sort_thresholds(p, p.d2_ap + slot, positives, p.threshold + pass.bucket(first + i), pass.bucket_step(),
-                        p.negative + slot);
+                        p.entry + slot);
         if (pass.in_shared) continue;
         for (int32_t r = lane; r < pass.buckets; r += 32) empty_bucket(slot + r, r < count_buckets(p, positives));
       }
@@ -153,7 +153,7 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
     if (p.drops_pairs) {
       __syncthreads();  // pairs of all of the class
       for (int i = warp; i < count; i += kWarps) {
-        drop_pairs(p, s.row, i, p.d2_ap + pass.slot(first + i), p.negative + pass.slot(first + i));
+        drop_pairs(p, s.row, i, p.d2_ap + pass.slot(first + i), p.entry + pass.slot(first + i));
       }
     }
     if (thread < count) {

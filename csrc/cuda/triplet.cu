@@ -4,7 +4,7 @@
 namespace facenet_ext::cuda {
 namespace {
 
-// Half precision that is not normalised is multiplied as it is; everything else of it becomes split floats.
+// Half precision that is not normalised is multiplied as it is; everything else of it is widened to floats.
 bool multiplies_halves(const TripletArgs& args) {
   return (args.dtype == DType::float16 || args.dtype == DType::bfloat16) && !args.normalize;
 }
@@ -27,8 +27,9 @@ int64_t bytes_with(const TripletArgs& args) {
 int64_t triplet_workspace_bytes(const TripletArgs& args) {
   if (args.num_anchors == 0 || args.num_candidates == 0) return 0;
   if (is_dense(args)) return dense_workspace_bytes(args);
-  // The widest format that the options allow.
-  const int64_t bytes = args.dtype == DType::float64 ? bytes_with<Math::simt64>(args) : bytes_with<Math::split>(args);
+  const int64_t bytes = args.dtype == DType::float64 ? bytes_with<Math::simt64>(args)
+                        : multiplies_halves(args) && has_tensor_cores(args) ? bytes_with<Math::half>(args)
+                                                                            : bytes_with<Math::split>(args);
   const bool plain = args.num_anchors == args.num_candidates && args.anchor_offset == 0;
   const int64_t rows = args.num_candidates + (plain ? 0 : args.num_anchors);
   const int64_t promised = 24 * rows * args.dim + 1024 * rows;

@@ -1,7 +1,7 @@
 // The one kernel: every phase of every pass, between grid barriers. See README.md for the way of the data.
 #pragma once
 
-#include "gradient.cuh"
+#include "slices.cuh"
 
 namespace facenet_ext::cuda {
 
@@ -18,6 +18,7 @@ template <Math M, class In>
 __global__ void __launch_bounds__(kThreads, 1)
     triplet_kernel(const __grid_constant__ Problem<typename MathTraits<M>::Acc> p) {
   if constexpr (!kIsCompiled<M>) return;
+  constexpr bool kSlices = std::is_same<In, float>::value;
   FACENET_EXT_SHARED_MEMORY(shared_memory);
   // The pass stands in shared memory, not in registers, which the products need; behind it the phases lay out what they use.
   Carver carver{shared_memory, 0, true};
@@ -44,12 +45,29 @@ __global__ void __launch_bounds__(kThreads, 1)
       sweep<M>(p, pass, round, scratch);
       grid_sync();  // after round 0 the buckets' least distances; after the last all of best and farthest
     }
+    const bool is_last = pass.is_last(p.anchors.count);
+    // Columns of X for phase 5, on their way while phase 4 runs; then nobody needs other passes.
+    Carver later{scratch, 0, true};
+    const SliceShared slice = carve_slice(later, p.candidates.count, p.slice_lanes);
+    const bool slices = p.slice_lanes > 0 && pass.is_first() && is_last;
+    if constexpr (kSlices) {
+      if (slices) fetch_slice(p, block_index(), slice.x);
+    }
     finish<In>(p, pass, scratch);
     grid_sync();  // coefficients, lists, the counters that scale the gradient, loss_of_anchor
-    const bool is_last = pass.is_last(p.anchors.count);
-    if (is_last && !p.mining) write_loss(p, scratch);
+    if (is_last && !p.mining) write_loss(p, slice.sums);
     if (p.wants_gradient) {
       const bool overflow = p.counters->list_overflows != 0;  // the same for all blocks
+      if constexpr (kSlices) {
+        if (slices && !overflow) {
+          order_lists(p, pass);
+          grid_arrive(slice.ticket);  // lists and weights, for gather_slices(), which waits where it needs them
+          gather_slices(p, pass, slice);
+          return;
+        }
+        cp_async_wait<0>();
+        __syncthreads();  // nothing arrives in the memory any more that gather_gradients() lays out anew
+      }
       if (overflow) {
         reserve_lists(p);
         grid_sync();  // list_begin; nobody reads the lists that finish() began
@@ -88,7 +106,13 @@ Status launch_kernel(const TripletArgs& args, const char* name) {
   Problem<typename MathTraits<M>::Acc> problem;
   const int64_t bytes = make_problem<M>(args, static_cast<uint8_t*>(args.workspace), problem);
   if (args.workspace_bytes < bytes) return {Code::invalid, name, "workspace smaller than triplet_workspace_bytes"};
-  const int64_t shared = shared_bytes<M>(&problem.shared_slots);
+  int64_t shared = shared_bytes<M>(&problem.shared_slots);
+  problem.slice_lanes = 0;
+  if constexpr (std::is_same<In, float>::value) {
+    int64_t slice_bytes = 0;
+    problem.slice_lanes = choose_slice(args, problem, max_shared_bytes(), &slice_bytes);
+    if (slice_bytes > shared) shared = slice_bytes;
+  }
   // One block per multiprocessor: all are resident, as a cooperative launch demands. Small problems take fewer.
   const int64_t work = divide_up(args.num_candidates + (problem.plain ? 0 : args.num_anchors), kRowsPerBlock);
   const int64_t blocks = work < args.multiprocessors ? work : args.multiprocessors;
@@ -97,10 +121,10 @@ Status launch_kernel(const TripletArgs& args, const char* name) {
 }
 
 // Each is defined in the .cu file that compiles its kernels, so that they compile in parallel.
-Status launch_float32(const TripletArgs& args);   // also half precision that is normalised first
+Status launch_float32(const TripletArgs& args);   // and widened rows
 Status launch_half(const TripletArgs& args);      // float16 and bfloat16
 Status launch_float64(const TripletArgs& args);
-Status launch_without_tensor_cores(const TripletArgs& args);  // every type but float64
+Status launch_without_tensor_cores(const TripletArgs& args);  // float32 and widened rows
 Status launch_dense(const TripletArgs& args);  // a term for every negative: all types and devices
 int64_t dense_workspace_bytes(const TripletArgs& args);
 

@@ -63,6 +63,8 @@ uint8_t* shared_memory();
 
 void sync_block(Site site);
 void sync_grid(Site site);
+void arrive_grid(Site site);
+void wait_grid(Site site);
 void sync_warp(uint32_t mask, Site site);
 void maybe_switch();  // a place where another thread may get its turn
 
@@ -217,6 +219,8 @@ inline int block_index() { return int(blockIdx.x); }
 inline int grid_size() { return int(gridDim.x); }
 
 inline void grid_sync(EMU_WHERE) { emu::sync_grid(EMU_SITE("grid_sync")); }
+inline void grid_arrive(uint32_t*, EMU_WHERE) { emu::arrive_grid(EMU_SITE("grid_arrive")); }
+inline void grid_wait(const uint32_t*, EMU_WHERE) { emu::wait_grid(EMU_SITE("grid_wait")); }
 
 template <class T>
 T load_relaxed(const T* p) {

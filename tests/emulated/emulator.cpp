@@ -71,6 +71,8 @@ struct Fiber {
   Wait wait = Wait::none;
   uint32_t mask = 0;
   Site site{};
+  bool arrived = false;  // at a grid barrier, and has not waited for the others yet
+  unsigned ticket = 0;   // which one
   uint64_t words[4];
   Copies copies;
 };
@@ -224,6 +226,7 @@ void fiber_main() {
   (*kernel)();
   order_release(&end_order);
   Fiber& f = fibers[me];
+  if (f.arrived) fail({"", 0, "grid_arrive"}, "a thread ends without waiting for the others");
   if (f.copies.count != 0) fail({"", 0, "cp.async"}, "a thread ends with copies that nobody waited for");
   f.wait = Wait::done;
   clear_ready(me);
@@ -316,21 +319,34 @@ void sync_block(Site site) {
   order_acquire(order);
 }
 
-void sync_grid(Site site) {
-  char* order = &grid_order[grid_syncs % 2];
-  order_release(order);
+void arrive_grid(Site site) {
   if (alive != fibers.size()) fail(site, "a thread of the grid has ended before this barrier");
-  if (++grid_arrived == fibers.size()) {
-    grid_arrived = 0;
-    ++grid_syncs;
-    for (unsigned i = 0; i < fibers.size(); ++i) {
-      if (fibers[i].wait == Wait::grid) set_ready(i);
-    }
-    if (config.schedule >= Schedule::random) pause(Wait::none, 0, site);
-  } else {
+  if (fibers[running].arrived) fail(site, "a thread arrives twice at one barrier");
+  fibers[running].arrived = true;
+  fibers[running].ticket = grid_syncs;
+  order_release(&grid_order[grid_syncs % 2]);
+  if (++grid_arrived < fibers.size()) return;
+  grid_arrived = 0;
+  ++grid_syncs;
+  for (unsigned i = 0; i < fibers.size(); ++i) {
+    if (fibers[i].wait == Wait::grid) set_ready(i);
+  }
+}
+void wait_grid(Site site) {
+  Fiber& f = fibers[running];
+  if (!f.arrived) fail(site, "a thread waits that has not arrived");
+  f.arrived = false;
+  char* order = &grid_order[f.ticket % 2];
+  if (f.ticket == grid_syncs) {
     pause(Wait::grid, 0, site);
+  } else if (config.schedule >= Schedule::random) {
+    pause(Wait::none, 0, site);
   }
   order_acquire(order);
+}
+void sync_grid(Site site) {
+  arrive_grid(site);
+  wait_grid(site);
 }
 
 void sync_warp(uint32_t mask, Site site) {

@@ -83,6 +83,44 @@ def test_nan_is_nobodys_negative(programs, tmp_path):
     check(programs(), cases, tmp_path)
 
 
+def test_near_pairs_are_summed_in_direct_form(programs, tmp_path):
+    """Both kinds of pairs in one batch, in rows of one length and of many; the statistics show every distance."""
+    cases = [simple(70, d, 9, rows="nearly_collapsed", margin=1e-6) for d in (5, 128, 130)]
+    for case in cases[:2]:
+        far = np.arange(70) % 2 == 0
+        x = case.x * np.where(far, -1.0, 1.0)[:, None]
+        cases += [replace(case, x=x), replace(case, x=x * 2.0 ** (np.arange(70) % 40)[:, None])]
+    check(programs(), cases, tmp_path)
+
+
+def slice_cases() -> list:
+    """Slices of 1, 2, 4 and 8 vectors (by D, and by what fits), ragged ones, more of them than blocks; then gradients that
+    are gathered from memory after all: a list is too long, several passes."""
+    shapes = [(70, 4), (33, 8), (65, 16), (130, 20), (70, 100), (48, 128), (15, 132)]
+    cases = [simple(n, d, 9, rows="mid", margin=1.0, multiprocessors=m) for m, (n, d) in enumerate(shapes, 1)]
+    cases += [
+        simple(300, 64, 60, margin=1.0, shared_kib=32, distance="euclidean", multiprocessors=3),
+        simple(130, 40, 16, rows="duplicates", margin=0.25, negatives="hard", soft_margin=True),
+        simple(90, 36, 12, rows="separated", margin=3.0, negatives="random_active", reduction="sum"),
+        simple(70, 32, 3, rows="collapsed", fallback="farthest", multiprocessors=1),
+        simple(200, 4, 2, rows="mid", margin=1.0),
+    ]
+    return [with_schedule(case, SCHEDULES[i % 4], i + 1) for i, case in enumerate(cases)]
+
+
+def test_gradient_from_slices(programs, tmp_path):
+    check(programs(), [*slice_cases(), simple(520, 24, 130, margin=1.0, shared_kib=32)], tmp_path)
+
+
+def test_gradient_from_slices_with_the_tiles_of_the_real_build(programs, tmp_path):
+    check(programs("plain", 4, 4096), [replace(case, shared_kib=99) for case in slice_cases()], tmp_path)
+
+
+@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
+def test_gradient_from_slices_under_sanitizers(programs, tmp_path, sanitizer):
+    check(programs(sanitizer), [case for case in slice_cases() if len(case.x) < 200], tmp_path)
+
+
 def test_result_does_not_depend_on_schedule_or_grid(programs, tmp_path):
     """Bit for bit: no float is added in an order that threads decide."""
     for base in (

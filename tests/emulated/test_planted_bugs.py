@@ -23,7 +23,7 @@ BUGS = {
         "select.cuh", "            __syncthreads();  // all offers are made\n", "", "tsan",
     ),
     "block_barrier_in_sum": (
-        "gradient.cuh", "    __syncthreads();  // the sums of the step before are written\n", "", "tsan",
+        "gradient.cuh", "  __syncthreads();  // the sums of all warps\n", "", "tsan",
     ),
     "warp_barrier_after_list_sort": (
         "gradient.cuh", "    __syncwarp();  // the list is sorted", "    // the list", "tsan",
@@ -39,6 +39,21 @@ BUGS = {
     "grid_barrier_after_finish": (
         "triplet_kernel.cuh", "    grid_sync();  // coefficients, lists,", "    // coefficients, lists,", "tsan",
     ),
+    "grid_barrier_before_lists_are_read": (
+        "slices.cuh", "      if (is_first) grid_wait(s.ticket);  // 5a of all blocks\n      is_first = false;\n", "", "tsan",
+    ),
+    "block_barrier_before_the_slice": (
+        "slices.cuh", "    __syncthreads();  // everybody's part of the slice has landed\n", "", "tsan",
+    ),
+    "block_barrier_before_the_next_slice": (
+        "slices.cuh", "      __syncthreads();  // the slice before has been read\n", "", "tsan",
+    ),
+    "slice_not_waited_for": ("slices.cuh", "    cp_async_wait<0>();\n    __syncthreads();  // everybody's part", "    __syncthreads();  // everybody's part", "plain"),
+    "slice_arrives_in_the_next_phase": (
+        "triplet_kernel.cuh", "        cp_async_wait<0>();\n        __syncthreads();  // nothing arrives", "        // nothing arrives", "tsan",
+    ),
+    "lists_in_order_of_arrival": ("slices.cuh", "place += list[j] < slot ? 1 : 0;", "place += j < e ? 1 : 0;", "plain"),
+    "weight_of_the_wrong_mate": ("slices.cuh", "positive_rank(begin, mate, position)]};", "positive_rank(begin, mate, position) / 2 * 2]};", "plain"),
     "plain_read_of_a_moving_minimum": (
         "select.cuh", "if (key < load_relaxed(best)) atomic_min(best, key);\n}", "if (key < *best) *best = key;\n}",
         "tsan",
@@ -52,8 +67,7 @@ BUGS = {
         "for (int step = 16; step > 0 && threadIdx.x % 32 < 16; step /= 2) x +=", "plain",
     ),
     "shared_index_too_large": (
-        "gradient.cuh", "+= partial[i * kThreads + thread_index() + step];",
-        "+= partial[i * kThreads + thread_index() + step + 1];", "asan",
+        "gradient.cuh", "sum[i] += of_warp[3 * warp + i];", "sum[i] += of_warp[3 * warp + i + 1];", "asan",
     ),
     "shared_index_beyond_a_member": ("tile.cuh", "  edge.norm[thread] = ", "  edge.norm[thread + 1] = ", "asan"),
     "global_index_too_large": (
@@ -75,6 +89,7 @@ BUGS = {
     "unnoticed_overflow_of_a_list": (
         "finish.cuh", "&p.counters->list_overflows, 1", "&p.counters->list_overflows, 0", "plain",
     ),
+    "near_pair_left_as_it_is": ("finish.cuh", "return !(d2 >= near);", "return !(d2 >= 0);", "plain"),
     "nan_as_a_negative": (
         "select.cuh", "  if (d != d) return -1;  // NaN", "  // NaN", "plain",
     ),
@@ -108,6 +123,7 @@ def cases():
         simple(130, 17, 30, rows="mid", margin=0.5, multiprocessors=3),
         simple(66, 5, 9, rows="duplicates", margin=0.25),
         simple(70, 33, 3, rows="collapsed", fallback="farthest"),
+        simple(40, 33, 9, rows="nearly_collapsed", stats=True),
         replace(simple(70, 9, 9, negatives="random_active"), offset=5, count=40),
         simple(70, 9, 9, positives="hardest", negatives="hard"),
         with_nan(simple(70, 9, 3)),  # classes larger than what is kept in shared memory
