@@ -63,7 +63,7 @@ __host__ __device__ SweepShared<Acc> carve_sweep(Carver& carver, int32_t slots) 
   static_assert((kPartElements + 3 * kSums + kDepth<Acc> * kSlice<Acc>)*sizeof(Acc) <=
                 int64_t(kStages) * 2 * kSide * kStageBytes);
   SweepShared<Acc> s;
-  s.tile = carve_tile<Acc>(carver, 0);
+  s.tile = carve_tile<Acc, false>(carver, 0);
   s.total = s.tile.part + kPartElements;
   s.loss = s.total + kSums;
   s.d2_an = s.loss + kSums;

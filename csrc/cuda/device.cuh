@@ -69,6 +69,22 @@ __device__ __forceinline__ void store_relaxed(T* p, T x) {
   *const_cast<volatile T*>(p) = x;
 }
 
+// Addresses of shared memory in one register, for loops that compilers address less well.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ uint32_t* shared_words(uint32_t address) {
+  return static_cast<uint32_t*>(__cvta_shared_to_generic(address));
+}
+// One step of a search: at += kBytes if the float kBytes behind `at` is less than d. Three instructions.
+template <int kBytes>
+__device__ __forceinline__ void search_step(uint32_t& at, float d) {
+  asm volatile("{ .reg .pred q; .reg .f32 t; ld.shared.f32 t, [%0+%2]; setp.lt.f32 q, t, %1; @q add.u32 %0, %0, %2; }"
+               : "+r"(at)
+               : "f"(d), "n"(kBytes)
+               : "memory");
+}
+
 // 16 bytes from global to shared memory; done after a cp_async_wait of the same thread, seen by others after a barrier.
 __device__ __forceinline__ void cp_async_16(void* to_shared, const void* from_global) {
 #if __CUDA_ARCH__ >= 800

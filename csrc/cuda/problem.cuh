@@ -144,6 +144,9 @@ struct Problem {
   int32_t* list;  // [slots] per candidate the slots that chose it
   int32_t* sorted_list;  // [slots] in the memory of `best`: the same, ascending
   int32_t* list_scratch;  // [slots] in the memory of `best`
+  float* base;  // [A] by position, where buckets are in shared memory: buckets.cuh
+  int32_t* tile_rank;  // [C] by position: of the row's index among those of its kSide neighbours that make up a tile
+  int32_t* tile_index;  // [C] the same indices in order
   uint64_t* farthest;  // [A] by position
   uint32_t* farthest_index;  // [A] double only
   double* loss_of_anchor;  // [A] by position
@@ -290,6 +293,9 @@ int64_t make_problem(const TripletArgs& args, uint8_t* base, Problem<typename Ma
   p.list_places = static_cast<int32_t>(slots / args.num_candidates);
   p.sorted_list = reinterpret_cast<int32_t*>(p.best);
   p.list_scratch = p.sorted_list + slots;
+  p.base = carver.take<float>(sizeof(Acc) == 4 ? args.num_anchors : 0);
+  p.tile_rank = carver.take<int32_t>(sizeof(Acc) == 4 ? args.num_candidates : 0);
+  p.tile_index = carver.take<int32_t>(sizeof(Acc) == 4 ? args.num_candidates : 0);
   p.farthest = carver.take<uint64_t>(args.num_anchors);
   p.farthest_index = carver.take<uint32_t>(sizeof(Acc) == 8 ? args.num_anchors : 0);
   p.loss_of_anchor = carver.take<double>(args.num_anchors);
@@ -367,6 +373,12 @@ struct Pass {
     end = end < anchors - width ? end + width : anchors;
   }
 };
+
+struct BlockState {  // what every phase finds at the beginning of shared memory
+  Pass pass;
+  uint32_t ticket;  // of the grid barrier that this block has arrived at and not waited for
+};
+
 template <class Acc>
 __device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, const Facts& facts) {
   const int32_t stride = max(facts.max_positives, 1);

@@ -9,11 +9,9 @@
 // Both kinds of distances come from the same products and the same expression, so equal rows give equal bits in both.
 #pragma once
 
-#include "tile.cuh"
+#include "buckets.cuh"
 
 namespace facenet_ext::cuda {
-
-constexpr uint64_t kEmpty = ~uint64_t(0);  // a bucket without negative: above every distance, NaN included
 
 // ---- phase 2 --------------------------------------------------------------------------------------------------------
 
@@ -87,6 +85,9 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
   StripShared<Acc>& s = *carver.take<StripShared<Acc>>(1);
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
   if (block_index() == 0 && thread == 0) p.counters->list_end = p.counters->list_overflows = 0;
+  if constexpr (sizeof(Acc) == 4) {
+    if (pass.is_first() && pass.in_shared) order_tiles(p);
+  }
 
 #pragma unroll 1
   for (int32_t first = pass.begin + block_index() * kStrip; first < pass.end; first += grid_size() * kStrip) {
@@ -146,7 +147,10 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
       } else if (i % kWarps == warp) {
         sort_thresholds(p, p.d2_ap + slot, positives, p.threshold + pass.bucket(first + i), pass.bucket_step(),
                         p.entry + slot);
-        if (pass.in_shared) continue;
+        if (pass.in_shared) {
+          if constexpr (sizeof(Acc) == 4) store_base(p, first + i, p.d2_ap + slot, positives);
+          continue;
+        }
         for (int32_t r = lane; r < pass.buckets; r += 32) empty_bucket(slot + r, r < count_buckets(p, positives));
       }
     }
@@ -159,88 +163,6 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
     if (thread < count) {
       p.farthest[first + thread] = 0;
       if (sizeof(Acc) == 8) p.farthest_index[first + thread] = ~0u;
-    }
-  }
-}
-
-// ---- phase 3: buckets in shared memory ------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint64_t pack(uint32_t high, uint32_t low) { return uint64_t(high) << 32 | low; }
-
-// Calls body(bucket, r, place) for every bucket r of the kWidth anchors from position `first` on, which stand at `place` and
-// behind it in shared memory; bucket < 0: no anchor of the pass. Lanes are anchors; a thread is called with the same buckets
-// each time.
-template <int kWidth, class Body>
-__device__ __forceinline__ void for_each_bucket(const Pass& pass, int32_t first, int place, Body body) {
-  static_assert(kThreads % kWidth == 0, "a thread stays with its anchor");
-  const int anchor = thread_index() % kWidth;
-  const bool has = pass.has(first + anchor);
-#pragma unroll 4  // loads in flight
-  for (int32_t r = thread_index() / kWidth; r < pass.buckets; r += kThreads / kWidth) {
-    body(has ? first + anchor - pass.begin + r * pass.width : -1, r, place + anchor);
-  }
-}
-
-// A block's first tile finds next to nothing in `best` and begins with empty buckets.
-template <int kWidth>
-__device__ __forceinline__ void load_buckets(const Problem<float>& p, const Pass& pass, Buckets<float>* buckets,
-                                             int32_t first, int place, bool is_first_tile) {
-  for_each_bucket<kWidth>(pass, first, place, [&](int32_t bucket, int32_t r, int at) {
-    const uint64_t key = bucket < 0 || is_first_tile ? kEmpty : load_relaxed(p.best + bucket);
-    buckets[r].threshold[at] = bucket < 0 ? INFINITY : p.threshold[bucket];
-    buckets[r + 1].bits[at] = static_cast<uint32_t>(key >> 32);
-    buckets[r + 1].index[at] = static_cast<uint32_t>(key);
-  });
-  if (thread_index() < kWidth) buckets[0].bits[place + thread_index()] = 0;
-}
-// What has become better.
-template <int kWidth>
-__device__ __forceinline__ void store_buckets(const Problem<float>& p, const Pass& pass, const Buckets<float>* buckets,
-                                              int32_t first, int place) {
-  for_each_bucket<kWidth>(pass, first, place, [&](int32_t bucket, int32_t r, int at) {
-    if (bucket < 0) return;
-    const uint64_t key = pack(buckets[r + 1].bits[at], buckets[r + 1].index[at]);
-    if (key != kEmpty && key < load_relaxed(p.best + bucket)) atomic_min(p.best + bucket, key);
-  });
-}
-
-// Offers d[0 .. kCount) to one anchor, whose bucket 0 stands at `place`; index(j) is the candidate at d[j]. The whole block
-// calls this, several threads for the same anchor. All kCount binary searches go hand in hand, so that their loads overlap;
-// they have as many steps in every lane, because missing thresholds are infinite. First the least distance of a bucket, then
-// the least index at it: 32-bit minima, which shared memory has in hardware, where 64-bit ones are a loop.
-template <int kCount, class Index>
-__device__ __forceinline__ void offer_in_shared(Buckets<float>* buckets, int32_t stride, int place, const float (&d)[kCount],
-                                                Index index) {
-  int32_t bucket[kCount];  // number of thresholds < d; 0 for kNotOffered and NaN
-  // The first two steps choose among three thresholds of the anchor, which are loaded once.
-  const int32_t half = (stride + 1) / 2, quarter = (stride - half + 1) / 2;
-  const float middle = buckets[half - 1].threshold[place], lower = buckets[max(quarter, 1) - 1].threshold[place];
-  const float upper = buckets[min(half + quarter, stride) - 1].threshold[place];
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    const bool above = middle < d[j];
-    bucket[j] = (above ? half : 0) + ((above ? upper : lower) < d[j] ? quarter : 0);
-  }
-#pragma unroll 1
-  for (int32_t left = stride - half - quarter, step; left > 0; left -= step) {
-    step = (left + 1) / 2;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) bucket[j] += buckets[bucket[j] + step - 1].threshold[place] < d[j] ? step : 0;
-  }
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    const uint32_t bits = ordered_bits(d[j]);
-    uint32_t* least = &buckets[bucket[j]].bits[place];
-    if (bits < load_relaxed(least)) {
-      atomicMin(least, bits);
-      store_relaxed(&buckets[bucket[j]].index[place], ~0u);  // of a distance that is no longer the least
-    }
-  }
-  __syncthreads();  // the least distances
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    if (ordered_bits(d[j]) == buckets[bucket[j]].bits[place]) {
-      atomicMin(&buckets[bucket[j]].index[place], static_cast<uint32_t>(index(j)));
     }
   }
 }
@@ -362,24 +284,16 @@ struct Draw {
 template <int kCount, class Acc, class Distance, class Index>
 __device__ __forceinline__ void offer_side(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s,
                                            const Edge<Acc>& edge, int i, int32_t a, int place, int round, Distance distance,
-                                           Index index) {
+                                           Index index, const uint32_t* rank) {
   Searcher<Acc> anchor;
   anchor.a = a;
   anchor.count = pass.has(a) ? count_buckets(p, count_positives(p, edge.mate_begin[i], edge.mate_end[i])) : 0;
   if constexpr (sizeof(Acc) == 4) {
     if (pass.in_shared) {
-      constexpr int kTogether = 8;
-#pragma unroll 1
-      for (int from = 0; from < kCount; from += kTogether) {
-        if (from > 0) __syncthreads();  // the least indices at the least distances so far
-        float d[kTogether];
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j) d[j] = distance(from + j);
-        offer_in_shared(s.buckets, pass.buckets, place, d, [&](int j) { return index(from + j); });
-      }
-      // The last bucket is what it is with all of these: no farthest negative is needed once there is one beyond its
-      // threshold.
-      if (anchor.count > 0 && !p.without_negative && s.buckets[anchor.count].bits[place] == ~0u) {
+      offer_in_shared<kCount>(p, pass, s, anchor.count, a, place, distance, index, rank);
+      // No farthest negative is needed once there is one beyond the last threshold. Another thread may be about to offer it.
+      if (anchor.count > 0 && !p.without_negative && load_relaxed(&s.ranges->far[place]) >= kInfinity &&
+          load_relaxed(&s.buckets[anchor.count].least[place]) == kNoTag) {
 #pragma unroll 4
         for (int j = 0; j < kCount; ++j) {
           const float d = distance(j);
@@ -470,7 +384,8 @@ __device__ __forceinline__ void offer_part(const Problem<Acc>& p, const Pass& pa
     const Acc* d = s.part + row * (kPart<Acc> + 1) + from;
     const int32_t* index = s.column->index + part * kPart<Acc> + from;
     offer_side<kColumnsEach>(
-        p, pass, s, *s.row, row, first_row + row, row, round, [&](int j) { return d[j]; }, [&](int j) { return index[j]; });
+        p, pass, s, *s.row, row, first_row + row, row, round, [&](int j) { return d[j]; }, [&](int j) { return index[j]; },
+        s.order[1].rank + part * kPart<Acc> + from);
   }
   if (!serves_columns(p, *s.cursor)) return;
   {  // columns as anchors, lane = column
@@ -479,50 +394,69 @@ __device__ __forceinline__ void offer_part(const Problem<Acc>& p, const Pass& pa
     const int32_t* index = s.row->index + from;
     offer_side<kRowsEach>(
         p, pass, s, *s.column, part * kPart<Acc> + column, first_column + column, kSide + column, round,
-        [&](int j) { return d[j * (kPart<Acc> + 1)]; }, [&](int j) { return index[j]; });
+        [&](int j) { return d[j * (kPart<Acc> + 1)]; }, [&](int j) { return index[j]; }, s.order[0].rank + from);
   }
 }
 
-// All tiles of the pass that are this block's.
+// All tiles of the pass that are this block's. grid_arrive() stands behind phase 2: its results are waited for when the first
+// tile's products are there.
 template <Math M, class Acc>
-__device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, int round, uint8_t* shared_memory) {
+__device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, int round, const uint32_t* ticket,
+                                      uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
-  const TileShared<Acc> s = carve_tile<Acc>(carver, p.shared_slots);
+  const TileShared<Acc> s = carve_tile<Acc, sizeof(Acc) == 4>(carver, p.shared_slots);
   const auto load_columns = [&](int part) {
     if constexpr (sizeof(Acc) == 4) {
       if (!serves_columns(p, *s.cursor)) return;
-      load_buckets<kPart<Acc>>(p, pass, s.buckets, s.cursor->column + part * kPart<Acc>, kSide, s.cursor->is_first);
+      load_buckets<kPart<Acc>>(p, pass, s, s.cursor->column + part * kPart<Acc>, kSide);
     }
   };
+  const auto load_all = [&] {
+    if constexpr (sizeof(Acc) == 4) {
+      if (!pass.in_shared) return;
+      load_order(p, s);
+      load_buckets<kSide>(p, pass, s, s.cursor->row, 0);
+      load_columns(0);
+    }
+  };
+  const auto is_waiting = [&] { return round == 0 && s.cursor->is_first; };
+  __syncthreads();  // the phase before is done with this memory
   if (thread_index() == 0) s.cursor->row = -1;
+  if constexpr (sizeof(Acc) == 4) {
+    if (pass.in_shared) clear_beyond(pass, s.buckets);
+  }
 #pragma unroll 1
   for (;;) {
     __syncthreads();  // the tile before is done with the ring, the edges, the buckets and the cursor
     if (thread_index() == 0) next_tile(p, pass, *s.cursor);
     __syncthreads();  // the cursor stands
-    if (s.cursor->row < 0) return;
+    if (s.cursor->row < 0) {
+      if (is_waiting()) grid_wait(ticket);
+      return;
+    }
     compute_tile<M>(
         p, pass, s,
         [&] {
-          if constexpr (sizeof(Acc) == 4) {
-            if (!pass.in_shared) return;
-            load_buckets<kSide>(p, pass, s.buckets, s.cursor->row, 0, s.cursor->is_first);
-            load_columns(0);
-          }
+          if (!is_waiting()) load_all();
         },
         [&](int part) {
+          if (part == 0 && is_waiting()) {
+            grid_wait(ticket);  // thresholds, empty buckets, the order of the tiles' rows
+            load_all();
+            __syncthreads();  // the buckets
+          }
           offer_part(p, pass, s, part, round);
           if constexpr (sizeof(Acc) == 4) {
             if (!pass.in_shared) return;
             __syncthreads();  // all offers are made
             // A thread loads what it has stored itself; barriers stand between that and the next offer.
             if (serves_columns(p, *s.cursor)) {
-              store_buckets<kPart<Acc>>(p, pass, s.buckets, s.cursor->column + part * kPart<Acc>, kSide);
+              store_buckets<kPart<Acc>>(p, pass, s, s.order[0].index, s.cursor->column + part * kPart<Acc>, kSide);
             }
             if (part + 1 < kParts<Acc>) {
               load_columns(part + 1);
             } else {
-              store_buckets<kSide>(p, pass, s.buckets, s.cursor->row, 0);
+              store_buckets<kSide>(p, pass, s, s.order[1].index, s.cursor->row, 0);
             }
           }
         });

@@ -33,7 +33,6 @@ __host__ __device__ inline SliceShared carve_slice(Carver& carver, int64_t count
   SliceShared s;
   s.totals = carver.take<FinishShared>(1);
   s.sums = carver.take<double>(3 * kWarps);
-  s.ticket = carver.take<uint32_t>(1);
   s.x = carver.take<float>(count * 4 * lanes);
   return s;
 }
@@ -119,7 +118,8 @@ __device__ __forceinline__ void add_entries(const Four* slice, int32_t lanes, in
 }
 
 // Phase 5b. The first item's slice is on its way; grid_arrive() stands behind 5a.
-__device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pass& pass, const SliceShared& s) {
+__device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pass& pass, const uint32_t* ticket,
+                                              const SliceShared& s) {
   const float scale = static_cast<float>((p.euclidean || p.cosine ? 1 : 2) / divisor(p));
   const SliceGrid grid(p);
   const int32_t lanes = p.slice_lanes, rows_each = 32 / lanes;
@@ -167,7 +167,7 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
         }
       };
       subtract_list([&](int32_t, int32_t of_slot) { return p.entry + of_slot; }, count);
-      if (is_first) grid_wait(s.ticket);  // 5a of all blocks
+      if (is_first) grid_wait(ticket);  // 5a of all blocks
       is_first = false;
       add_entries(slice, lanes, 0, 1, count > 0 ? mates_end - begin : 0, x, sum, [&](int32_t e) -> Entry<float> {
         const int32_t mate = begin + e;
@@ -184,7 +184,7 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
   }
   if (is_first) {  // no item: neither a copy nor a barrier may be left open
     cp_async_wait<0>();
-    grid_wait(s.ticket);
+    grid_wait(ticket);
   }
 }
 
@@ -197,7 +197,7 @@ inline int32_t choose_slice(const TripletArgs& args, const Problem<float>& p, in
   while (lanes > 1 && 2 * lanes >= p.dim) lanes /= 2;  // fewer have all columns
   for (; lanes > 0; lanes /= 2) {
     Carver carver{nullptr, 0, true};
-    carver.take<Pass>(1);
+    carver.take<BlockState>(1);
     carve_slice(carver, args.num_candidates, lanes);
     *bytes = carver.used;
     if (carver.used <= limit) return lanes;

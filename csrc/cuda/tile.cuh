@@ -51,16 +51,24 @@ __device__ __forceinline__ bool serves_columns(const Problem<Acc>& p, const Curs
   return p.plain && cursor.row != cursor.column;
 }
 
-// Buckets of the tile's anchors in shared memory. The rows are places 0 .. kSide, behind them the columns of a part. A pitch
-// of whole 128 bytes: lanes that are anchors meet no bank conflict, at whatever buckets.
-template <class Acc>
-constexpr int kBucketPitch = kSide + kPart<Acc>;
+// Buckets of the tile's anchors in shared memory (buckets.cuh). The rows are places 0 .. kSide, behind them the columns of a
+// part. A pitch of whole 128 bytes: lanes that are anchors meet no bank conflict, at whatever buckets.
+constexpr int kBucketPitch = kSide + kPart<float>;
+constexpr int kMaxSharedSlots = 63;  // thresholds that six steps of a search tell apart
+constexpr int kBeyond = 8;           // rows of infinite thresholds that a search may look at
 
-template <class Acc>
-struct Buckets {  // entry r of [shared_slots + 1]
-  Acc threshold[kBucketPitch<Acc>];     // threshold r; infinite where there is no positive
-  uint32_t bits[kBucketPitch<Acc>];     // of the least distance beyond threshold r - 1; r = 0: 0, which none is below
-  uint32_t index[kBucketPitch<Acc>];    // the least candidate index at that distance
+struct Buckets {  // row r of [shared_slots + 1 + kBeyond]
+  float threshold[kBucketPitch];  // number r - 1; infinite where there is no positive. Of row 0: nobody reads it
+  uint32_t least[kBucketPitch];   // the least tag in bucket r. Of row 0: what serves no positive
+};
+struct Ranges {  // of distances that tags tell apart
+  float base[kBucketPitch];    // the lowest
+  uint32_t
+      far[kBucketPitch];  // bits: no farther negative than this is wanted; infinite: none beyond the last threshold is known
+};
+struct Order {  // of the tile's candidates by index
+  uint32_t rank[kSide];
+  int32_t index[kSide];  // by rank
 };
 
 constexpr int kPieces = 2 * kSide * (kStageBytes / 16) / kThreads;  // of 16 bytes, that a thread copies per stage
@@ -75,10 +83,12 @@ struct TileShared {
       from;  // [kPieces][kThreads] where a thread's pieces begin in the operands, in units of 16 bytes; no register holds it
   uint8_t* ring;  // [kStages][2 kSide][kStageBytes]
   Acc* part;  // [kSide][kPart + 1], in the ring's memory: the ring is empty when a part is written
-  Buckets<Acc>* buckets;  // [shared_slots + 1], or none
+  Buckets* buckets;  // [shared_slots + 1 + kBeyond], or none
+  Ranges* ranges;
+  Order* order;  // of rows and of columns
 };
 
-template <class Acc>
+template <class Acc, bool kBuckets>
 __host__ __device__ TileShared<Acc> carve_tile(Carver& carver, int32_t shared_slots) {
   constexpr int64_t kRing = int64_t(kStages) * 2 * kSide * kStageBytes;
   constexpr int64_t kPartBytes = int64_t(kSide) * (kPart<Acc> + 1) * sizeof(Acc);
@@ -89,7 +99,9 @@ __host__ __device__ TileShared<Acc> carve_tile(Carver& carver, int32_t shared_sl
   s.from = carver.take<uint32_t>(kPieces * kThreads);
   s.ring = carver.take<uint8_t>(kRing > kPartBytes ? kRing : kPartBytes);
   s.part = reinterpret_cast<Acc*>(s.ring);
-  s.buckets = carver.take<Buckets<Acc>>(shared_slots > 0 ? shared_slots + 1 : 0);
+  s.ranges = carver.take<Ranges>(kBuckets ? 1 : 0);
+  s.order = carver.take<Order>(kBuckets ? 2 : 0);
+  s.buckets = carver.take<Buckets>(kBuckets && shared_slots > 0 ? shared_slots + 1 + kBeyond : 0);
   return s;
 }
 

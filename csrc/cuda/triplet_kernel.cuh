@@ -22,9 +22,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   FACENET_EXT_SHARED_MEMORY(shared_memory);
   // The pass stands in shared memory, not in registers, which the products need; behind it the phases lay out what they use.
   Carver carver{shared_memory, 0, true};
-  Pass& pass = *carver.take<Pass>(1);
-  constexpr int kPassBytes = (sizeof(Pass) + 15) / 16 * 16 + kSharedRedzone;
-  uint8_t* const scratch = shared_memory + kPassBytes;
+  BlockState& block = *carver.take<BlockState>(1);
+  Pass& pass = block.pass;
+  constexpr int kStateBytes = (sizeof(BlockState) + 15) / 16 * 16 + kSharedRedzone;
+  uint8_t* const scratch = shared_memory + kStateBytes;
 
   prepare<M, In>(p, scratch);
   grid_sync();  // positions, classes and operands of all rows
@@ -39,10 +40,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (;;) {
     __syncthreads();  // the pass stands
     find_thresholds<M>(p, pass, scratch);
-    grid_sync();  // d2_ap, thresholds, empty buckets
+    grid_arrive(&block.ticket);  // d2_ap, thresholds, empty buckets; the sweep waits once it has products to compare
 #pragma unroll 1
     for (int round = 0; round < MathTraits<M>::kRounds; ++round) {
-      sweep<M>(p, pass, round, scratch);
+      sweep<M>(p, pass, round, &block.ticket, scratch);
       grid_sync();  // after round 0 the buckets' least distances; after the last all of best and farthest
     }
     const bool is_last = pass.is_last(p.anchors.count);
@@ -61,8 +62,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kSlices) {
         if (slices && !overflow) {
           order_lists(p, pass);
-          grid_arrive(slice.ticket);  // lists and weights, for gather_slices(), which waits where it needs them
-          gather_slices(p, pass, slice);
+          grid_arrive(&block.ticket);  // lists and weights, for gather_slices(), which waits where it needs them
+          gather_slices(p, pass, &block.ticket, slice);
           return;
         }
         cp_async_wait<0>();
@@ -88,14 +89,14 @@ int64_t shared_bytes(int32_t* shared_slots) {
   using Acc = typename MathTraits<M>::Acc;
   const auto bytes = [](int32_t slots) {
     Carver carver{nullptr, 0, true};
-    carver.take<Pass>(1);
-    carve_tile<Acc>(carver, slots);
+    carver.take<BlockState>(1);
+    carve_tile<Acc, sizeof(Acc) == 4>(carver, slots);
     return carver.used;
   };
   const int64_t limit = max_shared_bytes();
   int32_t slots = 0;
   if (M != Math::simt64) {
-    while (slots < min(64, kWarpSort) && bytes(slots + 1) <= limit) ++slots;
+    while (slots < min(kMaxSharedSlots, kWarpSort) && bytes(slots + 1) <= limit) ++slots;
   }
   *shared_slots = slots;
   return bytes(slots);  // of all phases the tiles take most, checked below for what comes next

@@ -234,6 +234,15 @@ void store_relaxed(T* p, T x) {
   __atomic_store_n(p, x, __ATOMIC_RELAXED);
 }
 
+inline uint32_t shared_address(const void* p) {
+  return uint32_t(static_cast<const uint8_t*>(p) - emu::shared_memory());
+}
+inline uint32_t* shared_words(uint32_t address) { return reinterpret_cast<uint32_t*>(emu::shared_memory() + address); }
+template <int kBytes>
+void search_step(uint32_t& at, float d) {
+  if (*reinterpret_cast<const float*>(emu::shared_memory() + at + kBytes) < d) at += kBytes;
+}
+
 inline void cp_async_16(void* to, const void* from, EMU_WHERE) {
   emu::Copies& copies = emu::copies();
   const emu::Copy copy{to, from, copies.group};

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from emulated_cases import draw, draw_rule, simple, with_nan
-from emulation import SCHEDULES, check, run, with_schedule
+from emulation import SCHEDULES, check, exact, run, with_schedule
 
 BATCH = 20
 
@@ -91,6 +91,31 @@ def test_near_pairs_are_summed_in_direct_form(programs, tmp_path):
         x = case.x * np.where(far, -1.0, 1.0)[:, None]
         cases += [replace(case, x=x), replace(case, x=x * 2.0 ** (np.arange(70) % 40)[:, None])]
     check(programs(), cases, tmp_path)
+
+
+def bucket_cases(sizes: tuple[int, ...]) -> list:
+    """As many thresholds as searches of each length tell apart, up to those that shared memory does not hold; ties, equal
+    rows (thresholds of 0), and distances that a tag does not reach: closer than an eighth of the farthest positive, farther
+    than twice that."""
+    kinds = ("grid", "duplicates", "norms", "mid")
+    cases = [
+        simple(max(2 * k, 66), 3 + k % 3, max(66 // k, 2), rows=kinds[i % 4], margin=0.25, shared_kib=227, seed=i)
+        for i, k in enumerate(sizes)
+    ]
+    rng = np.random.default_rng(3)
+    for case in cases[:3]:  # one positive of every class is a twin, one is far, negatives lie between
+        x = case.x + 1e-3 * rng.standard_normal(case.x.shape) * 10.0 ** rng.integers(0, 4, (len(case.x), 1))
+        cases.append(replace(case, x=exact(x, "float32"), fallback="skip"))
+    return [with_schedule(case, SCHEDULES[i % 4], i + 1) for i, case in enumerate(cases)]
+
+
+def test_buckets(programs, tmp_path):
+    check(programs(), bucket_cases((2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 40, 64, 65)), tmp_path)
+
+
+@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
+def test_buckets_under_sanitizers(programs, tmp_path, sanitizer):
+    check(programs(sanitizer), bucket_cases((3, 8, 17, 33)), tmp_path)
 
 
 def slice_cases() -> list:

@@ -16,8 +16,11 @@ BUGS = {
     ),
     "block_barrier_before_part": ("tile.cuh", "    __syncthreads();  // the part is complete\n", "", "tsan"),
     "block_barrier_after_the_strip": ("select.cuh", "    __syncthreads();  // d2_ap of the strip\n", "", "tsan"),
-    "block_barrier_after_the_least_distances": (
-        "select.cuh", "  __syncthreads();  // the least distances\n", "", "tsan",
+    "block_barrier_before_the_sweep": (
+        "select.cuh", "  __syncthreads();  // the phase before is done with this memory\n", "", "tsan",
+    ),
+    "block_barrier_before_the_first_offers": (
+        "select.cuh", "            __syncthreads();  // the buckets\n", "", "tsan",
     ),
     "block_barrier_before_buckets_are_stored": (
         "select.cuh", "            __syncthreads();  // all offers are made\n", "", "tsan",
@@ -33,14 +36,18 @@ BUGS = {
         "triplet_kernel.cuh", "        grid_sync();  // list_begin", "        // list_begin", "tsan",
     ),
     "grid_barrier_before_gather": ("triplet_kernel.cuh", "        grid_sync();  // list\n", "", "tsan"),
-    "grid_barrier_after_thresholds": (
-        "triplet_kernel.cuh", "    grid_sync();  // d2_ap, thresholds, empty buckets\n", "", "tsan",
+    "thresholds_not_waited_for": (
+        "select.cuh", "            grid_wait(ticket);  // thresholds, empty buckets, the order of the tiles' rows\n            load_all();\n",
+        "            load_all();\n            grid_wait(ticket);\n", "tsan",
+    ),
+    "barrier_left_open": (
+        "select.cuh", "      if (is_waiting()) grid_wait(ticket);\n", "", "plain",
     ),
     "grid_barrier_after_finish": (
         "triplet_kernel.cuh", "    grid_sync();  // coefficients, lists,", "    // coefficients, lists,", "tsan",
     ),
     "grid_barrier_before_lists_are_read": (
-        "slices.cuh", "      if (is_first) grid_wait(s.ticket);  // 5a of all blocks\n      is_first = false;\n", "", "tsan",
+        "slices.cuh", "      if (is_first) grid_wait(ticket);  // 5a of all blocks\n", "", "tsan",
     ),
     "block_barrier_before_the_slice": (
         "slices.cuh", "    __syncthreads();  // everybody's part of the slice has landed\n", "", "tsan",
@@ -80,23 +87,26 @@ BUGS = {
     ),
     "swapped_accumulator_rows": ("tile.cuh", "lane / 4 + i / 2 * 8,", "lane / 4 + i % 2 * 8,", "plain"),
     "ties_to_the_highest_index": (
-        "select.cuh", "atomicMin(&buckets[bucket[j]].index[place]", "atomicMax(&buckets[bucket[j]].index[place]",
-        "plain",
+        "buckets.cuh", "rank += indices[other] < mine", "rank += indices[other] > mine", "plain",
     ),
     "negative_not_farther_than_the_positive": (
-        "select.cuh", "not_farther[r] = below + equal;", "not_farther[r] = max(below + equal - 1, 1);", "plain",
+        "select.cuh", "entry[r].row = below + equal;", "entry[r].row = max(below + equal - 1, 1);", "plain",
     ),
     "unnoticed_overflow_of_a_list": (
         "finish.cuh", "&p.counters->list_overflows, 1", "&p.counters->list_overflows, 0", "plain",
     ),
     "near_pair_left_as_it_is": ("finish.cuh", "return !(d2 >= near);", "return !(d2 >= 0);", "plain"),
+    "step_of_a_search": ("buckets.cuh", "    if (half > 1) search_rows<1>(d, at);\n", "", "plain"),
+    "negative_beyond_all_tags": (
+        "buckets.cuh", "ordered_bits(d[j]) <= far ? 1u", "ordered_bits(d[j]) < 1u ? 1u", "plain",
+    ),
     "nan_as_a_negative": (
         "select.cuh", "  if (d != d) return -1;  // NaN", "  // NaN", "plain",
     ),
     "hash_of_the_anchor_among_its_own": (
         "select.cuh", "_t>(place + index + 1)", "_t>(0 * place + index + 1)", "plain",
     ),
-    "pair_that_was_struck": ("select.cuh", ": r != chosen) not_farther", ": false) not_farther", "plain"),
+    "pair_that_was_struck": ("select.cuh", ": r != chosen) entry", ": false) entry", "plain"),
     "forgotten_mirror_image": (
         "tile.cuh", "p.plain && cursor.row != cursor.column;", "p.plain && cursor.row + kSide < cursor.column;",
         "plain",
