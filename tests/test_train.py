@@ -106,7 +106,9 @@ def test_interrupt_saves_and_leaves_cleanly(tmp_path, monkeypatch, capsys):
 
 
 def test_bfloat16_learns_too(tmp_path):
-    cli.main(["train", "--out", str(tmp_path), "--steps", "30", "--bf16", *SMALL])
+    """At 16 pixels: at 8 the last convolution, of stride 2, sees a map of 1 x 1, whose weight gradient oneDNN takes in
+    part from memory that nobody wrote."""
+    cli.main(["train", "--out", str(tmp_path), "--steps", "30", "--bf16", *SMALL, "--size", "16"])
     loss = [r["loss"] for r in records(tmp_path) if r["kind"] == "step"]
     assert np.mean(loss[-5:]) < 0.9 * np.mean(loss[:5])
     assert all(v.dtype != torch.bfloat16 for v in weights(tmp_path)["model"].values())
@@ -149,7 +151,7 @@ def test_learning_rate_of_the_presets():
     (lambda root: root.mkdir(), [], "no images"),
     (lambda root: faces(root, people=0), [], "0 with two or more"),
     (lambda root: faces(root, people=4), ["--people-per-batch", "1"], "at least 2 x 2"),
-    (lambda root: faces(root, people=4), ["--resume", "nowhere"], "no last.pt"),
+    (lambda root: faces(root, people=4), ["--resume", "nowhere"], "last.pt: no checkpoint of facenet-ext train"),
     (lambda root: faces(root, people=4), ["--people", "nowhere.txt"], "No such file or directory: '"),
 ])
 def test_data_that_cannot_serve_is_a_clear_error(tmp_path, capsys, make, options, said):
