@@ -19,12 +19,15 @@ from tqdm import tqdm
 
 from . import data, evaluate, mine_triplets, train
 
+MOST = 100  # rows of a picture
 bar = partial(tqdm, desc="embedding", unit="batch", disable=None)
 
 
 def open_images(path, size, crop):
     """The images of root/NAME/file, or of a folder without people or a single file, which have label -1."""
     path = Path(path)
+    if not path.exists():
+        raise data.DataError(f"{path}: no such file or folder")
     inside = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
     files = [path] if path.is_file() else inside
     if not files or any(p.is_dir() for p in inside):  # people; or nothing at all, which scan has the words for
@@ -65,31 +68,42 @@ def figure(path, width, height, rows=1, columns=1):
     print(f"wrote {path}")
 
 
+def place(axis, path, x, y):
+    """An image in the unit cell at x, y of an axis that counts downwards; one axis for all of them is fast."""
+    axis.axis("off")
+    axis.imshow(data.read_image(path, (160, 160)), extent=(x + 0.02, x + 0.98, y + 0.98, y + 0.02))
+
+
 def do_train(options):
     """Train an embedding with the semi-hard triplet loss, verified on people it never saw."""
     return train.start(options)
 
 
 def do_evaluate(options):
-    """Accuracy, VAL at a FAR, AUC and equal error rate on pairs of images: of an LFW list, or random ones. With one
-    --model per fold, in the order of the folds, each fold is judged by the model that was trained without it."""
+    """Accuracy, VAL at a FAR, AUC and equal error rate on pairs of images: of an LFW list, of the people that the
+    training held out, or random ones. With one --model per fold, in the order of the folds, each fold is judged by the
+    model that was trained without it."""
     d2 = []
     for path in options.model:
         model, trained = train.load_model(path, options.device)
-        folder, size = options.data or trained.data, model.input_size
-        if folder is None:
-            images, _, used = data.digits(size)
+        trained.crop = trained.crop if options.crop is None else options.crop
+        folder = options.data or trained.data
+        listed = options.pairs or (None if options.data else trained.pairs)
+        if folder and (options.data or listed):
+            images = data.Images(*data.scan(folder), model.input_size, trained.crop)
+            pairs = data.read_pairs(listed, images.paths) if listed else \
+                data.draw_pairs(images.labels, np.arange(len(images)), 6000, options.seed)
         else:
-            images = data.Images(*data.scan(folder), size, trained.crop if options.crop is None else options.crop)
-            used = np.arange(len(images))
-        pairs = data.read_pairs(options.pairs, images.paths) if options.pairs else \
-            data.draw_pairs(images.labels, used, 6000, options.seed)
+            images, _, pairs = train.load_data(trained)
+        if pairs is None:
+            raise data.DataError(f"{path}: nobody was held out of the training; --pairs or --data say whom to judge by")
         d2.append(evaluate.distances(model, images, pairs, options.device, options.flip, bar))
     folds = 1 if pairs.folds is None else len(np.unique(pairs.folds))
     if len(d2) not in (1, folds):
         raise data.DataError(f"--model: {len(d2)} models for {folds} folds; accepted are one, or one per fold")
     found, kept = evaluate.verify(d2[0] if len(d2) == 1 else np.stack(d2), pairs, options.far)
-    print(f"{kept.sum()} pairs, {len(found.thresholds)} folds\n"
+    source = listed or f"random pairs of {f'everybody in {folder}' if options.data else 'people held out of training'}"
+    print(f"{kept.sum()} pairs, {source}, {len(found.thresholds)} folds\n"
           f"accuracy          {100 * found.accuracy:6.2f} % ± {100 * found.accuracy_se:.2f}\n"
           f"thresholds        {' '.join(f'{t:.3f}' for t in found.thresholds)} (squared distance, by fold)\n"
           f"VAL at FAR {options.far:<7g}{100 * found.val:6.2f} % ± {100 * found.val_se:.2f} "
@@ -125,26 +139,30 @@ def do_compare(options):
     """The matrix of squared distances, and who is the same person at the threshold."""
     found = embed_all(options, *options.images)
     paths, vectors = sum((part[0] for part in found), []), np.concatenate([part[3] for part in found])
+    if options.plot and len(paths) > MOST:
+        raise data.DataError(f"--plot: {len(paths)} images; a picture has room for {MOST}")
     d2 = cdist(vectors, vectors, "sqeuclidean")
     print("\n".join(f"[{i}] {path}" for i, path in enumerate(paths)))
-    np.savetxt(sys.stdout, d2, "%8.3f", delimiter="")
+    print(" " * 6 + "".join(f"{f'[{i}]':>8}" for i in range(len(paths))))
+    for i, row in enumerate(d2):
+        print(f"{f'[{i}]':<6}" + "".join(f"{value:8.3f}" for value in row))
     for i, j in zip(*np.triu_indices(len(paths), 1), strict=True):
         print(f"[{i}] [{j}] {d2[i, j]:.3f} {'same' if d2[i, j] <= options.threshold else 'different'}")
     if options.plot:
         n = len(paths) + 1
-        with figure(options.plot, 1.4 * n, 1.4 * n, n, n) as axes:
-            for i, j in np.ndindex(n, n):
-                axes[i, j].axis("off")
-                if 0 in (i, j) and i != j:
-                    axes[i, j].imshow(data.read_image(paths[max(i, j) - 1], (160, 160)))
-                elif i != j:
-                    value = d2[i - 1, j - 1]
-                    axes[i, j].text(0.5, 0.5, f"{value:.2f}", ha="center", va="center", fontsize=14,
-                                    color="green" if value <= options.threshold else "firebrick")
+        with figure(options.plot, 1.4 * n, 1.4 * n) as ((axis,),):
+            for i, path in enumerate(paths, 1):
+                place(axis, path, i, 0)
+                place(axis, path, 0, i)
+            for i, j in zip(*np.nonzero(~np.eye(n - 1, dtype=bool)), strict=True):
+                axis.text(j + 1.5, i + 1.5, f"{d2[i, j]:.2f}", ha="center", va="center", fontsize=14,
+                          color="green" if d2[i, j] <= options.threshold else "firebrick")
+            axis.set(xlim=(0, n), ylim=(n, 0))
 
 
 def do_cluster(options):
-    """Agglomerative clustering (average linkage) at a threshold; against the folders' names where there are any."""
+    """Agglomerative clustering (average linkage) at a threshold; against the folders' names where there are any:
+    normalized mutual information, precision and recall of pairs of images."""
     from sklearn.cluster import AgglomerativeClustering
     from sklearn.metrics import normalized_mutual_info_score
     from sklearn.metrics.cluster import pair_confusion_matrix
@@ -186,31 +204,25 @@ def do_triplets(options):
     worst = torch.argsort(found.d2_ap, descending=True, stable=True)[:options.count]
     if not len(worst):
         raise data.DataError(f"{options.folder}: no triplet; two people are needed, one of them with two images")
-    with figure(options.out, 4.5, 1.7 * len(worst), len(worst), 3) as axes:
-        for row, t in zip(axes, worst.tolist(), strict=True):
+    with figure(options.out, 4.5, 1.9 * len(worst)) as ((axis,),):
+        for y, t in enumerate(worst.tolist()):
             d2_ap, d2_an = found.d2_ap[t].item(), found.d2_an[t].item()
             members = [int(column[t]) for column in (found.anchor, found.positive, found.negative)]
             print(f"{d2_ap:.3f} {d2_an:.3f}\t" + "\t".join(paths[i] for i in members))
-            for axis, i, text in zip(row, members, ("anchor", f"positive {d2_ap:.2f}", f"negative {d2_an:.2f}"),
-                                     strict=True):
-                axis.imshow(data.read_image(paths[i], (160, 160)))
-                axis.set_title(f"{names[i][:20]}\n{text}", fontsize=7)
-                axis.axis("off")
-
-
-def distance(text):
-    if not 0 <= (value := float(text)) < np.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a squared distance, 0 or more")
-    return value
+            texts = "anchor", f"positive {d2_ap:.2f}", f"negative {d2_an:.2f}"
+            for x, (i, text) in enumerate(zip(members, texts, strict=True)):
+                place(axis, paths[i], x, 1.25 * y + 0.25)
+                axis.text(x + 0.5, 1.25 * y + 0.23, f"{names[i][:20]}\n{text}", fontsize=7, ha="center", va="bottom")
+        axis.set(xlim=(0, 3), ylim=(1.25 * len(worst), 0))
 
 
 def build_parser():
     using, model, threshold = (argparse.ArgumentParser(add_help=False) for _ in range(3))  # what commands share
-    using.add_argument("--crop", type=float, metavar="SHARE", help="central share of an image; default: the training's")
+    using.add_argument("--crop", type=train.share, metavar="SHARE", help="central share; default: the training's")
     using.add_argument("--flip", action="store_true", help="embed image and mirror image together")
     using.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     model.add_argument("--model", required=True, metavar="RUN", help="a run's folder or a checkpoint in it")
-    threshold.add_argument("--threshold", type=distance, default=1.1, metavar="D2",
+    threshold.add_argument("--threshold", type=train.positive, default=1.1, metavar="D2",
                            help="squared distance up to which two images are of one person (1.1, the paper's Figure 1)")
     parser = argparse.ArgumentParser("facenet-ext", description="FaceNet: train an embedding and use it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -226,9 +238,10 @@ def build_parser():
     add = command(do_evaluate, using).add_argument
     add("--model", required=True, nargs="+", metavar="RUN", help="a run's folder or a checkpoint; or one per fold")
     add("--data", metavar="FOLDER", help=f"{people}; default: the data of the training")
-    add("--pairs", metavar="FILE", help="LFW's pairs.txt (ten folds) or pairsDevTest.txt; default: random pairs")
-    add("--far", type=float, default=1e-3, help="false accept rate for VAL (0.001)")
-    add("--seed", type=int, default=0, help="of the random pairs (0)")
+    add("--pairs", metavar="FILE", help="LFW's pairs.txt (ten folds) or pairsDevTest.txt; default: those that the "
+        "training was verified on; with --data random pairs of everybody")
+    add("--far", type=train.within(float, 0, 1), default=1e-3, help="false accept rate for VAL (0.001)")
+    add("--seed", type=train.within(int, 0), default=0, help="of the random pairs (0)")
     add("--json", metavar="FILE", help="the figures, with the threshold of every fold")
     add("--plot", metavar="FILE.png", help="ROC and histogram of distances")
     add = command(do_embed, model, using).add_argument
@@ -245,7 +258,7 @@ def build_parser():
     add("probe", help="who is it? An image file or a folder of them")
     add = command(do_triplets, model, using).add_argument
     add("folder", help=people)
-    add("--count", type=int, default=20, help="triplets on the sheet (20)")
+    add("--count", type=train.within(int, 1, MOST), default=20, help="triplets on the sheet (20)")
     add("--out", default="triplets.png", metavar="FILE.png", help="file to write (triplets.png)")
     return parser
 

@@ -65,7 +65,7 @@ def read_image(path, size: tuple[int, int], crop: float = 1.0) -> np.ndarray:
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, bomb errors
-        raise DataError(f"{type(error).__name__}: {error}".replace(repr(str(path)), "the file")) from error
+        raise DataError(f"{type(error).__name__}: {error}".replace(f" {str(path)!r}", "")) from error
     return np.asarray(image)
 
 

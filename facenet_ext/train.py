@@ -5,7 +5,8 @@
 
 Everything random is drawn from (seed, step), so model, optimizer and step number are the whole state of a run: resumed
 after ``kill -9`` it ends with the bits of the uninterrupted run (CPU, same number of threads, length in --steps; not
-with --bf16, as oneDNN's bfloat16 convolutions do not repeat themselves).
+promised with --bf16; below 16 pixels oneDNN's bfloat16 gradients are not even finite: a 1 x 1 map, stride 2, and it
+reads memory that nobody wrote).
 Under torchrun every rank draws people of its own and mines among them; gradients are averaged.
 """
 
@@ -43,54 +44,76 @@ SIZES = {
     "cpu": ("mini", (48, 48), 45, 4, 0, 3000),
     "cuda": ("nn4", (96, 96), 45, 40, 200, 20000),
 }
+STATE = {"step": 0, "seconds": 0.0, "before": None, "best": -1.0, "mined": None}  # of a run, beside its weights
 SUBSET = 4096  # images that offline mining looks through
 SHOWN = ("loss", "active", "fallback", "d2_ap", "d2_an", "max_d2_ap")  # of each step, in metrics and TensorBoard
+
+
+def within(kind, low, high=sys.float_info.max):
+    """Of argparse: kind(text), where it lies in low ... high."""
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low:g} ... {high:g}")
+        return value
+    parse.__name__ = kind.__name__  # for argparse's own words where the text is no number
+    return parse
+
+
+count, share, positive = within(int, 1), within(float, 0.01, 1), within(float, 0)
+
+
+def find_device(name):
+    """torch.device of a name; DataError where this machine has none such."""
+    there = ["cpu", *["cuda"][:torch.cuda.device_count()], *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name not in there:
+        raise data.DataError(f"device: {name!r} is not among those of this machine, {', '.join(there)}")
+    return torch.device(name)
 
 
 def add_arguments(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="FOLDER", help="folder of NAME/image files; without it, scikit-learn's digits")
     add("--people", metavar="FILE", help="LFW people list: train on these only (peopleDevTrain.txt, people.txt)")
-    add("--without-set", type=int, metavar="K", help="leave out set K (1 to 10) of --people, the fold to test on")
+    add("--without-set", type=count, metavar="K", help="leave out set K (1 to 10) of --people, the fold to test")
     add("--pairs", metavar="FILE", help="LFW pair list to verify on; default: random pairs of people held out")
-    add("--hold-out", type=float, default=0.1, metavar="SHARE", help="people held out where no --pairs are given (0.1)")
-    add("--crop", type=float, default=1.0, metavar="SHARE", help="central share of each image to use (1.0)")
+    add("--hold-out", type=within(float, 0, 1), default=0.1, metavar="SHARE", help="of people, without --pairs (0.1)")
+    add("--crop", type=share, default=1.0, metavar="SHARE", help="central share of each image to use (1.0)")
     add = parser.add_argument_group(
         "network and batch", "On a CPU mini at 48 pixels and batches of 45 people x 4 images; on a GPU nn4 at 96 and "
         "the paper's 45 x 40, and 200 singletons.").add_argument
     add("--network", choices=sorted(models.NETWORKS), help="the paper's, OpenFace's nn4_small2, or mini for CPUs")
     add("--size", type=pixels, metavar="H[xW]", help="input pixels; default: the table's where --network is given")
-    add("--dim", type=int, default=128, help="length of the embedding (128)")
+    add("--dim", type=count, default=128, metavar="D", help="length of the embedding (128)")
     add("--no-batch-norm", action="store_true", help="the paper's parameter counts; slower to train")
-    add("--people-per-batch", type=int, metavar="P", help="more of them where there are fewer images than K of each")
-    add("--images-per-person", type=int, metavar="K", help="at most, of each")
-    add("--singletons", type=int, metavar="S", help="further people in each batch with their only image, as negatives")
-    add("--chunk", type=int, metavar="N", help="embed N images at a time and run each chunk again for its gradient: "
-        "the whole batch's loss in the memory of a chunk (with batch norm, statistics are the chunk's)")
+    add("--people-per-batch", type=count, metavar="P", help="more where there are fewer images than K of each")
+    add("--images-per-person", type=count, metavar="K", help="at most, of each")
+    add("--singletons", type=within(int, 0), metavar="S", help="people with one image in each batch: negatives")
+    add("--chunk", type=count, metavar="N", help="embed N images at a time and run each chunk again for its gradient:"
+        " the whole batch's loss in the memory of a chunk (with batch norm, statistics are the chunk's)")
     add = parser.add_argument_group("loss and optimizer").add_argument
-    add("--margin", type=float, default=0.2, help="in squared distance, 0 to 4 (0.2)")
+    add("--margin", type=positive, default=0.2, help="in squared distance, 0 to 4 (0.2)")
     add("--negatives", choices=_options.NEGATIVES, default="semi_hard",
         help="of each pair: the paper's, the closest of all, a random one, or every one (semi_hard)")
     add("--positives", choices=_options.POSITIVES, default="all", help="of each anchor (all)")
-    add("--fallback", choices=_options.FALLBACKS, default="farthest", help="of a pair without a semi-hard negative")
-    add("--offline", type=int, metavar="STEPS", help="the paper's offline way: every STEPS, mine each anchor's hardest "
-        f"positive and its negative over {SUBSET} images, and train on those (default: online, within each batch)")
+    add("--fallback", choices=_options.FALLBACKS, default="farthest", help="without a semi-hard negative (farthest)")
+    add("--offline", type=count, metavar="STEPS", help="the paper's offline way: every STEPS, mine each anchor's "
+        f"hardest positive and its negative over {SUBSET} images, and train on those (default: online, in each batch)")
     add("--preset", choices=sorted(PRESETS), default="modern", help="modern: AdamW 0.001, warm-up, cosine, which needs "
         "fewer steps; paper: AdaGrad 0.05, lowered at the end (modern)")
-    add("--lr", type=float, help="learning rate; default: the preset's")
-    add("--weight-decay", type=float, help="not of biases and batch norm; default: the preset's")
+    add("--lr", type=positive, help="learning rate; default: the preset's")
+    add("--weight-decay", type=positive, metavar="DECAY", help="not of biases and batch norm; default: preset's")
     add = parser.add_argument_group("run").add_argument
-    add("--steps", type=int, help="length of the run (digits 60, on a CPU 3000, on a GPU 20000)")
-    add("--minutes", type=float, help="length of the run on the clock, instead of --steps; not reproducible to the bit")
-    add("--verify-every", type=int, metavar="STEPS", help="default: every epoch, or as many epochs as make 200 steps")
-    add("--save-every", type=int, default=100, metavar="STEPS", help="checkpoint for --resume (100)")
+    add("--steps", type=count, help="length of the run (digits 60, on a CPU 3000, on a GPU 20000)")
+    add("--minutes", type=within(float, 0.001), help="length on the clock, not in --steps; does not repeat to the bit")
+    add("--verify-every", type=count, metavar="STEPS", help="default: as many epochs as make 200 steps, at least one")
+    add("--save-every", type=count, default=100, metavar="STEPS", help="checkpoint for --resume (100)")
     add("--flip", action="store_true", help="verify on image and mirror image together")
     add("--out", metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard; default: a new folder under runs/")
     add("--resume", metavar="DIR", help="go on with the run in DIR, with its options but for those given anew")
     add("--device", help="default: cuda where there is a GPU, else cpu")
-    add("--bf16", action="store_true", help="bfloat16 autocast; on a CPU no run repeats to the bit")
-    add("--threads", type=int, help="CPU threads; default: all cores")
-    add("--seed", type=int, default=0, help="of weights, batches, augmentation and the people held out (0)")
+    add("--bf16", action="store_true", help="bfloat16 autocast; on a CPU for 16 pixels and more")
+    add("--threads", type=count, help="CPU threads; default: all cores")
+    add("--seed", type=within(int, 0), default=0, help="of weights, batches, augmentation and the people held out (0)")
 
 
 def pixels(text):
@@ -160,15 +183,22 @@ def rate(progress: float, preset: str) -> float:
 
 def load_model(path, device="cpu"):
     """The network of a checkpoint, or of the last one in a run's folder, in evaluation mode; and the run's options."""
-    path = Path(path)
-    path = path / "last.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise data.DataError(f"{path}: no checkpoint; expected a file or folder that facenet-ext train wrote")
-    saved = torch.load(path, map_location=device, weights_only=True)
+    saved, device = read_checkpoint(path), find_device(device)
     options = argparse.Namespace(**saved["options"])
     model = models.create(options.network, options.dim, not options.no_batch_norm, options.size)
     model.load_state_dict(saved["model"])
     return model.to(device, memory_format=torch.channels_last).eval(), options
+
+
+def read_checkpoint(path):
+    """What ``Run.save`` wrote, of a file or as the last one of a run's folder, on the CPU."""
+    path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in (*STATE, "model", "optimizer", "options")}
+    except Exception as error:  # of a file that is something else: whatever the unpickler runs into
+        raise data.DataError(f"{path}: no checkpoint of facenet-ext train ({type(error).__name__})") from error
 
 
 @contextmanager
@@ -229,7 +259,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, options)
         self.criterion = TripletLoss(options.margin, negatives=options.negatives, positives=options.positives,
                                      fallback=options.fallback)
-        self.state = {"step": 0, "seconds": 0.0, "before": None, "best": -1.0, "mined": None}
+        self.state = dict(STATE)
         if saved:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -390,13 +420,11 @@ def start(options):
     """Fill in the options, those of a run resumed first, and train; under torchrun as one of several ranks."""
     saved = None
     if options.resume:
-        path = Path(options.resume) / "last.pt"
-        if not path.exists():
-            raise data.DataError(f"--resume {options.resume}: no last.pt in it, so there is nothing to go on with")
-        saved, defaults = torch.load(path, map_location="cpu", weights_only=True), vars(parse([]))
+        saved, defaults = read_checkpoint(Path(options.resume) / "last.pt"), vars(parse([]))
         given = {key: value for key, value in vars(options).items() if value != defaults[key]}
         options = argparse.Namespace(**{**defaults, **saved["options"], **given, "out": options.resume})
     options = complete(options)
+    find_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -5,6 +5,7 @@
     python tests/campaign.py --device cuda
     python tests/campaign.py --rules                  every legal combination of options, a small batch each
     python tests/campaign.py --rules --cases 30000    three batches each
+    python tests/campaign.py --rules --emulated       the same over the CUDA kernels, emulated on the CPU
 
 Both parts of tests/oracle.py: the selection by float64 distances, and loss and gradient in float64 with the op's own
 selection; with --rules the same by the loops of tests/triplet_loop.py. Ends with status 1 if any case is beyond the
@@ -15,8 +16,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import triplet_loop
@@ -34,10 +38,15 @@ def main() -> int:
     parser.add_argument("--max-rows", type=int, default=600)
     parser.add_argument("--max-dim", type=int, default=600)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--emulated", nargs="?", const="plain", choices=("plain", "asan", "tsan"), help="with --rules: "
+                        "csrc/cuda on the CPU, its tests' build or one with a sanitizer")  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="name every case before it runs")
     arguments = parser.parse_args()
+    if arguments.emulated and not arguments.rules:
+        parser.error("--emulated comes with --rules")
     if arguments.rules:
-        return rules(arguments)
+        with emulated_cuda(arguments.emulated) as launcher:
+            return rules(arguments, launcher)
     arguments.cases = 2000 if arguments.cases is None else arguments.cases
 
     totals: dict[torch.dtype, collections.Counter] = {dtype: collections.Counter() for dtype in DTYPES}
@@ -102,7 +111,21 @@ def main() -> int:
     return ended(failures)
 
 
-def rules(arguments: argparse.Namespace) -> int:
+@contextlib.contextmanager
+def emulated_cuda(sanitizer: str | None):
+    """None, or what runs csrc/cuda under the package while it lasts."""
+    if sanitizer is None:
+        yield None
+        return
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "emulated"))
+    from as_backend import emulated
+    from emulation import build
+
+    with tempfile.TemporaryDirectory() as directory, emulated(build(Path(directory), sanitizer)) as launcher:
+        yield launcher
+
+
+def rules(arguments: argparse.Namespace, launcher) -> int:
     combinations = triplet_loop.combinations()
     totals: dict[torch.dtype, collections.Counter] = {dtype: collections.Counter() for dtype in DTYPES}
     worst: dict[torch.dtype, collections.defaultdict] = {dtype: collections.defaultdict(float) for dtype in DTYPES}
@@ -114,6 +137,8 @@ def rules(arguments: argparse.Namespace) -> int:
         seen.add(seed % len(combinations))
         if arguments.verbose:
             print(case.name, flush=True)
+        if launcher:
+            launcher.next_case(seed)
         report = triplet_loop.check(case, arguments.device)
         total, bound = totals[case.x.dtype], worst[case.x.dtype]
         total.update(
@@ -155,13 +180,15 @@ def rules(arguments: argparse.Namespace) -> int:
 
 def where(arguments: argparse.Namespace) -> str:
     """The CPU path, or the GPU."""
+    if arguments.emulated:
+        return f"emulated CUDA ({arguments.emulated})"
     on_cpu = arguments.device == "cpu"
     return facenet_ext.cpu_isa_active() if on_cpu else torch.cuda.get_device_name(arguments.device)
 
 
 def ended(failures: list[str]) -> int:
-    for failure in failures[:20]:
-        print("FAILED", failure)
+    for failure in failures[:100]:
+        print("FAILED", failure[:1000])
     print(f"{len(failures)} cases beyond the bounds")
     return 1 if failures else 0
 

@@ -132,8 +132,23 @@ def test_evaluate_on_a_list_and_on_random_pairs(trained, some, tmp_path, capsys)
     assert "equal error rate" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:VAL at FAR")
+def test_evaluate_takes_the_pairs_of_the_training_and_not_people_it_trained_on(trained, tmp_path, capsys):
+    cli.main(["evaluate", "--model", str(trained[1]), "--far", "0.1"])
+    shown = capsys.readouterr().out
+    records = [json.loads(line) for line in (trained[1] / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if record["kind"] == "verification"][-1]
+    assert f"accuracy          {100 * last['accuracy']:6.2f} %" in shown
+    assert "pairs, random pairs of people held out of training, 10 folds" in shown
+    (tmp_path / "pairs.txt").write_text("2\np01\t1\t2\np02\t1\t3\np01\t1\tp02\t1\np02\t2\tp03\t1\n")
+    cli.main(["evaluate", "--model", str(trained[1]), "--pairs", str(tmp_path / "pairs.txt"), "--far", "0.1"])
+    assert f"4 pairs, {tmp_path / 'pairs.txt'}, 2 folds" in capsys.readouterr().out
+    cli.main(["evaluate", "--model", str(trained[1]), "--data", str(trained[0]), "--far", "0.1"])
+    assert "random pairs of everybody" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments, said", [
-    (["embed", "nowhere"], "no such folder"), (["compare", "nowhere.jpg"], "no such folder"),
+    (["embed", "nowhere"], "nowhere: no such file or folder"), (["compare", "nowhere.jpg"], "no such file or folder"),
 ])
 def test_errors_are_one_line(trained, tmp_path, capsys, arguments, said):
     with pytest.raises(SystemExit) as left:
@@ -143,6 +158,40 @@ def test_errors_are_one_line(trained, tmp_path, capsys, arguments, said):
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--model", str(tmp_path)])
     assert "no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [
+    "embed . --crop 3", "embed . --crop 0", "embed . --crop nan", "evaluate --far 2", "evaluate --seed -1",
+    "triplets . --count 0", "triplets . --count 9999", "cluster . --threshold -1", "train --steps 0",
+    "train --chunk -1", "train --save-every 0", "train --verify-every 0",
+    "train --people-per-batch 0",
+    "train --singletons -1", "train --dim 0", "train --threads 0", "train --minutes 0", "train --lr -1",
+    "train --margin -1", "train --margin inf", "train --weight-decay -1", "train --hold-out 1.5", "train --offline 0",
+    "train --seed -1", "train --size 0", "train --size 1x2x3", "train --without-set 0", "train --steps x"])
+def test_values_out_of_range_are_named(capsys, arguments):
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments.split() + ([] if arguments.startswith("train") else ["--model", "run"]))
+    name = next(word for word in arguments.split() if word.startswith("--"))
+    assert left.value.code == 2 and f"argument {name}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "tpu", "meta"])
+def test_a_device_that_is_not_there_is_named(trained, capsys, device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for arguments in (["embed", str(trained[0]), "--model", str(trained[1])], ["train"]):
+        with pytest.raises(SystemExit) as left:
+            cli.main([*arguments, "--device", device])
+        assert left.value.code == 2 and f"facenet-ext: device: {device!r} is" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, capsys):
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    for name in ("text.pt", "other.pt"):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["embed", str(tmp_path), "--model", str(tmp_path / name)])
+        assert left.value.code == 2 and f"{name}: no checkpoint of facenet-ext train" in capsys.readouterr().err
 
 
 def test_every_command_has_help(capsys):

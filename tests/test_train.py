@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -106,7 +105,9 @@ def test_interrupt_saves_and_leaves_cleanly(tmp_path, monkeypatch, capsys):
 
 
 def test_bfloat16_learns_too(tmp_path):
-    cli.main(["train", "--out", str(tmp_path), "--steps", "30", "--bf16", *SMALL])
+    """At 16 pixels: at 8 the last convolution, of stride 2, sees a map of 1 x 1, whose weight gradient oneDNN takes in
+    part from memory that nobody wrote."""
+    cli.main(["train", "--out", str(tmp_path), "--steps", "30", "--bf16", *SMALL, "--size", "16"])
     loss = [r["loss"] for r in records(tmp_path) if r["kind"] == "step"]
     assert np.mean(loss[-5:]) < 0.9 * np.mean(loss[:5])
     assert all(v.dtype != torch.bfloat16 for v in weights(tmp_path)["model"].values())
@@ -149,7 +150,7 @@ def test_learning_rate_of_the_presets():
     (lambda root: root.mkdir(), [], "no images"),
     (lambda root: faces(root, people=0), [], "0 with two or more"),
     (lambda root: faces(root, people=4), ["--people-per-batch", "1"], "at least 2 x 2"),
-    (lambda root: faces(root, people=4), ["--resume", "nowhere"], "no last.pt"),
+    (lambda root: faces(root, people=4), ["--resume", "nowhere"], "last.pt: no checkpoint of facenet-ext train"),
     (lambda root: faces(root, people=4), ["--people", "nowhere.txt"], "No such file or directory: '"),
 ])
 def test_data_that_cannot_serve_is_a_clear_error(tmp_path, capsys, make, options, said):
@@ -202,14 +203,16 @@ def test_two_ranks_train_one_model(tmp_path):
     script = ("import sys; from facenet_ext import cli, train\n"
               "end = train.Run.train\n"
               "def report(self):\n"
-              "    end(self); print('SUM', self.rank, sum(p.double().sum().item() for p in self.model.parameters()))\n"
+              "    end(self)\n"
+              "    total = sum(p.double().sum().item() for p in self.model.parameters())\n"
+              "    open(f'{self.options.out}.{self.rank}', 'w').write(repr(total))\n"
               "train.Run.train = report; cli.main(['train', *sys.argv[1:]])")
     (tmp_path / "ranks.py").write_text(script)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            str(tmp_path / "ranks.py"), *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    sums = dict(re.findall(r"SUM (\d) (-?[\d.]+)", done.stdout))  # two ranks may print into one line
-    assert set(sums) == {"0", "1"} and sums["0"] == sums["1"]
+    sums = [(tmp_path / f"out.{rank}").read_text() for rank in range(2)]  # not printed: two ranks share one line
+    assert sums[0] == sums[1]
     assert weights(tmp_path / "out")["step"] == 4 and done.stdout.count("before: accuracy") == 1
     cli.main(["train", "--out", str(tmp_path / "alone"), "--steps", "4", "--chunk", "7", *SMALL])
     assert any(not torch.equal(v, weights(tmp_path / "alone")["model"][k])

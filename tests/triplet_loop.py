@@ -456,7 +456,10 @@ def check(case: Case, device: torch.device | str = "cpu", judged_as: dict | None
         fit = fits(truth, sums, float(loss.detach()), got, stats)
         best = min(best or fit, fit, key=lambda f: beyond(f[:3], dtype))
     if best is None:
-        report.wrong.append(f"counts {dict(stats)}, expected {vars(certain)}, {len(uncertain)} uncertain")
+        report.wrong.append(
+            f"{int(stats.pairs)} terms, {int(stats.active)} active; expected {certain.terms}, {certain.active}, "
+            f"{len(uncertain)} uncertain"
+        )
         return report
     report.gradient, report.loss, report.mean, sums = best
     check_counts(truth, sums, stats, mined, report)

@@ -235,21 +235,28 @@ def _encode(case: Case, mining: bool) -> bytes:
     return b"".join(parts)
 
 
+def command(program: Path) -> list[str]:
+    # ThreadSanitizer of GCC 12 cannot live with addresses randomised as far as newer kernels do.
+    return ["setarch", "-R", str(program)] if (Path("/usr/bin/setarch").exists()) else [str(program)]
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 report_signal_unsafe=0",
+        "ASAN_OPTIONS": "exitcode=66 detect_leaks=0 detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
 def run(program: Path, cases: list[tuple[Case, bool]], directory: Path, timeout: float = 600) -> list[Outputs]:
     """Runs (case, mining) pairs in one process. Raises Finding when the emulation or a sanitizer objects."""
     directory.mkdir(parents=True, exist_ok=True)
     source, target = directory / "cases.bin", directory / "results.bin"
     source.write_bytes(b"".join(_encode(case, mining) for case, mining in cases))
-    options = {
-        "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 report_signal_unsafe=0",
-        "ASAN_OPTIONS": "exitcode=66 detect_leaks=0 detect_stack_use_after_return=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
-    # ThreadSanitizer of GCC 12 cannot live with addresses randomised as far as newer kernels do.
-    command = ["setarch", "-R", str(program)] if (Path("/usr/bin/setarch").exists()) else [str(program)]
     done = subprocess.run(
-        [*command, str(source), str(target)],
-        capture_output=True, text=True, errors="replace", timeout=timeout, env={**os.environ, **options},
+        [*command(program), str(source), str(target)],
+        capture_output=True, text=True, errors="replace", timeout=timeout, env=environment(),
     )  # fmt: skip
     if done.returncode != 0:
         raise Finding(f"exit status {done.returncode}\n{done.stderr[-6000:]}")

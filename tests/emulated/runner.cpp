@@ -131,6 +131,7 @@ int main(int argc, char** argv) {
     write_and_free(args.d2_ap, h.pairs * scalar);
     write_and_free(args.d2_an, h.pairs * scalar);
     write_and_free(args.is_fallback, h.pairs);
+    fflush(out);  // whoever waits at the other end of a pipe has this case's results
     free(args.workspace);
     free(draw_seed);
     free(candidates);
