@@ -1,15 +1,15 @@
 // Phase 4: from bucket minima to triplets, a warp per anchor, lane = pair.
 //
-//   best         suffix minimum over the buckets; bucket u - 1 then holds the negative of a positive with u thresholds <= its
-//   own d2_ap        becomes the gradient coefficient of the pair's positive (1, or 1 / d for the euclidean distance; 0: no
-//   hinge) coefficient  of its negative: those of pairs with the same negative are added up at the first of 32 neighbouring
-//   pairs list         per candidate, the slots that chose it
+//   best     suffix minimum over the buckets; bucket u - 1 then holds the negative of a positive with u thresholds <= its own
+//   d2_ap    becomes the coefficient of (a - p) in the gradient (1, or 1 / d for the euclidean distance; 0: no hinge)
+//   entry    the negative and the coefficient of (a - n); pairs with the same negative, of 32 neighbours, are added at the
+//   first list     per candidate, the slots that chose it
 //
-// The distances of a pair are those of the tiles, unless it is near: less than a quarter of |a|^2 + |n|^2 is left of one of
-// the two, so that the expansion's rounding would show. Such a pair is summed anew in direct form, sum (a - p)^2 and sum (a -
-// n)^2, two pairs at a time, 16 lanes each, 16 bytes per lane and load; both distances, because they are subtracted. All
-// pairs are where rows are longer than kExpandedDim, whose products the tensor cores may round too coarsely, and where they
-// are listed. Bytes: 40 per pair from L2; near pairs 2 rows more.
+// A pair's distances are those of the tiles, unless it is near: one of the two is less than a quarter of the largest
+// |a|^2 + |x|^2, so that the expansion's rounding would show. Such a pair is summed anew in direct form, sum (a - p)^2 and
+// sum (a - n)^2: both, because they are subtracted; two pairs at a time, 16 lanes each, 16 bytes per lane and load. So are
+// all pairs of rows longer than kExpandedDim, whose products tensor cores may round too coarsely, and pairs that are listed.
+// Bytes: 40 per pair from L2; two rows more where it is near.
 #pragma once
 
 #include "select.cuh"
@@ -284,7 +284,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
       }
       if (mine < count) {
         p.d2_ap[slot + mine] = c_ap;
-        p.entry[slot + mine] = {negative, speaks ? sum : Acc(0)};
+        p.entry[slot + mine] = {speaks || !p.plain ? negative : anchor_index, speaks ? sum : Acc(0)};
       }
       if (speaks) {
         const int32_t place = atomicAdd(&p.times_chosen[negative], 1);

@@ -80,6 +80,7 @@ struct Rows {
 template <class Acc>
 struct alignas(2 * sizeof(Acc)) Entry {
   int32_t row;  // before finish(): how many thresholds are not farther than the positive, 0: no pair; after it the index
+                // of the negative (plain, coefficient 0: of the anchor)
   Acc coefficient;  // in the gradient; 0: no term, or an earlier pair of the anchor has the same negative and speaks for both
 };
 

@@ -6,8 +6,7 @@
 namespace facenet_ext::cuda {
 
 template <Math M, class In>
-__global__ void __launch_bounds__(kThreads, 1)
-    triplet_kernel(const __grid_constant__ Problem<typename MathTraits<M>::Acc> p) {
+__device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>::Acc>& p) {
   constexpr bool kSlices = std::is_same<In, float>::value;
   FACENET_EXT_SHARED_MEMORY(shared_memory);
   // The pass stands in shared memory, not in registers, which the products need; behind it the phases lay out what they use.
@@ -53,7 +52,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (slices && !overflow) {
           order_lists(p, pass);
           grid_arrive(&block.ticket);  // lists and weights, for gather_slices(), which waits where it needs them
-          gather_slices(p, pass, &block.ticket, slice);
+          if (p.slice_lanes == 8) gather_slices<8>(p, pass, &block.ticket, slice);
+          else if (p.slice_lanes == 4) gather_slices<4>(p, pass, &block.ticket, slice);
+          else gather_slices<2>(p, pass, &block.ticket, slice);
           return;
         }
         cp_async_wait<0>();
@@ -71,6 +72,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     grid_sync();  // all are done with the slots, and the block with the pass
     if (thread_index() == 0) pass.advance(p.anchors.count);
   }
+}
+
+template <Math M, class In>
+__global__ void __launch_bounds__(kThreads, 1)
+    triplet_kernel(const __grid_constant__ Problem<typename MathTraits<M>::Acc> p) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
+  constexpr bool kCompiled = true;
+#else
+  constexpr bool kCompiled = M != Math::simt32;  // never launched there: not worth compiling
+#endif
+  if constexpr (kCompiled) run_phases<M, In>(p);
 }
 
 // Bytes of shared memory, with as many buckets per anchor as a block may have.

@@ -119,7 +119,7 @@ def test_buckets_under_sanitizers(programs, tmp_path, sanitizer):
 
 
 def slice_cases() -> list:
-    """Slices of 1, 2, 4 and 8 vectors (by D, and by what fits), ragged ones, more of them than blocks; then gradients that
+    """Slices of 2, 4 and 8 vectors (by D, and by what fits), ragged ones, more of them than blocks; then gradients that
     are gathered from memory after all: a list is too long, several passes."""
     shapes = [(70, 4), (33, 8), (65, 16), (130, 20), (70, 100), (48, 128), (15, 132)]
     cases = [simple(n, d, 9, rows="mid", margin=1.0, multiprocessors=m) for m, (n, d) in enumerate(shapes, 1)]

@@ -47,7 +47,7 @@ BUGS = {
         "triplet_kernel.cuh", "    grid_sync();  // coefficients, lists,", "    // coefficients, lists,", "tsan",
     ),
     "grid_barrier_before_lists_are_read": (
-        "slices.cuh", "      if (is_first) grid_wait(ticket);  // 5a of all blocks\n", "", "tsan",
+        "slices.cuh", "          if (is_waiting) grid_wait(ticket);  // 5a of all blocks\n", "", "tsan",
     ),
     "block_barrier_before_the_slice": (
         "slices.cuh", "    __syncthreads();  // everybody's part of the slice has landed\n", "", "tsan",
