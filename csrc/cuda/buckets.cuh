@@ -185,8 +185,7 @@ __device__ __forceinline__ void offer_in_shared(const Problem<float>& p, const P
     for (int i = 0; i < kSearches / 4; ++i) {
       ranks[i] = *reinterpret_cast<const Vector<uint32_t, 4>*>(rank + from + 4 * i);
     }
-    const uint32_t far = load_relaxed(&s.ranges->far[place]);
-    uint32_t beyond = 0;  // those that no tag holds
+    uint32_t most = 0;
 #pragma unroll
     for (int j = 0; j < kSearches; ++j) {
       const uint32_t steps = ordered_bits(d[j]) - base, tag = steps * kRanks + ranks[j / 4].element[j % 4];
@@ -196,7 +195,14 @@ __device__ __forceinline__ void offer_in_shared(const Problem<float>& p, const P
         uint32_t* least = shared_words(at[j] + least_behind);
         if (tag < load_relaxed(least)) atomicMin(least, tag);
       }
-      beyond |= steps >= kTagSteps && ordered_bits(d[j]) <= far ? 1u << j : 0u;
+      most = max(most, steps);
+    }
+    if (most < kTagSteps) continue;
+    const uint32_t far = load_relaxed(&s.ranges->far[place]);
+    uint32_t beyond = 0;  // those that no tag holds
+#pragma unroll
+    for (int j = 0; j < kSearches; ++j) {
+      beyond |= ordered_bits(d[j]) - base >= kTagSteps && ordered_bits(d[j]) <= far ? 1u << j : 0u;
     }
     while (beyond != 0) {
       const int j = from + __ffs(static_cast<int>(beyond)) - 1;

@@ -2,8 +2,8 @@
 //
 //   best     suffix minimum over the buckets; bucket u - 1 then holds the negative of a positive with u thresholds <= its own
 //   d2_ap    becomes the coefficient of (a - p) in the gradient (1, or 1 / d for the euclidean distance; 0: no hinge)
-//   entry    the negative and the coefficient of (a - n); pairs with the same negative, of 32 neighbours, are added at the
-//   first list     per candidate, the slots that chose it
+//   entry    the negative and the coefficient of (a - n); of 32 neighbouring pairs, those with one negative count as one
+//   list     per candidate, the slots that chose it
 //
 // A pair's distances are those of the tiles, unless it is near: one of the two is less than a quarter of the largest
 // |a|^2 + |x|^2, so that the expansion's rounding would show. Such a pair is summed anew in direct form, sum (a - p)^2 and

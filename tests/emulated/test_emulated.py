@@ -150,6 +150,7 @@ def test_result_does_not_depend_on_schedule_or_grid(programs, tmp_path):
     """Bit for bit: no float is added in an order that threads decide."""
     for base in (
         simple(150, 33, 30, rows="mid", margin=1.0),
+        simple(150, 36, 30, rows="mid", margin=1.0),
         simple(120, 3, 2, rows="duplicates", margin=0.25),
         simple(90, 9, 12, negatives="random_semi_hard", margin=1.0, soft_margin=True),
     ):
