@@ -77,7 +77,7 @@ __device__ __forceinline__ void for_each_bucket(const Problem<float>& p, const P
   const int32_t a = first + thread_index() % kWidth;
   const bool has = pass.has(a);
   const uint32_t base = has ? ordered_bits(p.base[a]) : 0;
-#pragma unroll 4  // loads in flight
+#pragma unroll 10  // loads in flight
   for (int32_t r = thread_index() / kWidth; r < pass.buckets; r += kThreads / kWidth) {
     body(has ? a - pass.begin + r * pass.width : -1, r + 1, base);
   }
@@ -112,12 +112,13 @@ __device__ __forceinline__ void load_buckets(const Problem<float>& p, const Pass
 template <int kWidth>
 __device__ __forceinline__ void store_buckets(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
                                               const int32_t* index, int32_t first, int place) {
+  const bool is_first = s.cursor->is_first;  // then there is hardly anything to compare with
   const int at = place + thread_index() % kWidth;
   for_each_bucket<kWidth>(p, pass, first, [&](int32_t bucket, int32_t row, uint32_t base) {
     const uint32_t tag = s.buckets[row].least[at];
     if (bucket < 0 || tag == kNoTag) return;
     const uint64_t key = pack(base + tag / kRanks, static_cast<uint32_t>(index[tag % kRanks]));
-    if (key < load_relaxed(p.best + bucket)) atomic_min(p.best + bucket, key);
+    if (is_first || key < load_relaxed(p.best + bucket)) atomic_min(p.best + bucket, key);
   });
 }
 

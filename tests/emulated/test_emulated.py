@@ -94,9 +94,9 @@ def test_near_pairs_are_summed_in_direct_form(programs, tmp_path):
 
 
 def bucket_cases(sizes: tuple[int, ...]) -> list:
-    """As many thresholds as searches of each length tell apart, up to those that shared memory does not hold; ties, equal
-    rows (thresholds of 0), and distances that a tag does not reach: closer than an eighth of the farthest positive, farther
-    than twice that."""
+    """As many thresholds as searches of each length tell apart, up to those that shared memory does not hold; ties,
+    equal rows (thresholds of 0), and distances that a tag does not reach: closer than an eighth of the farthest
+    positive, farther than twice that."""
     kinds = ("grid", "duplicates", "norms", "mid")
     cases = [
         simple(max(2 * k, 66), 3 + k % 3, max(66 // k, 2), rows=kinds[i % 4], margin=0.25, shared_kib=227, seed=i)

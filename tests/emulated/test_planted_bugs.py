@@ -34,8 +34,11 @@ BUGS = {
     ),
     "grid_barrier_before_gather": ("triplet_kernel.cuh", "        grid_sync();  // list\n", "", "tsan"),
     "thresholds_not_waited_for": (
-        "select.cuh", "            grid_wait(ticket);  // thresholds, empty buckets, the order of the tiles' rows\n            load_all();\n",
-        "            load_all();\n            grid_wait(ticket);\n", "tsan",
+        "select.cuh",
+        "            grid_wait(ticket);  // thresholds, empty buckets, the order of the tiles' rows\n"
+        "            load_all();\n",
+        "            load_all();\n            grid_wait(ticket);\n",
+        "tsan",
     ),
     "barrier_left_open": (
         "select.cuh", "      if (is_waiting()) grid_wait(ticket);\n", "", "plain",
@@ -53,7 +56,9 @@ BUGS = {
         "slices.cuh", "      __syncthreads();  // the slice before has been read\n", "", "tsan",
     ),
     "slice_not_waited_for": (
-        "slices.cuh", "    cp_async_wait<0>();\n    __syncthreads();  // everybody's", "    __syncthreads();  // everybody's",
+        "slices.cuh",
+        "    cp_async_wait<0>();\n    __syncthreads();  // everybody's",
+        "    __syncthreads();  // everybody's",
         "plain",
     ),
     "slice_arrives_in_the_next_phase": (
