@@ -172,7 +172,7 @@ struct Problem {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Slots per row of input. With them a float problem needs 22 N D + 950 N bytes, a double one 21.5 N D + 860 N.
+// Slots per row of input. With them a problem needs 22 N D + 830 N bytes.
 template <class Acc>
 int64_t slots_for(int64_t rows, int64_t dim, int64_t anchors, int64_t candidates) {
   const int64_t per_row = sizeof(Acc) == 4 ? 24 + dim / 2 : 14 + dim / 8;

@@ -5,18 +5,16 @@
 //                                coefficients of the class, both directions added  ->  weight
 //   5b gather   a block per slice and group of rows; it reads its rows' partners from the slice, which holds every row
 //
-//              32 columns   32 ..  32 ..  32 ..           A warp has R rows of the group at a time (32 columns: R = 4), 128 /
-//              R
-//            +-----------+-----------+-----+-----+        bytes, that is L = 32 / R lanes, for each.
-//    group 0 |  block 0  |  block 1  |     |     |
-//            +-----------+-----------+-----+-----+        class        L lanes a row: R rows hear of one row of their class
-//            at
-//    group 1 |  block 4  |           |     |     |                     a time, which is one broadcast
-//            +-----------+-----------+-----+-----+        own, chosen  L lanes an entry: R entries of one row's list at a
-//            time, :                                   :                     added over the groups of lanes in the end
+//              32 columns  32 ..  32 ..  32 ..       A warp has R rows of the group at a time, L = 32 / R lanes for each,
+//            +-----------+------+------+------+      16 bytes a lane (32 columns: L = 8, R = 4).
+//    group 0 |  block 0  |  1   |  2   |  3   |
+//            +-----------+------+------+------+      class: L lanes have a row; R rows hear of one mate at a time
+//    group 1 |  block 4  |  5   |      |      |      own negatives, chosen: L lanes have an entry; R entries of one row's
+//            +-----------+------+------+------+      list at a time, whose sums are added in the end
+//            :                                :
 //
-// The slice is on its way while phase 4 runs. Bytes from L2: X once per group, each list once per slice. Shared memory: 128
-// bytes a row and entry or, of a class, every R of them.
+// The slice is on its way while phase 4 runs. The grid barrier behind 5a is in halves: own negatives do not wait for it.
+// Bytes from L2: X once per group, each list once per slice. Shared memory: 16 L bytes per entry; per mate for R rows.
 #pragma once
 
 #include "gradient.cuh"
@@ -26,7 +24,6 @@ namespace facenet_ext::cuda {
 struct SliceShared {
   FinishShared* totals;  // finish() runs beside the slice that arrives
   double* sums;  // [3 kWarps]; and so does write_loss()
-  uint32_t* ticket;  // of the grid barrier between 5a and 5b
   float* x;  // [count][4 lanes] by index
 };
 __host__ __device__ inline SliceShared carve_slice(Carver& carver, int64_t count, int32_t lanes) {
