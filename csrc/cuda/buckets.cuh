@@ -77,7 +77,7 @@ __device__ __forceinline__ void for_each_bucket(const Problem<float>& p, const P
   const int32_t a = first + thread_index() % kWidth;
   const bool has = pass.has(a);
   const uint32_t base = has ? ordered_bits(p.base[a]) : 0;
-#pragma unroll 4  // loads in flight
+#pragma unroll 10  // loads in flight
   for (int32_t r = thread_index() / kWidth; r < pass.buckets; r += kThreads / kWidth) {
     body(has ? a - pass.begin + r * pass.width : -1, r + 1, base);
   }
@@ -112,12 +112,13 @@ __device__ __forceinline__ void load_buckets(const Problem<float>& p, const Pass
 template <int kWidth>
 __device__ __forceinline__ void store_buckets(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
                                               const int32_t* index, int32_t first, int place) {
+  const bool is_first = s.cursor->is_first;  // then there is hardly anything to compare with
   const int at = place + thread_index() % kWidth;
   for_each_bucket<kWidth>(p, pass, first, [&](int32_t bucket, int32_t row, uint32_t base) {
     const uint32_t tag = s.buckets[row].least[at];
     if (bucket < 0 || tag == kNoTag) return;
     const uint64_t key = pack(base + tag / kRanks, static_cast<uint32_t>(index[tag % kRanks]));
-    if (key < load_relaxed(p.best + bucket)) atomic_min(p.best + bucket, key);
+    if (is_first || key < load_relaxed(p.best + bucket)) atomic_min(p.best + bucket, key);
   });
 }
 
@@ -185,8 +186,7 @@ __device__ __forceinline__ void offer_in_shared(const Problem<float>& p, const P
     for (int i = 0; i < kSearches / 4; ++i) {
       ranks[i] = *reinterpret_cast<const Vector<uint32_t, 4>*>(rank + from + 4 * i);
     }
-    const uint32_t far = load_relaxed(&s.ranges->far[place]);
-    uint32_t beyond = 0;  // those that no tag holds
+    uint32_t most = 0;
 #pragma unroll
     for (int j = 0; j < kSearches; ++j) {
       const uint32_t steps = ordered_bits(d[j]) - base, tag = steps * kRanks + ranks[j / 4].element[j % 4];
@@ -196,7 +196,14 @@ __device__ __forceinline__ void offer_in_shared(const Problem<float>& p, const P
         uint32_t* least = shared_words(at[j] + least_behind);
         if (tag < load_relaxed(least)) atomicMin(least, tag);
       }
-      beyond |= steps >= kTagSteps && ordered_bits(d[j]) <= far ? 1u << j : 0u;
+      most = max(most, steps);
+    }
+    if (most < kTagSteps) continue;
+    const uint32_t far = load_relaxed(&s.ranges->far[place]);
+    uint32_t beyond = 0;  // those that no tag holds
+#pragma unroll
+    for (int j = 0; j < kSearches; ++j) {
+      beyond |= ordered_bits(d[j]) - base >= kTagSteps && ordered_bits(d[j]) <= far ? 1u << j : 0u;
     }
     while (beyond != 0) {
       const int j = from + __ffs(static_cast<int>(beyond)) - 1;

@@ -1,15 +1,15 @@
 // Phase 4: from bucket minima to triplets, a warp per anchor, lane = pair.
 //
-//   best         suffix minimum over the buckets; bucket u - 1 then holds the negative of a positive with u thresholds <= its
-//   own d2_ap        becomes the gradient coefficient of the pair's positive (1, or 1 / d for the euclidean distance; 0: no
-//   hinge) coefficient  of its negative: those of pairs with the same negative are added up at the first of 32 neighbouring
-//   pairs list         per candidate, the slots that chose it
+//   best     suffix minimum over the buckets; bucket u - 1 then holds the negative of a positive with u thresholds <= its own
+//   d2_ap    becomes the coefficient of (a - p) in the gradient (1, or 1 / d for the euclidean distance; 0: no hinge)
+//   entry    the negative and the coefficient of (a - n); of 32 neighbouring pairs, those with one negative count as one
+//   list     per candidate, the slots that chose it
 //
-// The distances of a pair are those of the tiles, unless it is near: less than a quarter of |a|^2 + |n|^2 is left of one of
-// the two, so that the expansion's rounding would show. Such a pair is summed anew in direct form, sum (a - p)^2 and sum (a -
-// n)^2, two pairs at a time, 16 lanes each, 16 bytes per lane and load; both distances, because they are subtracted. All
-// pairs are where rows are longer than kExpandedDim, whose products the tensor cores may round too coarsely, and where they
-// are listed. Bytes: 40 per pair from L2; near pairs 2 rows more.
+// A pair's distances are those of the tiles, unless it is near: one of the two is less than a quarter of the largest
+// |a|^2 + |x|^2, so that the expansion's rounding would show. Such a pair is summed anew in direct form, sum (a - p)^2 and
+// sum (a - n)^2: both, because they are subtracted; two pairs at a time, 16 lanes each, 16 bytes per lane and load. So are
+// all pairs of rows longer than kExpandedDim, whose products tensor cores may round too coarsely, and pairs that are listed.
+// Bytes: 40 per pair from L2; two rows more where it is near.
 #pragma once
 
 #include "select.cuh"
@@ -113,9 +113,12 @@ template <class Acc>
 __device__ __forceinline__ void suffix_minimum(const Problem<Acc>& p, int32_t bucket, int32_t step, int32_t count) {
   const int lane = thread_index() % 32;
   Winner later{kEmpty, ~0u};
-  for (int32_t base = (count - 1) / 32 * 32; base >= 0; base -= 32) {
-    Winner mine{kEmpty, ~0u};
-    if (base + lane < count) mine = load_winner(p, bucket + (base + lane) * step);
+  int32_t base = (count - 1) / 32 * 32;
+  Winner next{kEmpty, ~0u};  // on its way while the buckets behind it are looked at
+  if (base >= 0 && base + lane < count) next = load_winner(p, bucket + (base + lane) * step);
+  for (; base >= 0; base -= 32) {
+    Winner mine = next;
+    if (base > 0) next = load_winner(p, bucket + (base - 32 + lane) * step);
     for (int by = 1; by < 32; by *= 2) {
       const Winner other{__shfl_down_sync(kWholeWarp, mine.bits, by), __shfl_down_sync(kWholeWarp, mine.index, by)};
       if (lane + by < 32 && other < mine) mine = other;
@@ -177,30 +180,38 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
     const int32_t anchor_index = sorted_index(p, p.anchors)[a];
     double loss = 0, sum_ap = 0, sum_an = 0;
     const Expanded expanded(p, pass, a);
+    struct Pair {
+      int32_t not_farther, positive;
+      Acc d2_ap;
+    };
+    const auto load_pair = [&](int32_t at) -> Pair {
+      if (at >= count) return {0, 0, 0};
+      const int32_t c = begin + at + (own >= 0 && begin + at >= own ? 1 : 0);
+      return {p.entry[slot + at].row, sorted_index(p, p.candidates)[c], p.d2_ap[slot + at]};
+    };
+    Pair next = load_pair(lane);
     if (p.negatives == Negatives::semi_hard) suffix_minimum(p, bucket, step, count);
     __syncwarp();  // minima, which all lanes read
     int64_t pair = p.mining ? p.pair_begin[anchor_index] : 0;  // place of the next one in the list
 #pragma unroll 1
     for (int32_t base = 0; base < count; base += 32) {
       // lane = pair: its negative
-      const int32_t mine = base + lane;
-      int32_t positive = 0, negative = 0;  // any row, where there is no pair
-      bool is_pair = false, is_fallback = false;
+      const int32_t mine = base + lane, positive = next.positive;
+      int32_t negative = positive;  // any row, where there is no pair
+      const bool is_pair = next.not_farther > 0;
+      bool is_fallback = false;
       Acc d2_ap = 0, d2_an = 0;
-      if (mine < count) {
-        const int32_t not_farther = p.entry[slot + mine].row;
-        positive = negative = sorted_index(p, p.candidates)[begin + mine + (own >= 0 && begin + mine >= own ? 1 : 0)];
-        is_pair = not_farther > 0;
-        if (is_pair) {
-          Winner winner = load_winner(p, bucket + (not_farther - 1) * step);
-          is_fallback = winner.none() && p.negatives != Negatives::hard;
-          if (!winner.none() || !p.without_negative) {
-            if (winner.none()) winner = farthest_of(p, a);
-            negative = static_cast<int32_t>(winner.index);
-          }
-          d2_ap = p.d2_ap[slot + mine];
-          d2_an = static_cast<Acc>(__uint_as_float(static_cast<uint32_t>(winner.bits)));
+      const Pair pair_here = next;
+      next = load_pair(mine + 32);  // on its way meanwhile
+      if (is_pair) {
+        Winner winner = load_winner(p, bucket + (pair_here.not_farther - 1) * step);
+        is_fallback = winner.none() && p.negatives != Negatives::hard;
+        if (!winner.none() || !p.without_negative) {
+          if (winner.none()) winner = farthest_of(p, a);
+          negative = static_cast<int32_t>(winner.index);
         }
+        d2_ap = pair_here.d2_ap;
+        d2_an = static_cast<Acc>(__uint_as_float(static_cast<uint32_t>(winner.bits)));
       }
       const bool counts_here = is_pair && !(is_fallback && p.without_negative);
       const bool is_direct = counts_here && (p.direct || expanded.is_near(d2_ap) || expanded.is_near(d2_an));
@@ -284,7 +295,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
       }
       if (mine < count) {
         p.d2_ap[slot + mine] = c_ap;
-        p.entry[slot + mine] = {negative, speaks ? sum : Acc(0)};
+        p.entry[slot + mine] = {speaks || !p.plain ? negative : anchor_index, speaks ? sum : Acc(0)};
       }
       if (speaks) {
         const int32_t place = atomicAdd(&p.times_chosen[negative], 1);

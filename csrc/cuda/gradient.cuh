@@ -15,8 +15,10 @@
 // A candidate's list stands in its own places of `list`; only if some list is longer do two more phases, each behind a grid
 // barrier, build them anew:
 //
-//   reserve     list_begin: the end of a piece of `list` for every row; which piece depends on the schedule, its content does
-//   not fill        list[--list_begin[n]] = slot, for all slots
+//   reserve     list_begin: the end of a piece of `list` for every row; the schedule decides where, not what it will hold
+//   fill        list[--list_begin[n]] = slot, for all slots
+//
+// slices.cuh does most of this for float rows that fit in shared memory, slice by slice.
 #pragma once
 
 #include "finish.cuh"

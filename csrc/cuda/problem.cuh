@@ -80,6 +80,7 @@ struct Rows {
 template <class Acc>
 struct alignas(2 * sizeof(Acc)) Entry {
   int32_t row;  // before finish(): how many thresholds are not farther than the positive, 0: no pair; after it the index
+                // of the negative (plain, coefficient 0: of the anchor)
   Acc coefficient;  // in the gradient; 0: no term, or an earlier pair of the anchor has the same negative and speaks for both
 };
 
@@ -177,8 +178,7 @@ bool is_widened(const TripletArgs& args) {
   return (M == Math::split || M == Math::simt32) && args.dtype != DType::float32;
 }
 
-// Slots per row of input. With them a float problem needs 22 N D + 950 N bytes, one that is widened 24 N D + 950 N, a double
-// one 21.5 N D + 860 N.
+// Slots per row of input. With them a problem needs 22 N D + 830 N bytes, one that is widened 2 N D more.
 template <class Acc>
 int64_t slots_for(int64_t rows, int64_t dim, int64_t anchors, int64_t candidates, bool widened) {
   const int64_t per_row = sizeof(Acc) == 8 ? 14 + dim / 8 : 24 + (widened ? 3 * dim / 7 : dim / 2);

@@ -420,7 +420,6 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
     }
   };
   const auto is_waiting = [&] { return round == 0 && s.cursor->is_first; };
-  __syncthreads();  // the phase before is done with this memory
   if (thread_index() == 0) s.cursor->row = -1;
   if constexpr (sizeof(Acc) == 4) {
     if (pass.in_shared) clear_beyond(pass, s.buckets);

@@ -5,18 +5,16 @@
 //                                coefficients of the class, both directions added  ->  weight
 //   5b gather   a block per slice and group of rows; it reads its rows' partners from the slice, which holds every row
 //
-//              32 columns   32 ..  32 ..  32 ..           A warp has R rows of the group at a time (32 columns: R = 4), 128 /
-//              R
-//            +-----------+-----------+-----+-----+        bytes, that is L = 32 / R lanes, for each.
-//    group 0 |  block 0  |  block 1  |     |     |
-//            +-----------+-----------+-----+-----+        class        L lanes a row: R rows hear of one row of their class
-//            at
-//    group 1 |  block 4  |           |     |     |                     a time, which is one broadcast
-//            +-----------+-----------+-----+-----+        own, chosen  L lanes an entry: R entries of one row's list at a
-//            time, :                                   :                     added over the groups of lanes in the end
+//              32 columns  32 ..  32 ..  32 ..       A warp has R rows of the group at a time, L = 32 / R lanes for each,
+//            +-----------+------+------+------+      16 bytes a lane (32 columns: L = 8, R = 4).
+//    group 0 |  block 0  |  1   |  2   |  3   |
+//            +-----------+------+------+------+      class: L lanes have a row; R rows hear of one mate at a time
+//    group 1 |  block 4  |  5   |      |      |      own negatives, chosen: L lanes have an entry; R entries of one row's
+//            +-----------+------+------+------+      list at a time, whose sums are added in the end
+//            :                                :
 //
-// The slice is on its way while phase 4 runs. Bytes from L2: X once per group, each list once per slice. Shared memory: 128
-// bytes a row and entry or, of a class, every R of them.
+// The slice is on its way while phase 4 runs. The grid barrier behind 5a is in halves: own negatives do not wait for it.
+// Bytes from L2: X once per group, each list once per slice. Shared memory: 16 L bytes per entry; per mate for R rows.
 #pragma once
 
 #include "gradient.cuh"
@@ -26,7 +24,6 @@ namespace facenet_ext::cuda {
 struct SliceShared {
   FinishShared* totals;  // finish() runs beside the slice that arrives
   double* sums;  // [3 kWarps]; and so does write_loss()
-  uint32_t* ticket;  // of the grid barrier between 5a and 5b
   float* x;  // [count][4 lanes] by index
 };
 __host__ __device__ inline SliceShared carve_slice(Carver& carver, int64_t count, int32_t lanes) {
@@ -95,38 +92,42 @@ __device__ __forceinline__ void order_lists(const Problem<float>& p, const Pass&
 
 using Four = Vector<float, 4>;
 
-__device__ __forceinline__ void add_difference(float coefficient, const Four& x, const Four& other, Four& sum) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sum.element[i] = fmaf(coefficient, x.element[i] - other.element[i], sum.element[i]);
-}
+constexpr int kInFlight = 10;  // entries on their way from L2
 
-// sum += coefficient * (x - row) over entries first, first + step, … of `count`; get(e) loads one.
-template <class Get>
-__device__ __forceinline__ void add_entries(const Four* slice, int32_t lanes, int32_t first, int32_t step, int32_t count,
-                                            const Four& x, Four& sum, Get get) {
-  constexpr int kInFlight = 10;
-#pragma unroll 1
-  for (; first < count; first += kInFlight * step) {
-    Entry<float> entry[kInFlight];
+// sum += coefficient * (x - row) for a batch of entries. `slice`: in shared memory, this lane's part of row 0. An entry of
+// coefficient 0 names a row that is not far away: its product is 0, not 0 * infinity.
+template <int kLanes>
+__device__ __forceinline__ void add_batch(uint32_t slice, const Entry<float> (&entry)[kInFlight], const Four& x, Four& sum) {
+  uint32_t any = 0;
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) entry[i] = first + i * step < count ? get(first + i * step) : Entry<float>{0, 0.f};
+  for (int i = 0; i < kInFlight; ++i) any |= ordered_bits(entry[i].coefficient);
+  if (any == 0) return;  // late in training most pairs have no term
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {  // not 0 * (x - row), which may be 0 * infinity
-      if (entry[i].coefficient != 0) add_difference(entry[i].coefficient, x, slice[entry[i].row * lanes], sum);
+  for (int i = 0; i < kInFlight; ++i) {
+    const Four row =
+        *reinterpret_cast<const Four*>(shared_words(slice + static_cast<uint32_t>(entry[i].row) * (16 * kLanes)));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      sum.element[k] = fmaf(entry[i].coefficient, x.element[k] - row.element[k], sum.element[k]);
     }
   }
 }
 
 // Phase 5b. The first item's slice is on its way; grid_arrive() stands behind 5a.
+template <int kLanes>
 __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pass& pass, const uint32_t* ticket,
                                               const SliceShared& s) {
+  constexpr int kRows = 32 / kLanes;  // that a warp has at a time
   const float scale = static_cast<float>((p.euclidean || p.cosine ? 1 : 2) / divisor(p));
   const SliceGrid grid(p);
-  const int32_t lanes = p.slice_lanes, rows_each = 32 / lanes;
-  const int32_t warp = thread_index() / 32, group = thread_index() % 32 / lanes;
-  const Four* slice = reinterpret_cast<const Four*>(s.x) + thread_index() % lanes;
+  const int32_t warp = thread_index() / 32, group = thread_index() % 32 / kLanes;
+  const uint32_t slice = shared_address(s.x + thread_index() % kLanes * 4);
+  const auto load_row = [&](int32_t index) {
+    return *reinterpret_cast<const Four*>(shared_words(slice + static_cast<uint32_t>(index) * (16 * kLanes)));
+  };
+  const int32_t stride = pass.stride;
   const Rows<float>& rows = p.candidates;
-  bool is_first = true;  // the lists may not be there yet
+  bool is_waiting = true;  // the lists of other blocks may not be there yet
 #pragma unroll 1
   for (int32_t item = block_index(); item < grid.items(); item += grid_size()) {
     if (item != block_index()) {
@@ -137,26 +138,60 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
     __syncthreads();  // everybody's part of the slice has landed
     const int32_t end = grid.row(p, item / grid.slices + 1), column = grid.column(p, item);
 #pragma unroll 1
-    for (int32_t top = grid.row(p, item / grid.slices); top < end; top += kWarps * rows_each) {
-      const int32_t position = top + warp * rows_each + group;
+    for (int32_t top = grid.row(p, item / grid.slices); top < end; top += kWarps * kRows) {
+      const int32_t position = top + warp * kRows + group;
       const bool has = position < end;
       const int32_t index = has ? sorted_index(p, rows)[position] : 0, slot = has ? pass.slot(position) : 0;
       const int32_t begin = has ? rows.mate_begin[position] : 0, mates_end = has ? rows.mate_end[position] : 0;
       const int32_t count = has ? count_positives(p, begin, mates_end) : 0, length = has ? p.times_chosen[index] : 0;
-      const Four x = slice[index * lanes];
+      const Four x = load_row(index);
       Four sum{};
-      // Of one row's list each group of lanes adds every rows_each-th entry; then the groups' sums are added in pairs.
-      const auto subtract_list = [&](auto entries_of, int32_t its_count) {
 #pragma unroll 1
-        for (int32_t r = 0; r < rows_each; ++r) {
-          const int32_t from = r * lanes, entries = __shfl_sync(kWholeWarp, its_count, from);
+      for (int list = 0; list < 2; ++list) {  // own, then chosen
+        if (list == 1) {
+          if (is_waiting) grid_wait(ticket);  // 5a of all blocks
+          is_waiting = false;
+          // weight(row, mate) = weight(mate, row): those of neighbouring rows are neighbours
+          const int32_t size = count > 0 ? mates_end - begin : 0, own = position - begin;
+          const int32_t* mates = sorted_index(p, rows) + begin;
+          const float* weights = p.threshold + pass.slot(begin);
+#pragma unroll 1
+          for (int32_t first = 0; first < size; first += kInFlight) {
+            Entry<float> entry[kInFlight];
+#pragma unroll
+            for (int i = 0; i < kInFlight; ++i) {
+              const int32_t e = first + i;
+              entry[i] = {index, 0.f};
+              if (e < size && e != own) {
+                const float weight = weights[e * stride + own - (e < own ? 1 : 0)];
+                entry[i] = {weight != 0 ? mates[e] : index, weight};
+              }
+            }
+            add_batch<kLanes>(slice, entry, x, sum);
+          }
+        }
+        // Of one row's list each group of lanes adds every kRows-th entry; then the groups' sums are added in pairs.
+#pragma unroll 1
+        for (int r = 0; r < kRows; ++r) {
+          const int32_t entries = __shfl_sync(kWholeWarp, list == 0 ? count : length, r * kLanes);
           if (entries == 0) continue;
-          const int32_t of_index = __shfl_sync(kWholeWarp, index, from), of_slot = __shfl_sync(kWholeWarp, slot, from);
+          const int32_t its_index = __shfl_sync(kWholeWarp, index, r * kLanes);
+          const int32_t its_slot = __shfl_sync(kWholeWarp, slot, r * kLanes);
+          const Entry<float>* its_list = list == 0 ? p.entry + its_slot : chosen_of(p, its_index);
+          const Four its_x = load_row(its_index);
           Four part{};
-          const Entry<float>* list = entries_of(of_index, of_slot);
-          add_entries(slice, lanes, group, rows_each, entries, slice[of_index * lanes], part,
-                      [&](int32_t e) { return list[e]; });
-          for (int32_t by = 16; by >= lanes; by /= 2) {
+#pragma unroll 1
+          for (int32_t first = group; first < entries; first += kInFlight * kRows) {
+            const Entry<float>* at = its_list + first;
+            Entry<float> entry[kInFlight];
+#pragma unroll
+            for (int i = 0; i < kInFlight; ++i) {
+              entry[i] = first + i * kRows < entries ? at[i * kRows] : Entry<float>{its_index, 0.f};
+            }
+            add_batch<kLanes>(slice, entry, its_x, part);
+          }
+#pragma unroll
+          for (int by = 16; by >= kLanes; by /= 2) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) part.element[i] += __shfl_xor_sync(kWholeWarp, part.element[i], by);
           }
@@ -165,24 +200,14 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
             for (int i = 0; i < 4; ++i) sum.element[i] -= part.element[i];
           }
         }
-      };
-      subtract_list([&](int32_t, int32_t of_slot) { return p.entry + of_slot; }, count);
-      if (is_first) grid_wait(ticket);  // 5a of all blocks
-      is_first = false;
-      add_entries(slice, lanes, 0, 1, count > 0 ? mates_end - begin : 0, x, sum, [&](int32_t e) -> Entry<float> {
-        const int32_t mate = begin + e;
-        if (mate == position) return {index, 0.f};
-        // weight(row, mate) = weight(mate, row): those of neighbouring rows are neighbours
-        return {sorted_index(p, rows)[mate], p.threshold[pass.slot(mate) + positive_rank(begin, mate, position)]};
-      });
-      subtract_list([&](int32_t of_index, int32_t) { return chosen_of(p, of_index); }, length);
+      }
       if (!has || column >= p.dim) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum.element[i] *= scale;
       *reinterpret_cast<Four*>(static_cast<float*>(rows.gradient_out) + int64_t(index) * p.dim + column) = sum;
     }
   }
-  if (is_first) {  // no item: neither a copy nor a barrier may be left open
+  if (is_waiting) {  // no row: neither a copy nor a barrier may be left open
     cp_async_wait<0>();
     grid_wait(ticket);
   }
@@ -194,14 +219,13 @@ inline int32_t choose_slice(const TripletArgs& args, const Problem<float>& p, in
   const bool aligned = p.candidates.aligned && reinterpret_cast<uintptr_t>(p.candidates.gradient_out) % 16 == 0;
   if (!p.plain || p.normalize || !aligned || p.candidates.gradient_out == nullptr) return 0;
   int32_t lanes = 8;
-  while (lanes > 1 && 2 * lanes >= p.dim) lanes /= 2;  // fewer have all columns
-  for (; lanes > 0; lanes /= 2) {
+  while (lanes > 2 && 2 * lanes >= p.dim) lanes /= 2;  // fewer have all columns
+  for (; lanes >= 2; lanes /= 2) {  // narrower slices would read the lists too often
     Carver carver{nullptr, 0, true};
     carver.take<BlockState>(1);
     carve_slice(carver, args.num_candidates, lanes);
     *bytes = carver.used;
     if (carver.used <= limit) return lanes;
-    if (lanes == 2) break;  // narrower slices would read the lists too often
   }
   *bytes = 0;
   return 0;

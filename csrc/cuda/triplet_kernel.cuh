@@ -15,9 +15,7 @@ constexpr bool kIsCompiled = M != Math::simt32;
 #endif
 
 template <Math M, class In>
-__global__ void __launch_bounds__(kThreads, 1)
-    triplet_kernel(const __grid_constant__ Problem<typename MathTraits<M>::Acc> p) {
-  if constexpr (!kIsCompiled<M>) return;
+__device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>::Acc>& p) {
   constexpr bool kSlices = std::is_same<In, float>::value;
   FACENET_EXT_SHARED_MEMORY(shared_memory);
   // The pass stands in shared memory, not in registers, which the products need; behind it the phases lay out what they use.
@@ -63,7 +61,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (slices && !overflow) {
           order_lists(p, pass);
           grid_arrive(&block.ticket);  // lists and weights, for gather_slices(), which waits where it needs them
-          gather_slices(p, pass, &block.ticket, slice);
+          if (p.slice_lanes == 8) gather_slices<8>(p, pass, &block.ticket, slice);
+          else if (p.slice_lanes == 4) gather_slices<4>(p, pass, &block.ticket, slice);
+          else gather_slices<2>(p, pass, &block.ticket, slice);
           return;
         }
         cp_async_wait<0>();
@@ -81,6 +81,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     grid_sync();  // all are done with the slots, and the block with the pass
     if (thread_index() == 0) pass.advance(p.anchors.count);
   }
+}
+
+template <Math M, class In>
+__global__ void __launch_bounds__(kThreads, 1)
+    triplet_kernel(const __grid_constant__ Problem<typename MathTraits<M>::Acc> p) {
+  if constexpr (kIsCompiled<M>) run_phases<M, In>(p);
 }
 
 // Bytes of shared memory, with as many buckets per anchor as a block may have.

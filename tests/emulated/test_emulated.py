@@ -94,9 +94,9 @@ def test_near_pairs_are_summed_in_direct_form(programs, tmp_path):
 
 
 def bucket_cases(sizes: tuple[int, ...]) -> list:
-    """As many thresholds as searches of each length tell apart, up to those that shared memory does not hold; ties, equal
-    rows (thresholds of 0), and distances that a tag does not reach: closer than an eighth of the farthest positive, farther
-    than twice that."""
+    """As many thresholds as searches of each length tell apart, up to those that shared memory does not hold; ties,
+    equal rows (thresholds of 0), and distances that a tag does not reach: closer than an eighth of the farthest
+    positive, farther than twice that."""
     kinds = ("grid", "duplicates", "norms", "mid")
     cases = [
         simple(max(2 * k, 66), 3 + k % 3, max(66 // k, 2), rows=kinds[i % 4], margin=0.25, shared_kib=227, seed=i)
@@ -119,7 +119,7 @@ def test_buckets_under_sanitizers(programs, tmp_path, sanitizer):
 
 
 def slice_cases() -> list:
-    """Slices of 1, 2, 4 and 8 vectors (by D, and by what fits), ragged ones, more of them than blocks; then gradients that
+    """Slices of 2, 4 and 8 vectors (by D, and by what fits), ragged ones, more of them than blocks; then gradients that
     are gathered from memory after all: a list is too long, several passes."""
     shapes = [(70, 4), (33, 8), (65, 16), (130, 20), (70, 100), (48, 128), (15, 132)]
     cases = [simple(n, d, 9, rows="mid", margin=1.0, multiprocessors=m) for m, (n, d) in enumerate(shapes, 1)]
@@ -150,6 +150,7 @@ def test_result_does_not_depend_on_schedule_or_grid(programs, tmp_path):
     """Bit for bit: no float is added in an order that threads decide."""
     for base in (
         simple(150, 33, 30, rows="mid", margin=1.0),
+        simple(150, 36, 30, rows="mid", margin=1.0),
         simple(120, 3, 2, rows="duplicates", margin=0.25),
         simple(90, 9, 12, negatives="random_semi_hard", margin=1.0, soft_margin=True),
     ):

@@ -16,9 +16,6 @@ BUGS = {
     ),
     "block_barrier_before_part": ("tile.cuh", "    __syncthreads();  // the part is complete\n", "", "tsan"),
     "block_barrier_after_the_strip": ("select.cuh", "    __syncthreads();  // d2_ap of the strip\n", "", "tsan"),
-    "block_barrier_before_the_sweep": (
-        "select.cuh", "  __syncthreads();  // the phase before is done with this memory\n", "", "tsan",
-    ),
     "block_barrier_before_the_first_offers": (
         "select.cuh", "            __syncthreads();  // the buckets\n", "", "tsan",
     ),
@@ -37,8 +34,11 @@ BUGS = {
     ),
     "grid_barrier_before_gather": ("triplet_kernel.cuh", "        grid_sync();  // list\n", "", "tsan"),
     "thresholds_not_waited_for": (
-        "select.cuh", "            grid_wait(ticket);  // thresholds, empty buckets, the order of the tiles' rows\n            load_all();\n",
-        "            load_all();\n            grid_wait(ticket);\n", "tsan",
+        "select.cuh",
+        "            grid_wait(ticket);  // thresholds, empty buckets, the order of the tiles' rows\n"
+        "            load_all();\n",
+        "            load_all();\n            grid_wait(ticket);\n",
+        "tsan",
     ),
     "barrier_left_open": (
         "select.cuh", "      if (is_waiting()) grid_wait(ticket);\n", "", "plain",
@@ -47,7 +47,7 @@ BUGS = {
         "triplet_kernel.cuh", "    grid_sync();  // coefficients, lists,", "    // coefficients, lists,", "tsan",
     ),
     "grid_barrier_before_lists_are_read": (
-        "slices.cuh", "      if (is_first) grid_wait(ticket);  // 5a of all blocks\n", "", "tsan",
+        "slices.cuh", "          if (is_waiting) grid_wait(ticket);  // 5a of all blocks\n", "", "tsan",
     ),
     "block_barrier_before_the_slice": (
         "slices.cuh", "    __syncthreads();  // everybody's part of the slice has landed\n", "", "tsan",
@@ -55,12 +55,18 @@ BUGS = {
     "block_barrier_before_the_next_slice": (
         "slices.cuh", "      __syncthreads();  // the slice before has been read\n", "", "tsan",
     ),
-    "slice_not_waited_for": ("slices.cuh", "    cp_async_wait<0>();\n    __syncthreads();  // everybody's part", "    __syncthreads();  // everybody's part", "plain"),
-    "slice_arrives_in_the_next_phase": (
-        "triplet_kernel.cuh", "        cp_async_wait<0>();\n        __syncthreads();  // nothing arrives", "        // nothing arrives", "tsan",
+    "slice_not_waited_for": (
+        "slices.cuh",
+        "    cp_async_wait<0>();\n    __syncthreads();  // everybody's",
+        "    __syncthreads();  // everybody's",
+        "plain",
     ),
-    "lists_in_order_of_arrival": ("slices.cuh", "place += list[j] < slot ? 1 : 0;", "place += j < e ? 1 : 0;", "plain"),
-    "weight_of_the_wrong_mate": ("slices.cuh", "positive_rank(begin, mate, position)]};", "positive_rank(begin, mate, position) / 2 * 2]};", "plain"),
+    "slice_arrives_in_the_next_phase": (
+        "triplet_kernel.cuh", "        cp_async_wait<0>();\n        __syncthreads();  // nothing", "        // nothing",
+        "tsan",
+    ),
+    "place_in_an_ordered_list": ("slices.cuh", "place += list[j] < slot", "place += list[j] <= slot", "plain"),
+    "weight_of_the_wrong_mate": ("slices.cuh", "+ own - (e < own ? 1 : 0)]", "+ own]", "plain"),
     "plain_read_of_a_moving_minimum": (
         "select.cuh", "if (key < load_relaxed(best)) atomic_min(best, key);\n}", "if (key < *best) *best = key;\n}",
         "tsan",
@@ -98,7 +104,7 @@ BUGS = {
     "near_pair_left_as_it_is": ("finish.cuh", "return !(d2 >= near);", "return !(d2 >= 0);", "plain"),
     "step_of_a_search": ("buckets.cuh", "    if (half > 1) search_rows<1>(d, at);\n", "", "plain"),
     "negative_beyond_all_tags": (
-        "buckets.cuh", "ordered_bits(d[j]) <= far ? 1u", "ordered_bits(d[j]) < 1u ? 1u", "plain",
+        "buckets.cuh", "    if (most < kTagSteps) continue;\n", "    continue;\n", "plain",
     ),
     "nan_as_a_negative": (
         "select.cuh", "  if (d != d) return -1;  // NaN", "  // NaN", "plain",
@@ -134,6 +140,8 @@ def cases():
         simple(66, 5, 9, rows="duplicates", margin=0.25),
         simple(70, 33, 3, rows="collapsed", fallback="farthest"),
         simple(40, 33, 9, rows="nearly_collapsed", stats=True),
+        simple(70, 32, 3, rows="collapsed", multiprocessors=1),  # slices first, then a list that is too long for them
+        simple(66, 68, 16, rows="mid", margin=1.0, multiprocessors=1),  # several slices one after the other
         replace(simple(70, 9, 9, negatives="random_active"), offset=5, count=40),
         simple(70, 9, 9, positives="hardest", negatives="hard"),
         with_nan(simple(70, 9, 3)),  # classes larger than what is kept in shared memory
