@@ -63,7 +63,7 @@ BUGS = {
     ),
     "slice_arrives_in_the_next_phase": (
         "triplet_kernel.cuh", "        cp_async_wait<0>();\n        __syncthreads();  // nothing", "        // nothing",
-        "tsan",
+        "plain",
     ),
     "place_in_an_ordered_list": ("slices.cuh", "place += list[j] < slot", "place += list[j] <= slot", "plain"),
     "weight_of_the_wrong_mate": ("slices.cuh", "+ own - (e < own ? 1 : 0)]", "+ own]", "plain"),
