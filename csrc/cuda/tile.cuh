@@ -197,7 +197,7 @@ struct CoreProducts {  // on CUDA cores: one chain of fused multiply-adds in ord
     constexpr int kElements = kStageBytes / int(sizeof(Acc));
     const Acc* a = reinterpret_cast<const Acc*>(rows) + lane / 4 * kElements;
     const Acc* b = reinterpret_cast<const Acc*>(columns) + lane % 4 * kElements;
-#pragma unroll 2
+#pragma unroll 1  // two would spill in float64
     for (int k = 0; k < kElements; ++k) {
       Acc column[8];
 #pragma unroll
