@@ -189,17 +189,12 @@ struct Among {  // of a label, among others: how many are smaller, equal, equal 
 __device__ __forceinline__ Among count_labels(const int64_t* labels, int32_t begin, int32_t end, int64_t label,
                                               int32_t index) {
   Among among{0, 0, 0};
-  int32_t j = begin + thread_index() % 32;
 #pragma unroll 8  // loads in flight
-  for (; j < min(index, end); j += 32) {
-    among.less += labels[j] < label ? 1 : 0;
-    among.before += labels[j] == label ? 1 : 0;
-  }
-  among.equal = among.before;
-#pragma unroll 8
-  for (; j < end; j += 32) {
-    among.less += labels[j] < label ? 1 : 0;
-    among.equal += labels[j] == label ? 1 : 0;
+  for (int32_t j = begin + thread_index() % 32; j < end; j += 32) {
+    const int64_t other = labels[j];
+    among.less += other < label ? 1 : 0;
+    among.equal += other == label ? 1 : 0;
+    among.before += other == label && j < index ? 1 : 0;
   }
   return {warp_sum(among.less), warp_sum(among.equal), warp_sum(among.before)};
 }
