@@ -278,6 +278,7 @@ __device__ void sum_anchors(const Problem<Acc>& p, double* of_warp, double (&sum
   __syncthreads();  // the sums of all warps
   for (int i = 0; i < 3; ++i) {
     sum[i] = 0;
+#pragma unroll 1  // or all of them would wait in registers at a time
     for (int warp = 0; warp < kWarps; ++warp) sum[i] += of_warp[3 * warp + i];
   }
 }

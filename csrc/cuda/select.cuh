@@ -419,7 +419,8 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
       load_columns(0);
     }
   };
-  const auto is_waiting = [&] { return round == 0 && s.cursor->is_first; };
+  if (sizeof(Acc) == 8 && round == 0) grid_wait(ticket);  // products of doubles leave no register to wait behind them
+  const auto is_waiting = [&] { return sizeof(Acc) == 4 && round == 0 && s.cursor->is_first; };
   if (thread_index() == 0) s.cursor->row = -1;
   if constexpr (sizeof(Acc) == 4) {
     if (pass.in_shared) clear_beyond(pass, s.buckets);
