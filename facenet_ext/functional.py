@@ -57,7 +57,7 @@ def triplet_loss(
             takes the farthest negative. "skip": it does not count. Other rules do not look at it.
         distance: "sqeuclidean", squared L2 (the paper's); "euclidean", L2; "cosine", 1 - cos, which implies
             ``normalize``. All three select the same negatives where no margin or band enters.
-        soft_margin: the second form of the term, everywhere positive. Not for "all" and "all_semi_hard".
+        soft_margin: the second form of the term, above 0 and so active everywhere. Not for "all" and "all_semi_hard".
         band: the last of the gaps g that "random_semi_hard" and "all_semi_hard" take, > 0, in the unit of ``distance``:
             0 < g <= band in place of 0 < g < margin.
         reduction: "mean" over all terms, those of loss 0 included; "mean_active" over the terms of loss > 0; "sum" (the

@@ -140,7 +140,7 @@ def triplet_loss(
     gap = _unit(d2_ap, distance) - _unit(d2_an, distance)
     hinge = torch.relu(gap + margin)
     term = torch.logaddexp(gap, torch.zeros_like(gap)) if soft_margin else hinge
-    active = (term > 0).sum()
+    active = ((term > 0) | soft_margin).sum()  # a soft term is above 0, if only in exact arithmetic
 
     # Attached to the graph also where there is no triplet; 0 times a NaN or an infinity is NaN, in the gradient too.
     total = term.sum() + (rows.anchors * 0).sum() + (rows.candidates * 0).sum()

@@ -315,3 +315,16 @@ def test_upstream_one_hands_over_the_saved_gradient_safely(device):
         again.mul_(3)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("op", [triplet_loss, reference.triplet_loss], ids=["op", "reference"])
+def test_every_soft_term_is_active(device, op, dtype):
+    """Also one whose exponential underflows, wherever a backend's arithmetic ends."""
+    x = torch.tensor([[0.0], [1.0], [12.0], [200.0]], dtype=dtype, device=device).requires_grad_()
+    y = torch.tensor([0, 0, 1, 2], device=device)
+    for negatives in ("semi_hard", "hard"):
+        loss, stats = op(x, y, negatives=negatives, soft_margin=True, reduction="mean_active", return_stats=True)
+        loss.backward()
+        assert stats.active == stats.pairs == 2
+        assert 0 <= loss.item() < 1e-40 and x.grad.abs().max().item() < 1e-30

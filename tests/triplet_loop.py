@@ -371,8 +371,8 @@ def outcomes(truth: Truth, mined: facenet_ext.Triplets) -> tuple[Sums, list[list
         if low - rounding <= 0 <= high + rounding or low - rounding <= o["margin"] <= high + rounding:
             truth.doubtful.append((a, p, n))
         is_exact = truth.case.exact and o["distance"] == "sqeuclidean" and hinge == 0
-        if o["soft_margin"]:  # positive, until the exponential underflows
-            active, corner = soft_plus(hinge - o["margin"]) > 0, 700 < o["margin"] - hinge < 760
+        if o["soft_margin"]:
+            active, corner = True, False
         else:
             active, corner = hinge > 0, not is_exact and low - rounding <= o["margin"] <= high + rounding
         states = []

@@ -215,9 +215,9 @@ struct Selection {
     T* weight = c.w.weight + buckets.row.slot;
     Run<T>* run = reinterpret_cast<Run<T>*>(buckets.key);
     for (int i = 0; i < n; ++i) {
+      sum.active += c.args.soft_margin || loss[i] > 0;  // a soft term is above 0, if only in exact arithmetic
       if (!(loss[i] > 0)) continue;
       sum.loss += loss[i];
-      ++sum.active;
       weight[pairs.place[i]] = push[i];
       const uint32_t negative = static_cast<uint32_t>(pairs.negative[i]);
       if (runs > 0 && run[runs - 1].candidate == negative) run[runs - 1].weight += pull[i];

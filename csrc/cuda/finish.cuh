@@ -260,7 +260,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
         c_ap = term.c_ap;
         c_an = term.c_an;
         ++counts[0];
-        counts[1] += term.loss != 0 ? 1 : 0;  // NaN is
+        counts[1] += p.soft_margin || term.loss != 0 ? 1 : 0;  // NaN is; a soft term is above 0, if only in exact arithmetic
         counts[3] += term.hard ? 1 : 0;
         counts[4] += term.semi_hard ? 1 : 0;
         loss += term.loss;

@@ -432,8 +432,8 @@ def check_loss(case: Case, mined: Outputs, out: Outputs) -> None:
     is_hard, at_zero = d2_an <= d2_ap, np.abs(d_ap - d_an) <= blur
     semi_hard = ~is_hard & (hinge > 0)
     term = soft if case.soft_margin else np.maximum(hinge, 0)
-    active = term > 0
-    doubt = term < 1e-30 if case.soft_margin else at_margin
+    active = (term > 0) | case.soft_margin
+    doubt = np.zeros(len(hinge), bool) if case.soft_margin else at_margin
     count = {"mean": len(hinge), "mean_active": int(active.sum()), "sum": 1}[case.reduction]
     loss = term.sum() / max(count, 1)
     if case.reduction == "mean_active" and doubt.any():  # the kernel's own count, which is checked below
