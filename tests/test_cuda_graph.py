@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import why_not_cuda
+from devices import why_not_cuda
 from test_compile import IDS, RULES
 
 from facenet_ext import SemiHardTripletLoss, triplet_loss
