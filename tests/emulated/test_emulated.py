@@ -12,7 +12,7 @@ from emulation import SCHEDULES, check, exact, run, with_schedule
 BATCH = 20
 
 
-@pytest.mark.parametrize("first", range(0, 320, BATCH))
+@pytest.mark.parametrize("first", range(0, 160, BATCH))
 def test_mixed_cases(programs, tmp_path, first):
     check(programs(), [draw(seed) for seed in range(first, first + BATCH)], tmp_path)
 
@@ -32,7 +32,7 @@ def test_mixed_cases_under_thread_sanitizer(programs, tmp_path, first):
     check(programs("tsan"), [draw(seed, largest=70) for seed in range(first, first + 10)], tmp_path)
 
 
-@pytest.mark.parametrize("first", range(4000, 4320, BATCH))
+@pytest.mark.parametrize("first", range(4000, 4160, BATCH))
 def test_mixed_rules(programs, tmp_path, first):
     check(programs(), [draw_rule(seed) for seed in range(first, first + BATCH)], tmp_path)
 
