@@ -195,21 +195,6 @@ struct Buckets {
     row.track_far = want_farthest && K > 0;
   }
 
-  // Back to ranks in order, for those who read the result. Bucket 0 is nobody's.
-  void settle() {
-    if (row.radix <= 1) return;  // one vector is in order
-    const int K = static_cast<int>(row.positives);
-    Key ordered[kMaxStrided];
-    for (int p = 0, r = 0; r <= K; ++p)
-      for (int i = 0; i < radix(); ++i, ++r) {
-        upper[r] = t[i * S::W + p];
-        ordered[r] = key[i * S::W + p];
-      }
-    for (int r = 0; r <= K; ++r) t[r] = upper[r];
-    for (int r = 0; r <= K; ++r) key[r] = ordered[r];
-    row.radix = 0;
-  }
-
   // The distances d[0 .. n) to the candidates index[0 .. n) are taken in two steps, so that the searches of several anchors
   // can run ahead of what they find (mine.h). NaN marks those that are no negatives. n is a multiple of W.
   bool searchable() const { return S::kStrided && row.radix && !row.fresh; }

@@ -31,6 +31,8 @@ struct Call {
   bool finite = true;
   double scale = 1, unscale = 1;  // rows are multiplied by `scale`, squared distances by `unscale` = scale^-2 on the way out
   Limit<T> limit{};
+  T longest = 0;  // the largest squared length of a row
+  bool direct = false;  // every distance that enters the loss is summed directly (finish.h)
   bool far_is_zero = false;  // a negative beyond the limit makes a term of 0, and nobody asks for its distance
   const T* centre = nullptr;  // [Dp] has been subtracted from every row
   bool stopped = false;

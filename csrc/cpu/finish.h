@@ -46,17 +46,17 @@ void own_gradient(const Call<S>& c, int64_t row, bool first) {
 constexpr int kBatch = 64;
 template <class T>
 struct Pairs {
-  int count = 0, distinct = 0;
+  int count = 0, again = 0;
   uint32_t place[kBatch];    // the positive, see Row
   int32_t negative[kBatch];  // sorted position
   uint8_t fallback[kBatch];
-  uint8_t fresh[kBatch];     // not the negative of the pair before
-  int32_t run_of[kBatch];    // [distinct] the fresh negatives
+  int32_t direct[kBatch];    // [again] pairs whose distances are summed anew
   T d2_ap[kBatch], d2_an[kBatch];
 };
 
-// One anchor's selection and loss. The buckets only choose; distances that enter the loss are summed directly, so
-// near-duplicates keep full relative accuracy.
+// One anchor's selection and loss. Thresholds and buckets hold the distances of the sweep, |a|^2 + |b|^2 - 2 a.b, whose error
+// is that of a direct sum of squares unless the rows are near each other: then both of the pair's distances are summed
+// directly, so near-duplicates keep full relative accuracy.
 template <class S>
 struct Selection {
   using T = typename S::T;
@@ -67,12 +67,17 @@ struct Selection {
   const int K;           // pairs
   const T* x;            // [Dp] the anchor
   const uint32_t* rank;  // [K] order of distance -> place
+  const T* threshold;  // [K] by rank
+  const Key* chosen;  // [K] by rank, each positive's negative
+  const T near;  // distances below it are summed directly
   Key closest = kNoKey<T>;  // hard: every pair's negative
   int64_t farthest = -1;  // the fallback's negative, found only where some positive needs it
-  int32_t last = -1;      // the negative of the pair before, and its distance
-  T last_d2 = 0;
+  T d2_farthest = 0;
+  int32_t last = -1;      // the negative of the pair before
   RowSum sum{};
   uint32_t runs = 0;
+  T ordered_t[kMaxStrided];
+  Key ordered_key[kMaxStrided];
 
   Selection(const Call<S>& call, int64_t r)
       : c(call),
@@ -80,19 +85,39 @@ struct Selection {
         buckets(call.buckets(r)),
         K(static_cast<int>(buckets.row.pairs)),
         x(c.w.ax + r * c.Dp),
-        rank(c.w.rank + buckets.row.slot) {}
+        rank(c.w.rank + buckets.row.slot),
+        threshold(buckets.t),
+        chosen(buckets.key + 1),
+        near(c.direct ? std::numeric_limits<T>::infinity() : kNearSelected<T> * (c.w.anorm[r] + c.longest)) {}
 
-  // Suffix minimum, in place: key[r + 1] becomes the negative of the positive of rank r. Tied positives share one.
+  // Suffix minimum: the negative of the positive of rank r is the least of the buckets behind it. (Behind a positive that is
+  // tied with the next one stands an empty bucket.) Strided buckets are put in order on the way.
   void nearest_farther() {
-    const T* t = buckets.t;
-    Key* key = buckets.key;
     Key nearest = kNoKey<T>;
-    for (int r = K - 1; r >= 0; --r) {
-      if (r == K - 1 || t[r] < t[r + 1]) nearest = key[r + 1] < nearest ? key[r + 1] : nearest;
-      key[r + 1] = nearest;
+    if (buckets.row.radix > 1) {
+      const int R = buckets.radix();
+      for (int r = K - 1, p = K / R, i = K % R; r >= 0; --r) {
+        const Key behind = buckets.key[i * S::W + p];
+        if (i == 0) {
+          i = R;
+          --p;
+        }
+        --i;
+        nearest = behind < nearest ? behind : nearest;
+        ordered_key[r] = nearest;
+        ordered_t[r] = buckets.t[i * S::W + p];
+      }
+      threshold = ordered_t;
+      chosen = ordered_key;
+    } else {
+      for (int r = K; r > 0; --r) {
+        nearest = buckets.key[r] < nearest ? buckets.key[r] : nearest;
+        buckets.key[r] = nearest;
+      }
     }
-    if (key[K] != kNoKey<T> || !buckets.row.track_far) return;
+    if ((K > 0 && chosen[K - 1] != kNoKey<T>) || !buckets.row.track_far) return;
     farthest = buckets.row.far ? c.w.position[~key_index(buckets.row.far)] : c.w.position[first_negative()];
+    d2_farthest = key_value<T>(buckets.row.far);
   }
 
   void nearest() {
@@ -110,13 +135,13 @@ struct Selection {
   // The pairs of ranks (hard: places) r0 .. r0 + n. Those whose negative lies beyond the hinge's reach are only counted.
   template <bool kHard>
   void choose(int r0, int n, Pairs<T>& pairs) {
-    pairs.count = pairs.distinct = 0;
+    pairs.count = pairs.again = 0;
     T* weight = c.w.weight + buckets.row.slot;
     for (int i = 0; i < n; ++i) {
-      const Key chosen = kHard ? closest : buckets.key[r0 + i + 1];
+      const Key negative_key = kHard ? closest : chosen[r0 + i];
       const uint32_t place = kHard ? static_cast<uint32_t>(r0 + i) : rank[r0 + i];
-      const T threshold = kHard ? weight[place] : buckets.t[r0 + i];
-      const bool none = chosen == kNoKey<T>;
+      const T d2_ap = kHard ? weight[place] : threshold[r0 + i];
+      const bool none = negative_key == kNoKey<T>;
       weight[place] = 0;
       sum.fallback += none;
       if (none && farthest < 0) {  // the pair does not count
@@ -124,26 +149,26 @@ struct Selection {
         continue;
       }
       ++sum.pairs;
-      if (!none && c.far_is_zero && key_value<T>(chosen) > c.limit(threshold)) continue;
-      const int32_t negative = none ? static_cast<int32_t>(farthest) : c.w.position[key_index(chosen)];
+      const T d2_an = none ? d2_farthest : key_value<T>(negative_key);
+      if (!none && c.far_is_zero && d2_an > c.limit(d2_ap)) continue;
+      const int32_t negative = none ? static_cast<int32_t>(farthest) : c.w.position[key_index(negative_key)];
+      if (negative != last) prefetch_row(c.w.x + negative * c.Dp, c.Dp);
       const int at = pairs.count++;
-      pairs.fresh[at] = negative != last;
-      if (negative != last) {
-        pairs.run_of[pairs.distinct++] = negative;
-        prefetch_row(c.w.x + negative * c.Dp, c.Dp);
-      }
       pairs.negative[at] = last = negative;
       pairs.place[at] = place;
       pairs.fallback[at] = none;
+      pairs.d2_ap[at] = d2_ap;
+      pairs.d2_an[at] = d2_an;
+      pairs.direct[pairs.again] = at;
+      pairs.again += !(d2_ap >= near && d2_an >= near);
     }
-    T distinct_d2[kBatch];
+    T again[kBatch];
     const Row<T>& own = buckets.row;
-    direct_distances<S>(x, c.w.x, c.Dp, pairs.count, [&](int i) { return own.positive(pairs.place[i]); }, pairs.d2_ap);
-    direct_distances<S>(x, c.w.x, c.Dp, pairs.distinct, [&](int i) { return pairs.run_of[i]; }, distinct_d2);
-    for (int i = 0, at = -1; i < pairs.count; ++i) {
-      at += pairs.fresh[i];
-      pairs.d2_an[i] = last_d2 = at < 0 ? last_d2 : distinct_d2[at];
-    }
+    direct_distances<S>(
+        x, c.w.x, c.Dp, pairs.again, [&](int i) { return own.positive(pairs.place[pairs.direct[i]]); }, again);
+    for (int i = 0; i < pairs.again; ++i) pairs.d2_ap[pairs.direct[i]] = again[i];
+    direct_distances<S>(x, c.w.x, c.Dp, pairs.again, [&](int i) { return pairs.negative[pairs.direct[i]]; }, again);
+    for (int i = 0; i < pairs.again; ++i) pairs.d2_an[pairs.direct[i]] = again[i];
   }
 
   void list_none(uint32_t place) const {
@@ -230,7 +255,6 @@ template <class S>
 void select(Call<S>& c, int64_t begin, int64_t end) {
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic, 16)
   for (int64_t row = begin; row < end; ++row) {
-    c.buckets(row).settle();
     Selection<S> selection(c, row);
     Pairs<typename S::T> pairs;
     if (c.hard) selection.nearest();

@@ -79,6 +79,8 @@ void keep_one(const Call<S>& c, const typename S::T* d, int64_t a, int64_t b, co
 // way to the direct sum: a Euclidean distance's gradient divides by it.
 template <class T>
 constexpr T kNear = T(1) / 64;
+template <class T>
+constexpr T kNearSelected = T(1) / 4;  // the same where only the chosen pairs are looked at again (finish.h)
 template <class S>
 bool is_near(const Call<S>& c, typename S::T d, int64_t row, int64_t candidate) {
   return d < kNear<typename S::T> * (c.w.anorm[row] + c.w.norm[candidate]);

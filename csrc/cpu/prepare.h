@@ -155,11 +155,12 @@ void pack(Call<S>& c) {
     }
   }
   // The error of an expanded distance is below 2 (kDepth + D / kDepth + 4) eps (|a|^2 + |b|^2); see buckets.h.
-  T longest = 0;
+  T& longest = c.longest;
   for (int64_t i = 0; i < c.C; ++i) longest = w.norm[i] > longest ? w.norm[i] : longest;
   if (!c.symmetric)
     for (int64_t r = 0; r < c.A; ++r) longest = w.anorm[r] > longest ? w.anorm[r] : longest;
   const double depth = static_cast<double>(c.D < kDepth ? c.D : kDepth) + static_cast<double>(c.D) / kDepth + 4;
+  c.direct = c.mining || draws_one(args) || sizeof(T) == 8;
   c.far_is_zero = !c.mining && !args.stat_counts && !args.soft_margin && !draws_one(args);
   c.limit.on = c.far_is_zero && !c.hard;  // the closest negative may lie beyond every limit
   c.limit.euclidean = args.distance == Distance::euclidean;
