@@ -193,15 +193,14 @@ struct Buckets {
     row.fresh = true;
     row.top_empty = K > 0;  // without a positive nothing is wanted, ever
     row.track_far = want_farthest && K > 0;
+    row.ceiling = K > 0 ? kMost : -1;
   }
 
   // The distances d[0 .. n) to the candidates index[0 .. n) are taken in two steps, so that the searches of several anchors
   // can run ahead of what they find (mine.h). NaN marks those that are no negatives. n is a multiple of W.
   bool searchable() const { return S::kStrided && row.radix && !row.fresh; }
   int search(const T* d, int n, uint32_t tag, uint32_t* queue) const {
-    T ceiling = kMost;
-    if (!row.top_empty) ceiling = row.farthest_positive > upper[row.top] ? row.farthest_positive : upper[row.top];
-    if constexpr (S::kStrided) return S::search(t, upper, radix(), ceiling, d, n, tag, queue);
+    if constexpr (S::kStrided) return S::search(t, upper, radix(), row.ceiling, d, n, tag, queue);
     else return 0;
   }
   // To be called once d is taken in. While no negative beyond all positives is known, some positive may need the fallback,
@@ -221,11 +220,8 @@ struct Buckets {
         const int wanted = search(from, step, 0, queue);
         for (int i = 0; i < wanted; ++i) put(from, index + done, queue[i] & 0xffff, queue[i] >> 16);
       } else {
-        const T ceiling = row.top_empty                            ? kMost
-                          : row.farthest_positive > upper[row.top] ? row.farthest_positive
-                                                                   : upper[row.top];
         for (int j = 0; j < step; ++j)
-          if (from[j] <= ceiling) put(from, index + done, static_cast<uint32_t>(j), static_cast<uint32_t>(bucket(from[j])));
+          if (from[j] <= row.ceiling) put(from, index + done, static_cast<uint32_t>(j), static_cast<uint32_t>(bucket(from[j])));
       }
       look(limit);
     }
@@ -254,9 +250,16 @@ struct Buckets {
 
   // Once a negative beyond all positives is known, nobody needs the fallback, and every bucket closes where the hinge ends.
   void look(const Limit<T>& limit) {
-    if (!row.top_empty || key[row.top] == kNoKey<T>) return;
-    row.top_empty = row.track_far = false;
-    if (!limit.on) return;
+    if (row.top_empty) {
+      if (key[row.top] == kNoKey<T>) return;
+      row.top_empty = row.track_far = false;
+      if (limit.on) close(limit);
+    }
+    // Read by threads that screen a tile (screen.h).
+    const T ceiling = row.farthest_positive > upper[row.top] ? row.farthest_positive : upper[row.top];
+    __atomic_store(&row.ceiling, &ceiling, __ATOMIC_RELAXED);
+  }
+  void close(const Limit<T>& limit) {
     if (!row.radix) {
       for (uint32_t b = 1; b <= row.positives; ++b) {
         const T end = limit(t[b - 1]);
@@ -264,13 +267,13 @@ struct Buckets {
       }
       return;
     }
-    const auto close = [&](const T* before, T* bound) {  // before: the threshold below each bucket
+    const auto lower = [&](const T* before, T* bound) {  // before: the threshold below each bucket
       S::store(bound, S::smaller(limit.template of<S>(S::load(before)), S::load(bound)));
     };
-    for (int i = 1; i < radix(); ++i) close(t + (i - 1) * S::W, upper + i * S::W);
+    for (int i = 1; i < radix(); ++i) lower(t + (i - 1) * S::W, upper + i * S::W);
     T before[S::W] = {};  // bucket 0 is closed already
     for (int p = 1; p < S::W; ++p) before[p] = t[(radix() - 1) * S::W + p - 1];
-    close(before, upper);
+    lower(before, upper);
   }
 
   void take_farthest(const T* d, int n, const int32_t* index) {

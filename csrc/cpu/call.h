@@ -2,11 +2,21 @@
 #pragma once
 
 #include <omp.h>
+#include <sched.h>
 
 #include "buckets.h"
 
 namespace facenet_ext::cpu {
 namespace {
+
+struct Lock {
+  int32_t* word;
+  explicit Lock(int32_t* w) : word(w) {
+    while (__atomic_exchange_n(word, 1, __ATOMIC_ACQUIRE)) sched_yield();
+  }
+  ~Lock() { __atomic_store_n(word, 0, __ATOMIC_RELEASE); }
+  Lock(const Lock&) = delete;
+};
 
 template <class S>
 struct Call {
@@ -33,6 +43,7 @@ struct Call {
   Limit<T> limit{};
   T longest = 0;  // the largest squared length of a row
   bool direct = false;  // every distance that enters the loss is summed directly (finish.h)
+  bool screening = false;  // tiles are looked at in 8 bits first (screen.h)
   bool far_is_zero = false;  // a negative beyond the limit makes a term of 0, and nobody asks for its distance
   const T* centre = nullptr;  // [Dp] has been subtracted from every row
   bool stopped = false;

@@ -137,6 +137,7 @@ struct Dense {
   using T = typename S::T;
   using V = typename S::V;
   static constexpr int kT = Call<S>::kT, W = S::W;
+  static constexpr int kSparse = 16;  // from so few pairs with a weight on, each by itself costs less than a product
   Call<S>& c;
   const int64_t begin, end;
   const bool euclidean = c.args.distance == Distance::euclidean;
@@ -301,6 +302,7 @@ struct Dense {
       }
     const int first = tile.both ? 0 : r0, last = tile.both ? kT : r1;
     T row_total[kT], col_total[kT];
+    int nonzero = 0;
     fill(col_total, kT, T(0));
     for (int r = first; r < last; ++r) {
       T* weight = d + r * kT;
@@ -317,9 +319,17 @@ struct Dense {
         S::store(col_total + j, S::load(col_total + j) + sum);
       }
       row_total[r] = S::sum(total);
+      if (row_total[r] != 0)
+        for (int j = 0; j < cols; ++j) nonzero += weight[j] != 0;
     }
     if (!any || !c.wants_gradient()) return;
     const int rows = last - first;
+    if (nonzero * kSparse < rows * cols) {
+      for (int r = first; r < last; ++r)
+        if (row_total[r] != 0)
+          for (int j = 0; j < cols; ++j) add_near(top + r, tile.c0 + j, d + r * kT + j);
+      return;
+    }
     if (T* out = anchor_rows())
       add_differences(c, d + first * kT, kT, 1, rows, cols, row_total + first, w.ax + (top + first) * c.Dp,
                       w.x + tile.c0 * c.Dp, scratch.aside, [&](int r) { return out + place(top + first + r); });
@@ -328,7 +338,8 @@ struct Dense {
                       w.ax + (top + first) * c.Dp, scratch.aside, [&](int r) { return out + w.order[tile.c0 + r] * c.D; });
   }
 
-  // A near pair's part, and its weight is 0 for the products: those subtract row sums, which would leave rounding alone.
+  // One pair's part by itself; its weight is 0 for the products. Near pairs: those subtract row sums, which would leave
+  // rounding alone. Late in training all that are left.
   void add_near(int64_t row, int64_t candidate, T* weight) const {
     if (*weight == 0) return;
     const T *x = c.w.ax + row * c.Dp, *y = c.w.x + candidate * c.Dp;
@@ -439,6 +450,8 @@ Status run_dense(const TripletArgs& args) {
     const Dense<S> dense{c, begin, end};
     dense.clear();
     thresholds(c, begin, end);
+    c.screening = !(dense.closed && dense.width > dense.margin) && worth_screening(c, begin, end);
+    if (c.screening) quantise(c);
     dense.start();
     visit_tiles(c, begin, end, [&](const Tile& tile, typename S::T* d) { dense.visit(tile, d); });
     if (c.stopped) return {Code::interrupted, "triplet", "interrupted"};

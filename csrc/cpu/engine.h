@@ -4,8 +4,9 @@
 //
 //   for each pass over anchors whose slots fit (nearly always one pass):
 //     thresholds   block-diagonal distances, sorted                            mine.h      2 N K D FLOP
-//     sweep        tiles of distances -> search -> buckets                     buckets.h   N^2 D FLOP
-//     select       suffix minimum, direct distances, term, weights             finish.h    up to 6 N K D FLOP
+//     sweep        tiles of distances -> search -> buckets                     sweep.h     N^2 D FLOP
+//                  late in training in 8 bits first                            screen.h    a quarter of that
+//     select       suffix minimum, near pairs anew, term, weights              finish.h    up to 6 N K D FLOP
 //     takers       candidate -> the anchors that took it                       gradient.h
 //     gradient     one gather a row                                            gradient.h  up to 9 N K D FLOP
 //
@@ -14,7 +15,7 @@
 // Rules that draw a negative sweep and choose in a way of their own (draw.h); rules that make every negative a term go
 // another way from the thresholds on (dense.h).
 //
-// Memory: two copies of the rows, and per anchor its K thresholds and buckets: O(N D), never N x N. A class so large that its
+// Memory: two copies of the rows, one in bytes, and per anchor its K thresholds and buckets: O(N D), never N x N. A class so large that its
 // anchors' slots exceed their bound (layout.h) is worked off in several passes.
 // Reproducible: buckets take minima of (distance, index), and minima do not depend on order; every floating-point sum is made
 // by one thread in an order that depends on the data alone. So any number of threads gives the same bits. Interruptible: the
@@ -23,6 +24,7 @@
 
 #include "dense.h"
 #include "draw.h"
+#include "sweep.h"
 
 namespace facenet_ext::cpu {
 namespace {
@@ -49,6 +51,8 @@ Status run_buckets(const TripletArgs& args) {
       draw.start();
       visit_tiles(c, begin, end, [&](const Tile& tile, const typename S::T* d) { draw.visit(tile, d); });
     } else {
+      c.screening = worth_screening(c, begin, end);
+      if (c.screening) quantise(c);
       sweep(c, begin, end);
     }
     if (c.stopped) return {Code::interrupted, "triplet", "interrupted"};

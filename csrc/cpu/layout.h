@@ -42,6 +42,7 @@ constexpr int64_t slot_pitch(int64_t K) { return round_up(K + 1, kSlotPad); }
 template <class T>
 struct Row {
   T farthest_positive;  // its largest threshold
+  T ceiling;  // nothing beyond it is wanted any more
   uint32_t positives;  // K: how many thresholds the buckets have
   uint32_t radix;  // R: its buckets stand in R vectors (buckets.h), 0: in order
   uint32_t top;  // place of the bucket beyond all positives
@@ -85,6 +86,11 @@ struct Workspace {
   int32_t* position;  // [C] candidate index -> sorted position
   int32_t* class_of;  // [C] sorted position -> class
   int32_t* class_begin;  // [classes + 1] first sorted position
+  // the rows in 8 bits, where tiles may be screened (screen.h)
+  int8_t* bytes;  // [Cp / NR, Dp / 4, NR, 4]
+  T* step;  // [Cp] what a unit of a row's bytes is worth
+  T* reach;  // [Cp] a pair's squared distance is at least reach_a + reach_b - 2 step_a step_b bytes_a.bytes_b
+  int32_t* level;  // [Cp] -128 times the sum of a row's bytes
   // anchors, sorted; the same memory as above where anchors and candidates are the same rows
   T* ax;  // [Ap, Dp]
   T* anorm;  // [Ap]
@@ -174,6 +180,11 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.panels, Cp * Dp);
   take(w.norm, Cp);
   take(w.inverse_length, C);
+  const bool may_screen = std::is_same<T, float>::value && symmetric && !draws_one(args);
+  take(w.bytes, may_screen ? Cp * Dp : 0);
+  take(w.step, may_screen ? Cp : 0);
+  take(w.reach, may_screen ? Cp : 0);
+  take(w.level, may_screen ? Cp : 0);
   take(w.order, C);
   take(w.position, C);
   take(w.class_of, C);

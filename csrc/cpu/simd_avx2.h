@@ -29,6 +29,8 @@ struct Avx2 {
   using T = float;
   using V = __m256;
   static constexpr int W = 8, MR = 6, NR = 16;  // 12 accumulators + 2 columns + 1 broadcast of 16 registers
+  static bool can_screen() { return false; }
+  static uint32_t screen(...) { return ~uint32_t{0}; }
   static constexpr bool kStrided = true;        // buckets stand as buckets.h shows
 
   static V zero() { return _mm256_setzero_ps(); }

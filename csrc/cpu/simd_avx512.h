@@ -321,6 +321,56 @@ struct Avx512 {
     for (; j < n; j += W) some(j, std::integral_constant<int, 1>{});
   }
 
+  // One register block in 8 bits: a bit for each vector of [MR, NR / W] that holds a pair which one of its two rows may want.
+  // See screen.h. The products take one factor without a sign, so columns are moved up by 128 and `level` takes that back.
+  static bool can_screen() { return __builtin_cpu_supports("avx512vnni"); }
+  static uint32_t screen(const int8_t* a,  // [quads, NR, 4], from the first row on
+                         const int8_t* b,  // [quads, NR, 4]
+                         int64_t quads,
+                         const T* row_step,  // [MR]
+                         const int32_t* level,  // [MR]
+                         const T* row_reach,  // [MR]
+                         const T* row_ceiling,  // [MR]
+                         const T* step,  // [NR]
+                         const T* reach,  // [NR]
+                         const T* ceiling) {  // [NR]
+    constexpr int NV = NR / W;
+    __m512i sum[MR][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) sum[i][v] = _mm512_set1_epi32(level[i]);
+    const __m512i up = _mm512_set1_epi8(-128);
+    for (int64_t k = 0; k < quads; ++k) {
+      __m512i column[NV];
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) column[v] = _mm512_xor_si512(_mm512_loadu_si512(b + (k * NR + v * W) * 4), up);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        int32_t four;
+        __builtin_memcpy(&four, a + (k * NR + i) * 4, 4);
+        const __m512i x = _mm512_set1_epi32(four);
+#pragma GCC unroll 3
+        for (int v = 0; v < NV; ++v)  // the intrinsic makes GCC 12 copy all sums at every step
+          asm("vpdpbusd %2, %1, %0" : "+v"(sum[i][v]) : "v"(column[v]), "v"(x));
+      }
+    }
+    uint32_t near = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const V twice = set1(2 * row_step[i]), beyond = set1(row_ceiling[i] - row_reach[i]), less = set1(-row_reach[i]);
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) {
+        const V least = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(sum[i][v]), twice * load(step + v * W), load(reach + v * W));
+        // "not greater": a NaN, as in the padding, is never screened away
+        const __mmask16 wanted = _mm512_kor(_mm512_cmp_ps_mask(least, beyond, _CMP_NGT_UQ),
+                                            _mm512_cmp_ps_mask(least - load(ceiling + v * W), less, _CMP_NGT_UQ));
+        near |= static_cast<uint32_t>(wanted != 0) << (i * NV + v);
+      }
+    }
+    return near;
+  }
+
   static void transpose(const T* tile, int64_t stride, int rows, T* out) {
     for (int r = 0; r < rows; r += 16) {
       const T* in = tile + r * stride;

@@ -34,6 +34,8 @@ struct Generic {
 #else
   static constexpr int MR = 4, NR = 2 * W;
 #endif
+  static bool can_screen() { return false; }  // no fast products of bytes
+  static uint32_t screen(...) { return ~uint32_t{0}; }
   static constexpr bool kStrided = false;  // no permutation by variable: buckets stay in order and are searched one by one
 
   static V zero() { return V{}; }

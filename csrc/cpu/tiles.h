@@ -10,7 +10,7 @@
 //   ...
 #pragma once
 
-#include "mine.h"
+#include "screen.h"
 
 namespace facenet_ext::cpu {
 namespace {
@@ -114,7 +114,7 @@ void find_near(const Call<S>& c, const Tile& tile, int64_t row, int cols, typena
 // Distances in the rule's unit, [rows of I, columns of J], kNoNegative where the labels agree and in the padding. All of I's
 // rows where `both`, else those of the pass.
 template <class S>
-void tile_distances(const Call<S>& c, const Tile& tile, typename S::T* out) {
+void tile_distances(const Call<S>& c, const Tile& tile, int64_t begin, int64_t end, typename S::T* out) {
   using T = typename S::T;
   const auto& w = c.w;
   constexpr int kT = Call<S>::kT;
@@ -122,9 +122,13 @@ void tile_distances(const Call<S>& c, const Tile& tile, typename S::T* out) {
   const int64_t bottom = tile.both ? (top + kT < c.A ? top + kT : c.A) : tile.r1;
   const int rows = static_cast<int>(round_up(bottom - top, S::MR) - low);
   const int cols = static_cast<int>(round_up(tile.c1 - tile.c0, S::NR));
+  if (c.screening && tile.I != tile.J)
+    screened_distances(c, top, static_cast<int>(low), static_cast<int>(low) + rows, tile.c0, cols, tile.both, begin, end,
+                       kNoNegative<T>, out);
   out += low * kT;
-  squared_distances<S>(w.ax + (top + low) * c.Dp, c.Dp, w.anorm + top + low, w.panels + tile.c0 / S::NR * c.panel_size,
-                       c.panel_size, w.norm + tile.c0, c.D, rows, cols, false, out, kT);
+  if (!c.screening || tile.I == tile.J)
+    squared_distances<S>(w.ax + (top + low) * c.Dp, c.Dp, w.anorm + top + low, w.panels + tile.c0 / S::NR * c.panel_size,
+                         c.panel_size, w.norm + tile.c0, c.D, rows, cols, false, out, kT);
   if (counts_all(c.args))
     for (int64_t row = top + low; row < bottom; ++row) find_near(c, tile, row, cols, out + (row - top - low) * kT);
   if (c.args.distance != Distance::sqeuclidean)
@@ -184,7 +188,7 @@ void visit_tiles(Call<S>& c, int64_t begin, int64_t end, Visit visit) {
       mine[1] = place[1] == place[0] ? mine[0] : ticket[place[1]]++;
     }
     typename S::T* distances = c.scratch(omp_get_thread_num()).tile;
-    tile_distances(c, tile, distances);
+    tile_distances(c, tile, begin, end, distances);
     for (int i = 0; i < 2; ++i)
       while (__atomic_load_n(called + place[i], __ATOMIC_ACQUIRE) != mine[i]) sched_yield();
     visit(tile, distances);

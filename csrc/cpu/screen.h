@@ -1,0 +1,185 @@
+// Late in training nearly every negative is so far that nobody asks for it. There a tile is looked at in 8 bits first, at four
+// times the speed, and only what may be wanted is computed.
+//
+//   x = s q + e, q in -127 .. 127, s = max |x| / 127, and |e| is known for each row. With L the longest row,
+//       |a.b - s_a s_b q_a.q_b| <= |e_a| |b| + (|a| + |e_a|) |e_b| <= u_a + u_b,    u = L (1 + sqrt(D) / 254) |e|,
+//   so |a|^2 + |b|^2 - 2 (s_a s_b q_a.q_b + u_a + u_b) is below the true squared distance, and, less the slack that Limit has
+//   for it, below the float32 one. Where that is beyond the ceilings of both rows (buckets.h), neither wants the pair.
+//
+// What is left is summed in float32 by the same chain of operations as elsewhere, so no bit of any result depends on whether a
+// tile was screened, nor on how far another thread had lowered the ceilings. Cost: D / 4 integer products a pair, N D bytes.
+#pragma once
+
+#include "mine.h"
+
+namespace facenet_ext::cpu {
+namespace {
+
+constexpr int64_t kMaxScreenDim = 32768;  // 255 * 127 * D has to fit 32 bits
+
+// Is it worth it? By a sample of pairs of other labels: how many are within reach of the anchor's farthest positive. Where the
+// closest negative is all that counts, always: nothing beyond the closest so far is wanted.
+template <class S>
+bool worth_screening(const Call<S>& c, int64_t begin, int64_t end) {
+  const bool may = c.hard || c.limit.on;
+  if (!may || c.mining || c.args.stat_counts || !c.symmetric || c.D > kMaxScreenDim || c.A < 2 * c.kT) return false;
+  if (!S::can_screen() || c.hard) return S::can_screen();
+  int tried = 0, near = 0;
+  for (int i = 0; i < 1024; ++i) {
+    const int64_t row = begin + (end - begin) * i / 1024;
+    const int64_t other = static_cast<int64_t>(mix(static_cast<uint64_t>(i)) % static_cast<uint64_t>(c.C));
+    if (c.w.class_of[other] == c.w.aclass[row]) continue;
+    ++tried;
+    near += direct_distance(c, row, other) <= c.limit(c.w.rows[row].farthest_positive);
+  }
+  return near * 64 < tried;
+}
+
+// Every row in 8 bits, by panels of NR rows, four dimensions of a row side by side.
+template <class S>
+void quantise(const Call<S>& c) {
+  using T = typename S::T;
+  using V = typename S::V;
+  constexpr T kRound = T(3) / 2 / std::numeric_limits<T>::epsilon();
+  const auto& w = c.w;
+  const double spread = std::sqrt(static_cast<double>(c.longest)) * (1 + std::sqrt(static_cast<double>(c.D)) / 254);
+#pragma omp parallel for num_threads(c.threads) schedule(static)
+  for (int64_t at = 0; at < round_up(c.C, kColumnPad); ++at) {
+    const T* x = w.x + at * c.Dp;
+    T* const q = c.scratch(omp_get_thread_num()).row;
+    V largest = S::zero();
+    for (int64_t k = 0; k < c.Dp; k += S::W) largest = S::larger(S::larger(S::load(x + k), -S::load(x + k)), largest);
+    T lanes[S::W];
+    S::store(lanes, largest);
+    T most = 0;
+    for (const T lane : lanes) most = lane > most ? lane : most;
+    const T step = most / 127, inverse = step > 0 ? 1 / step : 0;
+    const V to = S::set1(kRound);  // adding it rounds to a whole number
+    V error = S::zero();
+    for (int64_t k = 0; k < c.Dp; k += S::W) {
+      const V whole = S::madd(S::load(x + k), S::set1(inverse), to) - to;
+      const V e = S::load(x + k) - S::set1(step) * whole;
+      error = S::madd(e, e, error);
+      S::store(q + k, whole);
+    }
+    int32_t sum = 0;
+    int8_t* const row = reinterpret_cast<int8_t*>(q);  // behind what is read
+    for (int64_t k = 0; k < c.Dp; ++k) sum += static_cast<int32_t>(q[k]);
+    for (int64_t k = 0; k < c.Dp; k += S::W) {
+      int8_t some[S::W];
+      for (int i = 0; i < S::W; ++i) some[i] = static_cast<int8_t>(static_cast<int32_t>(q[k + i]));
+      __builtin_memcpy(row + k, some, S::W);
+    }
+    uint32_t* out = reinterpret_cast<uint32_t*>(w.bytes + at / S::NR * S::NR * c.Dp) + at % S::NR;
+    for (int64_t k = 0; k < c.Dp; k += 4) __builtin_memcpy(out + k / 4 * S::NR, row + k, 4);
+    w.step[at] = step;
+    w.level[at] = -128 * sum;
+    // A thousandth for the rounding of all this; the slack once for both rows of a pair.
+    w.reach[at] = w.norm[at] - static_cast<T>(2.002 * spread * std::sqrt(static_cast<double>(S::sum(error)))) - c.limit.slack / 2;
+  }
+}
+
+// What an anchor of this pass still wants at most; nothing, if the row is none. Another thread may be lowering it.
+template <class S>
+typename S::T ceiling(const Call<S>& c, int64_t row, int64_t begin, int64_t end) {
+  using T = typename S::T;
+  if (row < begin || row >= end) return -std::numeric_limits<T>::infinity();
+  T value;
+  __atomic_load(&c.w.rows[row].ceiling, &value, __ATOMIC_RELAXED);
+  return value;
+}
+
+// Vectors of a tile that have to be computed, up to kUnits side by side: one alone would wait for its own chain.
+template <class S>
+struct Units {
+  using T = typename S::T;
+  using V = typename S::V;
+  static constexpr int kUnits = 8;
+  const Call<S>& c;
+  const int64_t r0, c0;
+  T* tile;
+  int count = 0;
+  int row[kUnits], column[kUnits];
+
+  void push(int r, int col) {
+    row[count] = r;
+    column[count] = col;
+    if (++count == kUnits) flush();
+  }
+  void flush() {
+    if (count == 0) return;
+    const T* a[kUnits];
+    const T* b[kUnits];
+    V sum[kUnits];
+    for (int u = 0; u < kUnits; ++u) {
+      const int of = u < count ? u : 0;
+      a[u] = c.w.ax + (r0 + row[of]) * c.Dp;
+      const int64_t at = c0 + column[of];
+      b[u] = c.w.panels + at / S::NR * c.panel_size + at % S::NR;
+    }
+    for (int64_t k0 = 0; k0 < c.D; k0 += kDepth) {  // as squared_distances()
+      V part[kUnits];
+      for (int u = 0; u < kUnits; ++u) part[u] = S::zero();
+      const int64_t end = k0 + kDepth < c.D ? k0 + kDepth : c.D;
+      for (int64_t k = k0; k < end; ++k)
+#pragma GCC unroll 8
+        for (int u = 0; u < kUnits; ++u) part[u] = S::madd(S::set1(a[u][k]), S::load(b[u] + k * S::NR), part[u]);
+      for (int u = 0; u < kUnits; ++u) sum[u] = k0 == 0 ? part[u] : sum[u] + part[u];
+    }
+    for (int u = 0; u < count; ++u)
+      S::store(tile + row[u] * c.kT + column[u],
+               S::max0(S::madd(S::set1(-2), sum[u], S::set1(c.w.anorm[r0 + row[u]]) + S::load(c.w.norm + c0 + column[u]))));
+    count = 0;
+  }
+};
+
+// Which vectors of rows and of columns of a tile, W anchors each, hold anything that may be wanted.
+struct Wanted {
+  uint32_t rows = ~uint32_t{0}, columns = ~uint32_t{0};
+};
+
+// Rows row0 .. rows of a tile off the diagonal as squared_distances() has them, but `unwanted` where no anchor of [begin, end)
+// wants the pair.
+template <class S>
+Wanted screened_distances(const Call<S>& c, int64_t r0, int row0, int rows, int64_t c0, int cols, bool both, int64_t begin,
+                          int64_t end, typename S::T unwanted, typename S::T* tile) {
+  using T = typename S::T;
+  const auto& w = c.w;
+  constexpr int kT = Call<S>::kT;
+  T row_ceiling[kT], column_ceiling[kT];
+  for (int i = row0; i < rows; ++i) row_ceiling[i] = ceiling(c, r0 + i, begin, end);
+  for (int j = 0; j < cols; ++j)
+    column_ceiling[j] = both ? ceiling(c, c0 + j, begin, end) : -std::numeric_limits<T>::infinity();
+  Units<S> units{c, r0, c0, tile, 0, {}, {}};
+  Wanted wanted{0, 0};
+  const typename S::V none = S::set1(unwanted);
+  for (int col = 0; col < cols; col += S::NR)
+    for (int r = row0; r < rows; r += S::MR) {
+      const int8_t* a = w.bytes + (r0 + r) / S::NR * S::NR * c.Dp + (r0 + r) % S::NR * 4;
+      const uint32_t near = S::screen(a, w.bytes + (c0 + col) * c.Dp, c.Dp / 4, w.step + r0 + r, w.level + r0 + r,
+                                      w.reach + r0 + r, row_ceiling + r, w.step + c0 + col, w.reach + c0 + col,
+                                      column_ceiling + col);
+      if (near) wanted.rows |= 1u << r / S::W;
+      constexpr int NV = S::NR / S::W;
+      if (__builtin_popcount(near) > S::MR * NV / 4) {
+        wanted.columns |= ((1u << NV) - 1) << col / S::W;
+        squared_distances<S>(w.ax + (r0 + r) * c.Dp, c.Dp, w.anorm + r0 + r, w.panels + (c0 + col) / S::NR * c.panel_size,
+                             c.panel_size, w.norm + c0 + col, c.D, S::MR, S::NR, false, tile + r * kT + col, kT);
+        continue;
+      }
+      for (int i = 0; i < S::MR; ++i)
+        for (int v = 0; v < NV; ++v) {
+          if (near >> (i * NV + v) & 1) {
+            wanted.columns |= 1u << (col / S::W + v);
+            units.push(r + i, col + v * S::W);
+          } else {
+            S::store(tile + (r + i) * kT + col + v * S::W, none);
+          }
+        }
+    }
+  units.flush();
+  return wanted;
+}
+
+}  // namespace
+}  // namespace facenet_ext::cpu

@@ -1,0 +1,145 @@
+// The sweep: what fills the buckets.
+//
+//             candidates J
+//           +----+----+----+----+   Symmetric case: tile (I, J) serves the anchors of I (its rows) and, transposed strip by
+//           | \\ | ## | ## |    |   strip, the anchors of J (its columns), so every product is made once. The tiles of a
+//   anchors +----+----+----+----+   pass are dealt diagonal by diagonal, (i, i + s), so that neighbours in time share no
+//      I    |    | \\ | ## | ## |   anchors and rarely wait for each other's lock.
+//           +----+----+----+----+
+//           | ## |    | \\ | ## |   A tile: 192 x 192 float32 distances = 144 KiB, in L2. Bytes from L3 or memory per tile:
+//           +----+----+----+----+   2 * 192 * D * 4, against 192^2 * D products: below 1 byte a cycle.
+#pragma once
+
+#include "screen.h"
+
+namespace facenet_ext::cpu {
+namespace {
+
+// Takes the distances d[g stride + 0 .. n) into the buckets of anchors row .. row + count, g apart. The searches of a group
+// run one after the other without a branch that depends on the data; what they found is worked off in one loop.
+template <class S>
+void take_rows(const Call<S>& c, int64_t row, int count, const typename S::T* d, int64_t stride, int n, const int32_t* index,
+               uint32_t* queue) {
+  const auto& w = c.w;
+  for (int g0 = 0; g0 < count; g0 += kGroup) {
+    const int group = count - g0 < kGroup ? count - g0 : kGroup;
+    int wanted = 0;
+    for (int g = 0; g < group; ++g) {
+      Buckets<S> buckets = c.buckets(row + g0 + g);
+      const typename S::T* from = d + (g0 + g) * stride;
+      if (buckets.row.radix >= kFarRadix)
+        for (int at = 0; at < buckets.radix() * S::W; at += 64 / sizeof(*buckets.key)) __builtin_prefetch(buckets.key + at);
+      if (buckets.searchable()) wanted += buckets.search(from, n, static_cast<uint32_t>(g) << 26, queue + wanted);
+      else buckets.take(from, n, index, c.limit, queue + wanted);
+    }
+    for (int i = 0; i < wanted; ++i) {
+      const uint32_t g = queue[i] >> 26, at = queue[i] >> 16 & 0x3ff, column = queue[i] & 0xffff;
+      const int64_t slot = w.rows[row + g0 + g].slot + at;
+      improve(w.key + slot, w.upper + slot, d[(g0 + g) * stride + column], index[column]);
+    }
+    for (int g = 0; g < group; ++g) c.buckets(row + g0 + g).look_for_top(d + (g0 + g) * stride, n, index, c.limit);
+  }
+}
+
+// One tile: anchors' rows [r0, ..) of tile I against candidates [c0, ..) of tile J; anchors outside [begin, end) are not of
+// this pass. `both`: the candidates of J are anchors of this pass too.
+template <class S>
+void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int64_t end, int64_t first_tile) {
+  using T = typename S::T;
+  const auto& w = c.w;
+  constexpr int kT = Call<S>::kT;
+  const auto scratch = c.scratch(omp_get_thread_num());
+  const int64_t r0 = I * kT, c0 = J * kT;
+  const int64_t from = r0 > begin ? r0 : begin, to = r0 + kT < end ? r0 + kT : end;  // this pass's anchors among the rows
+  const int cols = static_cast<int>(c0 + kT < c.C ? kT : round_up(c.C - c0, S::NR));
+  int row0 = 0, rows;
+  if (both) {  // every row is a candidate to the columns' anchors; the padding's norm is NaN
+    rows = static_cast<int>(r0 + kT < c.A ? kT : round_up(c.A - r0, kColumnPad));
+  } else {
+    row0 = static_cast<int>((from - r0) / S::MR * S::MR);
+    rows = static_cast<int>(round_up(to - r0, S::MR));
+  }
+  T* tile = scratch.tile;
+  Wanted wanted;
+  if (c.screening && I != J) {
+    wanted = screened_distances(c, r0, row0, rows, c0, cols, both, begin, end, std::numeric_limits<T>::quiet_NaN(), tile);
+  } else {
+    squared_distances<S>(w.ax + (r0 + row0) * c.Dp, c.Dp, w.anorm + r0 + row0, w.panels + c0 / S::NR * c.panel_size,
+                       c.panel_size, w.norm + c0, c.D, rows - row0, cols, I == J && both, tile + row0 * kT, kT);
+  }
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  const int real_rows = static_cast<int>(r0 + rows < c.A ? rows : c.A - r0);
+  for (int r = row0; r < real_rows; ++r) {  // candidates of the anchor's own class are no negatives
+    const int32_t k = w.aclass[r0 + r];
+    if (k < 0) continue;
+    const int64_t a = w.class_begin[k] > c0 ? w.class_begin[k] : c0;
+    const int64_t b = w.class_begin[k + 1] < c0 + cols ? w.class_begin[k + 1] : c0 + cols;
+    for (int64_t j = a; j < b; ++j) tile[r * kT + (j - c0)] = nan;
+    if (both && I == J) fill(tile + r * kT, r + 1 < cols ? r + 1 : cols, nan);
+  }
+  if (both && I == J)
+    for (int r = real_rows; r < rows; ++r) fill(tile + r * kT, cols, nan);
+
+  if (from < to) {
+    Lock lock(w.locks + I - first_tile);
+    for (int64_t row = from; row < to;) {
+      const int skip = both && I == J ? static_cast<int>((row - r0) / S::W * S::W) : 0;  // below the diagonal
+      const int64_t last = row - (row - r0) % S::W + S::W < to ? row - (row - r0) % S::W + S::W : to;
+      if (wanted.rows >> (row - r0) / S::W & 1)
+        take_rows(c, row, static_cast<int>(last - row), tile + (row - r0) * kT + skip, kT, cols - skip, w.order + c0 + skip,
+                  scratch.queue);
+      row = last;
+    }
+  }
+  if (both) {
+    Lock lock(w.locks + J - first_tile);
+    for (int col = 0; col < cols; col += S::W) {
+      const int64_t a = c0 + col > begin ? c0 + col : begin, b = c0 + col + S::W < end ? c0 + col + S::W : end;
+      if (a >= b || !(wanted.columns >> col / S::W & 1)) continue;
+      const int height =
+          I == J ? static_cast<int>(round_up(col + S::W, kColumnPad) < rows ? round_up(col + S::W, kColumnPad) : rows) : rows;
+      S::transpose(tile + col, kT, height, scratch.strip);
+      take_rows(c, a, static_cast<int>(b - a), scratch.strip + (a - c0 - col) * height, height, height, w.order + r0,
+                scratch.queue);
+    }
+  }
+}
+
+// All tiles of a pass. The calling thread asks after each whether to go on (the callback paces itself).
+template <class S>
+void sweep(Call<S>& c, int64_t begin, int64_t end) {
+  constexpr int kT = Call<S>::kT;
+  const int64_t first = begin / kT, own = (end + kT - 1) / kT - first, all = (c.C + kT - 1) / kT;
+  const int64_t shared = c.symmetric ? own * (own + 1) / 2 : 0;
+  const int64_t single = own * (c.symmetric ? all - own : all);
+  for (int64_t i = 0; i < own; ++i) c.w.locks[i] = 0;
+  const int64_t run = own >= 32 ? 4 : 1;
+  int stop = 0;
+#pragma omp parallel for num_threads(c.threads) schedule(dynamic, run)
+  for (int64_t i = 0; i < shared + single; ++i) {
+    int halted;
+#pragma omp atomic read
+    halted = stop;
+    if (halted) continue;
+    if (i < shared) {
+      // Runs of `run` tiles share their anchors, whose rows then stay in L2.
+      const int64_t full = own / 2 / run * run * own, run_index = i / run;
+      const int64_t I = i < full ? run_index % own : i % own;
+      const int64_t J = (I + (i < full ? run_index / own * run + i % run : i / own)) % own;
+      sweep_tile(c, first + (I < J ? I : J), first + (I < J ? J : I), true, begin, end, first);
+    } else {
+      const int64_t n = i - shared, I = n % own;
+      int64_t J = c.symmetric ? n / own : (n / own + I) % all;
+      if (c.symmetric && J >= first) J += own;
+      sweep_tile(c, first + I, J, false, begin, end, first);
+    }
+    if (c.args.interrupted && omp_get_thread_num() == 0 && c.args.interrupted(c.args.interrupted_context)) {
+#pragma omp atomic write
+      stop = 1;
+    }
+  }
+  c.stopped = stop != 0;
+}
+
+}  // namespace
+}  // namespace facenet_ext::cpu

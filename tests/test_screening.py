@@ -1,0 +1,74 @@
+"""Tiles that are looked at in 8 bits first (csrc/cpu/screen.h): not one bit of any result depends on it.
+
+Only batches whose classes have come apart are screened (and any, for the closest negative), and none is when statistics are
+asked for. So the loss and the gradient of a call with statistics are what a call without them has to give, bit for bit."""
+
+import pytest
+import torch
+
+from facenet_ext import triplet_loss
+
+# N, K, D: beyond one tile of 192 rows; a D beyond one partial sum (256), one that fills no vector, one class size of 2.
+SHAPES = [(500, 2, 300), (700, 7, 33), (1000, 40, 128), (600, 5, 16), (431, 20, 513)]
+
+
+def apart(n: int, k: int, d: int, noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) // k
+    centres = torch.nn.functional.normalize(torch.randn(n // k + 1, d, generator=generator))
+    x = centres[labels] + noise * torch.randn(n, d, generator=generator) / d**0.5
+    order = torch.randperm(n, generator=generator)
+    return torch.nn.functional.normalize(x)[order], labels[order]
+
+
+def loss_and_gradient(x, labels, **options):
+    x = x.clone().requires_grad_()
+    loss = triplet_loss(x, labels, **options)
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"distance": "euclidean"},
+        {"normalize": True},
+        {"margin": 0.0},
+        {"pairs": "unordered"},
+        {"positives": "hardest"},
+        {"fallback": "skip", "reduction": "sum"},
+        {"negatives": "hard"},
+        {"negatives": "hard", "soft_margin": True, "positives": "hardest"},
+        {"negatives": "all"},
+        {"negatives": "all_semi_hard", "distance": "euclidean"},
+        {"negatives": "all_semi_hard", "positives": "easiest", "margin": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("noise", [0.3, 0.8, 1.1])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_bits(shape, noise, options):
+    x, labels = apart(*shape, noise, seed=3)
+    expected = loss_and_gradient(x, labels, return_stats=True, **options)
+    for got, want in zip(loss_and_gradient(x, labels, **options), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_uneven_lengths_and_misplaced_rows(threads):
+    """Rows of very different lengths (the bound is in units of the longest), some among another class, some equal, some 0."""
+    x, labels = apart(900, 6, 64, 0.5, seed=4)
+    x = x * torch.logspace(-2, 0.5, len(x))[torch.randperm(len(x), generator=torch.Generator().manual_seed(5))][:, None]
+    x[::50] = x[7]
+    x[3::97] = 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for x, margin in ((x, 0.2), (torch.nn.functional.normalize(x), 0.2), (x * 1e-4, 2e-9), (x + 0.5, 0.01)):
+            expected = loss_and_gradient(x, labels, margin=margin, return_stats=True)
+            for got, want in zip(loss_and_gradient(x, labels, margin=margin), expected, strict=True):
+                assert torch.equal(got, want)
+    finally:
+        torch.set_num_threads(before)
