@@ -218,16 +218,26 @@ struct Dense {
           ++h.term[term[j]];
         }
       } else if (active > 0) {
-        // An empty range adds nothing, and most are empty at one rank, the last: each would wait for the one before.
-        int32_t* __restrict some = reinterpret_cast<int32_t*>(count + kT);
-        int m = 0;
-        for (int j = 0; j < n; ++j) {
-          some[m] = j;
-          m += from[j] < to[j];
-        }
-        for (int i = 0; i < m; ++i) {
-          ++h.from[from[some[i]]];
-          ++h.to[to[some[i]]];
+        // An empty range adds nothing to the difference of both. Where most are, late in training, they are empty at one
+        // rank, the last: each would wait for the one before.
+        int filled = 0;
+        for (int j = 0; j < n; ++j) filled += from[j] < to[j];
+        if (2 * filled > n) {
+          for (int j = 0; j < n; ++j) {
+            ++h.from[from[j]];
+            ++h.to[to[j]];
+          }
+        } else {
+          int32_t* __restrict some = reinterpret_cast<int32_t*>(count + kT);
+          int m = 0;
+          for (int j = 0; j < n; ++j) {
+            some[m] = j;
+            m += from[j] < to[j];
+          }
+          for (int i = 0; i < m; ++i) {
+            ++h.from[from[some[i]]];
+            ++h.to[to[some[i]]];
+          }
         }
       }
     } else {
