@@ -1,7 +1,9 @@
 """Tiles that are looked at in 8 bits first (csrc/cpu/screen.h): not one bit of any result depends on it.
 
-Only batches whose classes have come apart are screened (and any, for the closest negative), and none is when statistics are
-asked for. So the loss and the gradient of a call with statistics are what a call without them has to give, bit for bit."""
+Only batches whose classes have come apart are screened (and any, for the closest negative), and none is when
+statistics are asked for. So the loss and the gradient of a call with statistics are what a call without them has to
+give, bit for bit. (Where the processor has no AVX-512 VNNI nothing is screened at all.)
+"""
 
 import pytest
 import torch
@@ -58,7 +60,7 @@ def test_same_bits(shape, noise, options):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_uneven_lengths_and_misplaced_rows(threads):
-    """Rows of very different lengths (the bound is in units of the longest), some among another class, some equal, some 0."""
+    """Rows of very different lengths (the bound is in units of the longest), some equal, some 0."""
     x, labels = apart(900, 6, 64, 0.5, seed=4)
     x = x * torch.logspace(-2, 0.5, len(x))[torch.randperm(len(x), generator=torch.Generator().manual_seed(5))][:, None]
     x[::50] = x[7]
@@ -66,9 +68,9 @@ def test_uneven_lengths_and_misplaced_rows(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for x, margin in ((x, 0.2), (torch.nn.functional.normalize(x), 0.2), (x * 1e-4, 2e-9), (x + 0.5, 0.01)):
-            expected = loss_and_gradient(x, labels, margin=margin, return_stats=True)
-            for got, want in zip(loss_and_gradient(x, labels, margin=margin), expected, strict=True):
+        for rows, margin in ((x, 0.2), (torch.nn.functional.normalize(x), 0.2), (x * 1e-4, 2e-9), (x + 0.5, 0.01)):
+            expected = loss_and_gradient(rows, labels, margin=margin, return_stats=True)
+            for got, want in zip(loss_and_gradient(rows, labels, margin=margin), expected, strict=True):
                 assert torch.equal(got, want)
     finally:
         torch.set_num_threads(before)

@@ -197,7 +197,7 @@ struct Buckets {
   }
 
   // The distances d[0 .. n) to the candidates index[0 .. n) are taken in two steps, so that the searches of several anchors
-  // can run ahead of what they find (mine.h). NaN marks those that are no negatives. n is a multiple of W.
+  // can run ahead of what they find (sweep.h). NaN marks those that are no negatives. n is a multiple of W.
   bool searchable() const { return S::kStrided && row.radix && !row.fresh; }
   int search(const T* d, int n, uint32_t tag, uint32_t* queue) const {
     if constexpr (S::kStrided) return S::search(t, upper, radix(), row.ceiling, d, n, tag, queue);

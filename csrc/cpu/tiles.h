@@ -1,4 +1,4 @@
-// The sweep for rules that look at every distance: the same tiles as in mine.h, but in an order that sums can rely on.
+// The sweep for rules that look at every distance: the same tiles as in sweep.h, but in an order that sums can rely on.
 //
 // Two tiles that touch one block of rows add to the same numbers, so the order in which they do decides the last bits. Each
 // block therefore has turns: a tile draws a ticket for both of its blocks as it is dealt, all tiles are dealt in one fixed
