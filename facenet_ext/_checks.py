@@ -29,9 +29,9 @@ LABEL_DTYPES = (
 MAX_ROWS = 2**31 - 1  # the kernels pack a row's index into 32 bits
 
 
-def check_batch(embeddings: Tensor, labels: Tensor, prefix: str = "") -> None:
-    """embeddings [N, D] floating, labels [N] integer, both dense and on one device, which is the CPU or a CUDA GPU."""
-    rows, of_rows = prefix + "embeddings", prefix + "labels"
+def check_batch(embeddings: Tensor, labels: Tensor, rows: str = "embeddings", of_rows: str = "labels") -> None:
+    """embeddings [N, D] floating, labels [N] integer, both dense and on one device, which is the CPU or a CUDA GPU.
+    `rows`, `of_rows`: what the caller's caller calls them."""
     if not isinstance(embeddings, Tensor):
         raise TypeError(f"{rows} is a {_kind(embeddings)}; accepted: a torch.Tensor [N, D]")
     if not isinstance(labels, Tensor):
@@ -76,17 +76,7 @@ def check_references(
         if references == "only":
             raise ValueError("references is 'only' without reference_embeddings; accepted: 'only' with them")
         return
-    check_batch(reference_embeddings, reference_labels, "reference_")
-    if reference_embeddings.shape[1] != embeddings.shape[1]:
-        raise ValueError(
-            f"reference_embeddings has shape {list(reference_embeddings.shape)}; accepted: [M, {embeddings.shape[1]}], "
-            "as wide as embeddings"
-        )
-    if reference_embeddings.device != embeddings.device:
-        raise ValueError(
-            f"reference_embeddings is on {reference_embeddings.device}; accepted: {embeddings.device}, the device of "
-            "embeddings"
-        )
+    check_reference_rows(embeddings, reference_embeddings, reference_labels)
     if references == "only" and options.pairs == "unordered":
         raise ValueError(
             "pairs is 'unordered' with references='only', where anchors and positives are not of one order; accepted: "
@@ -96,6 +86,26 @@ def check_references(
         raise ValueError(
             f"negatives is {options.negatives!r} with references='only' and a process_group, where draws would depend "
             "on the ranks; accepted: a rule that does not draw, or references 'negatives' or 'all'"
+        )
+
+
+def check_reference_rows(
+    embeddings: Tensor,
+    reference_embeddings: Tensor,
+    reference_labels: Tensor,
+    rows: str = "reference_embeddings",
+    of_rows: str = "reference_labels",
+) -> None:
+    """A batch of its own that fits checked embeddings. `rows`, `of_rows`: what the caller's caller calls them."""
+    check_batch(reference_embeddings, reference_labels, rows, of_rows)
+    if reference_embeddings.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"{rows} has shape {list(reference_embeddings.shape)}; accepted: [M, {embeddings.shape[1]}], "
+            "as wide as embeddings"
+        )
+    if reference_embeddings.device != embeddings.device:
+        raise ValueError(
+            f"{rows} is on {reference_embeddings.device}; accepted: {embeddings.device}, the device of embeddings"
         )
 
 

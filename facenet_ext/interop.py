@@ -58,6 +58,14 @@ class SemiHardMiner(BaseMiner):
     ) -> tuple[Tensor, Tensor, Tensor]:
         others = {}
         if ref_emb is not embeddings:
+            # Here, where they still have the names that the caller gave them.
+            _checks.check_batch(embeddings, labels)
+            _checks.check_reference_rows(embeddings, ref_emb, ref_labels, "ref_emb", "ref_labels")
+            if self.pairs == "unordered":
+                raise ValueError(
+                    "pairs is 'unordered' with ref_emb, where anchors and positives are not of one order; accepted: "
+                    "'ordered'"
+                )
             others = dict(reference_embeddings=ref_emb.detach(), reference_labels=ref_labels, references="only")
         mined = mine_triplets(
             embeddings.detach(),

@@ -26,7 +26,8 @@ class CrossBatchMemory(nn.Module):
         dtype: of the rows kept, floating; the loss converts them to the dtype of its embeddings.
 
     State: ``state_dict`` holds the rows [size, D], their labels [size] int64 and how many were ever added, so that a
-    resumed run goes on with the same memory. Memory: size·(D + 2) numbers.
+    resumed run goes on with the same memory. One of another size or dim, or without a part, leaves it as it was.
+    Memory: size·(D + 2) numbers.
 
     Notes:
         Rows are detached: the gradient flows through the batch alone. Nothing waits for the device. A row that is not
@@ -105,6 +106,25 @@ class CrossBatchMemory(nn.Module):
 
     def set_extra_state(self, state: dict) -> None:
         self.added = state["added"]
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """torch's, but all or nothing: it goes on after a mismatch, and rows without their count are another memory."""
+        added, buffers = self.added, dict(self._buffers)
+        rows = {name: buffer.clone() for name, buffer in buffers.items()}
+        known, loaded = len(error_msgs) + len(missing_keys), False
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            loaded = len(error_msgs) + len(missing_keys) == known
+        finally:
+            if not loaded:
+                self.added = added
+                for name, buffer in buffers.items():
+                    buffer.copy_(rows[name])
+                    self._buffers[name] = buffer
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}, warmup={self.warmup}, positives={self.positives}"

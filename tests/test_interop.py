@@ -60,6 +60,25 @@ def test_inside_their_trainer():
     assert len(seen) == 4 and all(0 < loss < 1 for loss in seen)
 
 
+@pytest.mark.parametrize(
+    ("rows", "labels", "error", "message"),
+    [
+        (torch.zeros(4, 6), torch.zeros(4), TypeError, "^ref_labels has dtype torch.float32"),
+        (torch.zeros(4, 6), None, TypeError, "^ref_labels is a NoneType"),
+        (torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64), ValueError, r"^ref_emb has shape \[4, 5\].* \[M, 6\]"),
+        (torch.zeros(4, 6).int(), torch.zeros(4, dtype=torch.int64), TypeError, "^ref_emb has dtype torch.int32"),
+    ],
+)
+def test_bad_references_are_named_as_the_caller_named_them(rows, labels, error, message):
+    with pytest.raises(error, match=message):
+        SemiHardMiner()(*batch(), rows, labels)
+
+
+def test_unordered_pairs_with_references_are_named_as_the_caller_named_them():
+    with pytest.raises(ValueError, match="^pairs is 'unordered' with ref_emb, .*; accepted: 'ordered'"):
+        SemiHardMiner(pairs="unordered")(*batch(), *batch(1))
+
+
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match="negatives is 'all'; accepted: 'semi_hard', 'hard'"):
         SemiHardMiner(negatives="all")

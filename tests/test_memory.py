@@ -75,6 +75,41 @@ def test_state_comes_back_and_goes_on():
     assert torch.equal(memory.embeddings, other.embeddings) and torch.equal(memory.labels, other.labels)
 
 
+@pytest.mark.parametrize("change", ["size", "dim", "no labels", "no count", "a foreign count"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_of_another_memory_changes_nothing(change, assign):
+    """Rows of one memory with the count of another would be neither."""
+    state = CrossBatchMemory(6 + (change == "size"), 5 + (change == "dim"))
+    state.add(*batch(4, 1, state.dim))
+    state = state.state_dict()
+    if change == "no labels":
+        del state["labels"]
+    elif change == "no count":
+        del state["_extra_state"]
+    elif change == "a foreign count":
+        state["_extra_state"] = {}
+    memory = CrossBatchMemory(6, 5)
+    memory.add(*batch(3, 2))
+    buffers, before = dict(memory.named_buffers()), {name: b.clone() for name, b in memory.named_buffers()}
+    with pytest.raises((RuntimeError, KeyError)):
+        memory.load_state_dict(state, assign=assign)
+    assert memory.added == 3
+    for name, buffer in memory.named_buffers():
+        assert buffer is buffers[name] and torch.equal(buffer, before[name])
+
+
+def test_state_inside_a_model_that_may_lack_parts():
+    """strict=False lets keys be missing or too many; a memory then takes what is whole."""
+    for missing in ("", "labels"):
+        memory, other = CrossBatchMemory(6, 5), CrossBatchMemory(6, 5)
+        memory.add(*batch(4, 1))
+        state = torch.nn.ModuleDict({"memory": memory}).state_dict() | {"memory.more": torch.zeros(1)}
+        state.pop("memory." + missing, None)
+        torch.nn.ModuleDict({"memory": other}).load_state_dict(state, strict=False)
+        assert other.added == (0 if missing else 4)
+        assert torch.equal(other.embeddings, torch.zeros(6, 5) if missing else memory.embeddings)
+
+
 def test_warm_up():
     memory = CrossBatchMemory(6, 5, warmup=5)
     memory.add(*batch(4, 1))

@@ -9,8 +9,9 @@
 //   6 count        dense_finish.cuh: histograms -> weights of the positives, loss, counts
 //   7 gradient     dense_finish.cuh: partial sums and positives -> gradient
 //
-// Distances are expanded squares whose error grows with the rows' lengths, and no pair is looked at twice; so phase 2 moves
-// rows that lie together, away from the origin, to the origin. Rows with equal bits stay equal.
+// Distances are expanded squares whose error grows with the rows' lengths, and few pairs are looked at twice; so phase 2
+// moves rows that lie together, away from the origin, to the origin. Rows with equal bits stay equal. Pairs that are near
+// even so are few: their distance and their part of the gradient are summed directly.
 #pragma once
 
 #include "gradient.cuh"
@@ -19,9 +20,14 @@ namespace facenet_ext::cuda {
 
 constexpr int kMaxChunks = 8;  // of the columns of a strip of tiles; each has partial sums of its own
 
+// A pair is near below this share of |a|^2 + |b|^2: of an expanded square so small the rounding shows, more so in what
+// divides by it. The CPU draws the same line.
+constexpr float kNear = 1.f / 64;
+
 struct DenseTotals {
   uint64_t terms, active, hard, semi_hard;
   uint64_t max_d2_ap;  // ordered bits of a double
+  bool moved;  // the copy is not what the input is
 };
 
 template <class Acc>
@@ -70,6 +76,8 @@ struct DensePass : Pass {
   Acc margin, band;  // in units of the tiles' distances
   Acc reach;  // a negative farther than this beyond a positive makes no active term with it
   double to_d, to_d2;  // true d or d2 / the tiles'
+  bool reads_input;  // differences of rows are the input's: moving rows away rounded theirs
+  Acc from_input[2];  // to the tiles' unit by both; one factor alone may be more than Acc holds
   Acc* d2_ap;  // [slots] in order of the positive; after count_terms() the pair's gradient coefficient
   Acc* threshold;  // [slots] the tiles' d, ascending
   Acc* scratch[2];  // [slots] for sorting, then the histograms:
@@ -98,9 +106,12 @@ __device__ __forceinline__ DensePass<Acc> first_dense_pass(const DenseProblem<Ac
   pass.chunks = static_cast<int32_t>(min((p.pool_bytes - slots * slot_bytes) / max(sums, int64_t(1)), int64_t(kMaxChunks)));
   pass.to_d2 = ldexp(1.0, 2 * pass.max_exponent);
   pass.to_d = p.euclidean ? ldexp(1.0, pass.max_exponent) : pass.to_d2;
+  pass.from_input[0] = ldexp(Acc(1), -pass.max_exponent / 2);
+  pass.from_input[1] = ldexp(Acc(1), -pass.max_exponent - -pass.max_exponent / 2);
   pass.margin = static_cast<Acc>(p.margin / pass.to_d);
   pass.band = static_cast<Acc>(p.band / pass.to_d);
   pass.reach = p.closed ? max(pass.margin, pass.band) : pass.margin;
+  pass.reads_input = p.totals->moved && !p.normalize;  // normalising rounded them before
   pass.thresholds = p.positives == Positives::all ? stride : 1;
   pass.d2_ap = reinterpret_cast<Acc*>(p.pool);
   pass.threshold = pass.d2_ap + slots;
@@ -203,6 +214,7 @@ __device__ void copy_rows(const DenseProblem<Acc>& p, uint8_t* shared_memory) {
     sum = fma(x, x, sum);
   }
   const bool moves = 4 * __longlong_as_double(static_cast<long long>(radius)) < static_cast<double>(warp_sum(sum));
+  if (block_index() == 0 && thread_index() == 0) p.totals->moved = moves;
   for_each_source(p, [&](int set, int32_t index) {
     const Source<Acc>& source = set == 0 ? p.source[0] : p.source[1];
     const Rows<Acc>& rows = set == 0 ? p.side[0].candidates : p.side[0].anchors;
@@ -213,6 +225,39 @@ __device__ void copy_rows(const DenseProblem<Acc>& p, uint8_t* shared_memory) {
       copy[d] = moves ? x - load_input(p, first.x, d) * first_inverse : x;
     }
   });
+}
+
+// ---- near pairs -----------------------------------------------------------------------------------------------------
+
+// The distance of a near pair is summed anew, as sum (a - b)^2. Whether a pair is near, and how far apart it then is, must be
+// the same for (a, b) as for (b, a), and for a positive as for a negative with equal bits: norms and expanded square are the
+// tiles', whose arithmetic the thresholds share, and both sums below exchange a and b without a trace.
+template <class Acc>
+__device__ __forceinline__ bool is_near(Acc d2, Acc norm_a, Acc norm_b) {  // not NaN, not kNotOffered
+  return d2 >= 0 && d2 < (norm_a + norm_b) * Acc(kNear);
+}
+// An element of candidate (set 0) or anchor (1, where they are others) `index`, as the copy or the input has it.
+template <class Acc>
+__device__ __forceinline__ Acc load_row(const DenseProblem<Acc>& p, bool of_input, int set, int32_t index, int32_t d) {
+  if (of_input) {
+    const Source<Acc>& source = set == 0 ? p.source[0] : p.source[1];
+    return load_input(p, source.x, index * source.stride + d);
+  }
+  const Rows<Acc>& rows = set == 0 ? p.side[0].candidates : p.side[0].anchors;
+  return static_cast<const Acc*>(rows.x)[int64_t(index) * p.side[0].dim + d];
+}
+// In the tiles' unit, of row and column of `side`; a warp, the same in every lane. Bytes: 2 D Acc of L2.
+template <class Acc>
+__device__ __forceinline__ Acc direct_distance(const DenseProblem<Acc>& p, const DensePass<Acc>& pass, int side, int32_t row,
+                                               int32_t column) {
+  Acc sum = 0;
+#pragma unroll 1
+  for (int32_t d = thread_index() % 32; d < p.side[0].dim; d += 32) {
+    Acc apart = load_row(p, pass.reads_input, 1 - side, row, d) - load_row(p, pass.reads_input, side, column, d);
+    if (sizeof(Acc) == 4) apart = apart * pass.from_input[0] * pass.from_input[1];  // doubles are not scaled
+    sum = fma(apart, apart, sum);
+  }
+  return warp_sum(sum);
 }
 
 // ---- phase 4 --------------------------------------------------------------------------------------------------------
@@ -295,11 +340,28 @@ __device__ void place_thresholds(const DenseProblem<Acc>& p, const DensePass<Acc
           [&](int i, int j, Acc product) {
             const int32_t c = column + 8 * warp + j;
             if (i >= count || !s.kept[i].has(c)) return;
+            const Acc d2 = squared_distance(s.row, i, s.column, 8 * warp + j, product);
             pass.d2_ap[pass.slot(first + i) + s.kept[i].place(c)] =
-                squared_distance(s.row, i, s.column, 8 * warp + j, product);
+                is_near(d2, s.row.norm[i], s.column.norm[8 * warp + j]) ? Acc(kNotOffered) : d2;
           });
     }
     __syncthreads();  // d2_ap of the strip
+#pragma unroll 1
+    for (int i = warp; i < count; i += kWarps) {
+      Acc* const d2_ap = pass.d2_ap + pass.slot(first + i);
+#pragma unroll 1
+      for (int32_t base = 0; base < s.kept[i].count(); base += 32) {
+        const bool near = base + lane < s.kept[i].count() && d2_ap[base + lane] == Acc(kNotOffered);
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(kWholeWarp, near); left != 0; left &= left - 1) {
+          const int from = __ffs(static_cast<int>(left)) - 1;
+          const Acc d2 =
+              direct_distance(p, pass, 0, s.row.index[i], sorted_index(q, q.candidates)[s.kept[i].position(base + from)]);
+          if (lane == from) d2_ap[base + lane] = d2;
+        }
+      }
+    }
+    __syncthreads();  // of near pairs too
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const int32_t positives = s.kept[i].count();

@@ -138,11 +138,11 @@ __device__ void write_totals(const DenseProblem<Acc>& p, uint8_t* shared_memory)
   stats[2] = static_cast<Acc>(__longlong_as_double(static_cast<long long>(totals.max_d2_ap)));
 }
 
-// sum[j] += coefficient * (x[j] - other[j]) over `count` partners among the copies `rows`; get(e, coefficient) returns the
-// index of partner e.
-template <class Acc, class Get>
-__device__ __forceinline__ void add_partners(const Acc* rows, int32_t dim, int32_t begin, const Acc (&x)[kSliceEach<Acc>],
-                                             int32_t count, Acc (&sum)[kSliceEach<Acc>], Get get) {
+// sum[j] += coefficient * (x[j] - other[j]) over `count` partners among the rows of a set (load_row()); get(e, coefficient)
+// returns the index of partner e.
+template <bool kOfInput, int kEach, class Acc, class Get>
+__device__ __forceinline__ void add_partners(const DenseProblem<Acc>& p, int set, int32_t begin, const Acc (&x)[kEach],
+                                             int32_t count, Acc (&sum)[kEach], Get get) {
   const int lane = thread_index() % 32;
 #pragma unroll 1
   for (int32_t base = 0; base < count; base += 32) {
@@ -154,74 +154,92 @@ __device__ __forceinline__ void add_partners(const Acc* rows, int32_t dim, int32
       const int i = __ffs(static_cast<int>(left)) - 1;
       left &= left - 1;
       const Acc coefficient = __shfl_sync(kWholeWarp, mine, i);
-      const Acc* other = rows + int64_t(__shfl_sync(kWholeWarp, index, i)) * dim;
+      const int32_t other = __shfl_sync(kWholeWarp, index, i);
 #pragma unroll
-      for (int j = 0; j < kSliceEach<Acc>; ++j) {
+      for (int j = 0; j < kEach; ++j) {
         const int32_t d = begin + 32 * j + lane;
-        if (d < dim) sum[j] = fma(coefficient, x[j] - other[d], sum[j]);
+        if (d < p.side[0].dim) sum[j] = fma(coefficient, x[j] - load_row(p, kOfInput, set, other, d), sum[j]);
       }
     }
   }
 }
 
-// One row's gradient: what its positives and the anchors it is a positive of bring in this pass joins the partial sums; in
-// the last pass all are added and written. anchor: its position among the anchors, or -1; position: among the candidates, or
-// -1.
-template <class Acc>
-__device__ void collect_row(const DenseProblem<Acc>& p, const DensePass<Acc>& pass, int set, int32_t index, int32_t anchor,
-                            int32_t position, Acc scale) {
+// What a row's positives and the anchors it is a positive of bring in this pass joins its partial sums; in the last pass all
+// are added. anchor: its position among the anchors, or -1; position: among the candidates, or -1. kEach: dimensions of a
+// lane at a time; fewer where elements are looked up in the input, by its type.
+template <bool kOfInput, int kEach, class Acc>
+__device__ __forceinline__ void sum_row(const DenseProblem<Acc>& p, const DensePass<Acc>& pass, int set, int32_t index,
+                                        int32_t anchor, int32_t position) {
   const Problem<Acc>& q = p.side[0];
   const Rows<Acc>& rows = set == 0 ? q.candidates : q.anchors;
   const int lane = thread_index() % 32;
   const bool is_last = pass.is_last(q.anchors.count);
-  const Acc* const row = static_cast<const Acc*>(rows.x) + int64_t(index) * q.dim;
   Acc* const partial = pass.partial[set] + int64_t(index) * q.dim;
   const int64_t step = int64_t(rows.count) * q.dim;
   const bool joins = set == 0 && !q.plain && anchor >= 0;  // the row as an anchor has partial sums of its own
-  const int32_t anchor_index = joins ? index - q.anchor_offset : 0;
-  const Acc* const joined = pass.partial[1] + int64_t(anchor_index) * q.dim;
 #pragma unroll 1
-  for (int32_t begin = 0; begin < q.dim; begin += kSlice<Acc>) {
-    Acc x[kSliceEach<Acc>], sum[kSliceEach<Acc>];
+  for (int32_t begin = 0; begin < q.dim; begin += 32 * kEach) {
+    Acc x[kEach], sum[kEach];
 #pragma unroll
-    for (int j = 0; j < kSliceEach<Acc>; ++j) {
+    for (int j = 0; j < kEach; ++j) {
       const int32_t d = begin + 32 * j + lane;
-      x[j] = d < q.dim ? row[d] : Acc(0);
+      x[j] = d < q.dim ? load_row(p, kOfInput, set, index, d) : Acc(0);
       sum[j] = d < q.dim ? partial[d] : Acc(0);
     }
     if (anchor >= 0 && pass.has(anchor)) {
       const Kept kept = kept_of(p, anchor);
       const Acc* coefficients = pass.d2_ap + pass.slot(anchor);
-      add_partners(static_cast<const Acc*>(q.candidates.x), q.dim, begin, x, kept.count(), sum,
-                   [&](int32_t k, Acc& coefficient) {
-                     coefficient = coefficients[k];
-                     return sorted_index(q, q.candidates)[kept.position(k)];
-                   });
+      add_partners<kOfInput>(p, 0, begin, x, kept.count(), sum, [&](int32_t k, Acc& coefficient) {
+        coefficient = coefficients[k];
+        return sorted_index(q, q.candidates)[kept.position(k)];
+      });
     }
     if (position >= 0) {
       const int32_t first = max(q.candidates.mate_begin[position], pass.begin),
                     end = min(q.candidates.mate_end[position], pass.end);
-      add_partners(static_cast<const Acc*>(q.anchors.x), q.dim, begin, x, end - first, sum, [&](int32_t e, Acc& coefficient) {
+      add_partners<kOfInput>(p, q.plain ? 0 : 1, begin, x, end - first, sum, [&](int32_t e, Acc& coefficient) {
         const Kept kept = kept_of(p, first + e);
         coefficient = kept.has(position) ? pass.d2_ap[pass.slot(first + e) + kept.place(position)] : Acc(0);
         return sorted_index(q, q.anchors)[first + e];
       });
     }
+    const auto add_chunk = [&](const Acc* row) {
 #pragma unroll
-    for (int j = 0; j < kSliceEach<Acc>; ++j) {
-      const int32_t d = begin + 32 * j + lane;
-      if (d >= q.dim) continue;
-      if (is_last) {
-        for (int32_t chunk = 1; chunk < pass.chunks; ++chunk) sum[j] += partial[chunk * step + d];
-        if (joins) {
-          const int64_t joined_step = int64_t(q.anchors.count) * q.dim;
-          for (int32_t chunk = 0; chunk < pass.chunks; ++chunk) sum[j] += joined[chunk * joined_step + d];
-        }
+      for (int j = 0; j < kEach; ++j) {
+        const int32_t d = begin + 32 * j + lane;
+        if (d < q.dim) sum[j] += row[d];
       }
-      partial[d] = sum[j];
+    };
+    if (is_last) {
+#pragma unroll 1
+      for (int32_t chunk = 1; chunk < pass.chunks; ++chunk) add_chunk(partial + chunk * step);
+#pragma unroll 1
+      for (int32_t chunk = 0; joins && chunk < pass.chunks; ++chunk) {
+        add_chunk(pass.partial[1] + (int64_t(chunk) * q.anchors.count + index - q.anchor_offset) * q.dim);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int32_t d = begin + 32 * j + lane;
+      if (d < q.dim) partial[d] = sum[j];
     }
   }
-  if (!is_last) return;
+}
+
+// One row's gradient, written in the last pass.
+template <class Acc>
+__device__ void collect_row(const DenseProblem<Acc>& p, const DensePass<Acc>& pass, int set, int32_t index, int32_t anchor,
+                            int32_t position, Acc scale) {
+  if (pass.reads_input) {
+    sum_row<true, 1>(p, pass, set, index, anchor, position);
+  } else {
+    sum_row<false, kSliceEach<Acc>>(p, pass, set, index, anchor, position);
+  }
+  if (!pass.is_last(p.side[0].anchors.count)) return;
+  const Problem<Acc>& q = p.side[0];
+  const Rows<Acc>& rows = set == 0 ? q.candidates : q.anchors;
+  const int lane = thread_index() % 32;
+  const Acc* const partial = pass.partial[set] + int64_t(index) * q.dim;
   const Source<Acc>& source = set == 0 ? p.source[0] : p.source[1];
   const Acc inverse = source.inverse_norm[index];
   const int64_t input = index * source.stride;
@@ -242,11 +260,11 @@ __device__ void collect_row(const DenseProblem<Acc>& p, const DensePass<Acc>& pa
 template <class Acc>
 __device__ void collect_gradient(const DenseProblem<Acc>& p, const DensePass<Acc>& pass) {
   const Problem<Acc>& q = p.side[0];
-  const int warp = thread_index() / 32;
   const double factor = p.euclidean ? ldexp(1.0, -pass.max_exponent) : 2 * p.unit;
   const Acc scale = static_cast<Acc>(factor / dense_divisor(p));
   if (q.candidates.gradient_out != nullptr) {
-    for (int64_t i = int64_t(block_index()) * kWarps + warp; i < q.candidates.count; i += int64_t(grid_size()) * kWarps) {
+    for (int64_t i = int64_t(block_index()) * kWarps + thread_index() / 32; i < q.candidates.count;
+         i += int64_t(grid_size()) * kWarps) {
       const int32_t position = static_cast<int32_t>(i), index = sorted_index(q, q.candidates)[position];
       int32_t anchor = q.plain ? position : -1;
       if (!q.plain && q.anchors_are_candidates && index >= q.anchor_offset && index - q.anchor_offset < q.anchors.count) {
@@ -256,7 +274,8 @@ __device__ void collect_gradient(const DenseProblem<Acc>& p, const DensePass<Acc
     }
   }
   if (q.plain || q.anchors.gradient_out == nullptr) return;
-  for (int64_t a = int64_t(block_index()) * kWarps + warp; a < q.anchors.count; a += int64_t(grid_size()) * kWarps) {
+  for (int64_t a = int64_t(block_index()) * kWarps + thread_index() / 32; a < q.anchors.count;
+       a += int64_t(grid_size()) * kWarps) {
     collect_row(p, pass, 1, sorted_index(q, q.anchors)[a], static_cast<int32_t>(a), -1, scale);
   }
 }

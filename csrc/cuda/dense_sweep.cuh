@@ -9,6 +9,9 @@
 //      +-------+-------+-------+
 //        x_j in slices of kSlice dimensions        w = number of active thresholds of the anchor (over d if euclidean)
 //
+// Near pairs (dense.cuh) are measured before they are weighed, and V is below 0 where they are until their differences
+// x_j - x_i have been added one by one.
+//
 // Nobody else adds to these sums, in whatever order blocks run: no atomics, the same bits always. Both sides' weights come
 // from the thread that has the distance: its row's thresholds lie in shared memory, lane = row, free of bank conflicts; the
 // column's are the same for the whole warp and come from L1. Only the row's side counts: histograms of ranks, integers.
@@ -40,6 +43,7 @@ struct DenseItem {  // what a block works on
   int32_t unit, side, chunk;
   int32_t row;                 // first position of the strip; < 0: nothing is left
   int32_t column, column_end;  // next tile of the chunk
+  int32_t* histogram;          // SweepShared::active, here so that no register holds where it begins
 };
 
 template <class Acc>
@@ -51,10 +55,11 @@ struct SweepShared {
   Acc* d2_an;      //   of terms d2;
   Acc* x;          //   [kDepth][kSlice] rows x_j
   double* sums;    // [2][kSide] of the chunk: loss, d2_an
-  uint32_t* any;   // [kWarps] whether a warp has a weight
+  uint32_t* any;   // [kWarps] which of a warp's rows have a weight
+  uint32_t* near;  // [kWarps] which of them have a near pair: its weight, if it has one, is below 0
   uint64_t* counts;  // [3] hard, semi-hard, terms
   Acc* threshold;  // [shared_slots][kSide]
-  int32_t* active;  // [shared_slots][kSide] the histogram
+  int32_t* active;  // [shared_slots][kSide] the histogram; read from `item`
 };
 
 template <class Acc>
@@ -71,6 +76,7 @@ __host__ __device__ SweepShared<Acc> carve_sweep(Carver& carver, int32_t slots) 
   s.item = carver.take<DenseItem>(1);
   s.sums = carver.take<double>(2 * kSide);
   s.any = carver.take<uint32_t>(kWarps);
+  s.near = carver.take<uint32_t>(kWarps);
   s.counts = carver.take<uint64_t>(3);
   s.threshold = carver.take<Acc>(int64_t(slots) * kSide);
   s.active = carver.take<int32_t>(int64_t(slots) * kSide);
@@ -182,8 +188,37 @@ __device__ void next_tile_of(const DensePass<Acc>& pass, DenseItem& item, Cursor
   }
 }
 
+// Measures the near pairs of a part anew, and marks them: their distances get a minus, which their weights keep. A lane has a
+// row, a warp some of the columns, as in weigh_part().
+template <class Acc>
+__device__ __forceinline__ void find_near(const DenseProblem<Acc>& p, const DensePass<Acc>& pass, const SweepShared<Acc>& s,
+                                          int part) {
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  const int group = warp / kWarpsPerSide, first_row = warp % kWarpsPerSide * 32;
+  const int first_column = part * kPart<Acc> + group * kColumnsEach<Acc>;
+  Acc* const cells = s.tile.part + (first_row + lane) * (kPart<Acc> + 1) + group * kColumnsEach<Acc>;
+  uint32_t near = 0;  // of this lane's cells
+#pragma unroll 4
+  for (int j = 0; j < kColumnsEach<Acc>; ++j) {
+    near |= is_near(cells[j], s.tile.row->norm[first_row + lane], s.tile.column->norm[first_column + j]) ? 1u << j : 0u;
+  }
+  const uint32_t lanes = __ballot_sync(kWholeWarp, near != 0);
+  if (lane == 0) s.near[warp] = lanes;
+  if (lanes == 0) return;
+#pragma unroll 1
+  for (int j = 0; j < kColumnsEach<Acc>; ++j) {
+#pragma unroll 1
+    for (uint32_t left = __ballot_sync(kWholeWarp, (near >> j & 1) != 0); left != 0; left &= left - 1) {
+      const int from = __ffs(static_cast<int>(left)) - 1;
+      const Acc d2 =
+          direct_distance(p, pass, s.item->side, s.tile.row->index[first_row + from], s.tile.column->index[first_column + j]);
+      if (lane == from) cells[j] = -d2;
+    }
+  }
+}
+
 // Turns the distances of a part into weights, and counts what the rows' anchors have of them. A lane has a row, a warp some
-// of the columns, kTogether at a time.
+// of the columns, kTogether at a time. Weights of near pairs are below 0 and not in the row's total: add_near() adds them.
 template <class Acc>
 __device__ __forceinline__ void weigh_part(const DenseProblem<Acc>& p, const DensePass<Acc>& pass, const SweepShared<Acc>& s,
                                            int part) {
@@ -204,7 +239,7 @@ __device__ __forceinline__ void weigh_part(const DenseProblem<Acc>& p, const Den
   const bool shared = in_shared(p, pass);
   const int32_t count = rows_are_anchors && anchor == row ? p.count[row] : 0, pitch = shared ? kSide : 1;
   const Acc* const t = shared ? s.threshold + place : pass.threshold + pass.slot(anchor);
-  int32_t* const active = shared ? s.active + place : pass.active(pass.slot(anchor));
+  int32_t* const active = shared ? s.item->histogram + place : pass.active(pass.slot(anchor));
   const Acc middle = count > 0 ? t[count / 2 * pitch] : Acc(0), highest = count > 0 ? t[(count - 1) * pitch] : Acc(0);
 
   int32_t whole = 0;                               // negatives that are active with all thresholds
@@ -218,7 +253,7 @@ __device__ __forceinline__ void weigh_part(const DenseProblem<Acc>& p, const Den
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int32_t c = first + begin + j;
-      const Acc d2 = cells[begin + j];
+      const Acc d2 = fabs(cells[begin + j]);
       d[j] = p.euclidean ? sqrt(d2) : d2;
       valid[j] = c < columns_end && (c < mate_begin || c >= mate_end);
       weight[j] = 0;
@@ -257,7 +292,7 @@ __device__ __forceinline__ void weigh_part(const DenseProblem<Acc>& p, const Den
           if (r.to[j] < count) atomicAdd(active + r.to[j] * pitch, -1);
         }
         if (!counted) continue;
-        d2_an = fma(static_cast<Acc>(terms), cells[begin + j], d2_an);
+        d2_an = fma(static_cast<Acc>(terms), fabs(cells[begin + j]), d2_an);
         all_terms += terms;
         hard += p.above ? 0 : count - r.farther[j];
         semi_hard += p.above ? many : max(r.farther[j] - r.from[j], 0);
@@ -274,8 +309,9 @@ __device__ __forceinline__ void weigh_part(const DenseProblem<Acc>& p, const Den
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const Acc v = !p.euclidean ? static_cast<Acc>(weight[j]) : d[j] > 0 ? static_cast<Acc>(weight[j]) / d[j] : Acc(0);
-      cells[begin + j] = v;
-      total += v;
+      const Acc d2 = cells[begin + j];
+      cells[begin + j] = copysign(v, d2);
+      total += signbit(d2) ? Acc(0) : v;
     }
     s.total[at] += total;
   }
@@ -288,6 +324,51 @@ __device__ __forceinline__ void weigh_part(const DenseProblem<Acc>& p, const Den
   for (int i = 0; i < 3; ++i) {
     const int64_t sum = warp_sum(static_cast<int64_t>(sums[i]));
     if (lane == 0) atomic_add(s.counts + i, static_cast<uint64_t>(sum));
+  }
+}
+
+// Where the gradient of a row of the strip is summed.
+template <class Acc>
+__device__ __forceinline__ Acc* partial_row(const DenseProblem<Acc>& p, const DensePass<Acc>& pass, const DenseItem& item,
+                                            int32_t index) {
+  const Problem<Acc>& q = p.side[item.side];
+  return pass.partial[q.plain || item.side == 1 ? 0 : 1] + (int64_t(item.chunk) * q.anchors.count + index) * q.dim;
+}
+
+// partial[i] += sum_j |V[i][j]| (x_j - x_i) over the near pairs of a part, whose V is 0 from then on: of a sum less a total
+// mostly rounding would be left. Rows and dimensions are the same lanes' as in multiply_part().
+template <class Acc>
+__device__ __forceinline__ void add_near(const DenseProblem<Acc>& p, const DensePass<Acc>& pass, const SweepShared<Acc>& s,
+                                         int part) {
+  const Problem<Acc>& q = p.side[s.item->side];
+  const int lane = thread_index() % 32;
+  const int32_t* columns = s.tile.column->index + part * kPart<Acc>;
+#pragma unroll 1
+  for (int i = 0; i < kRowsEach; ++i) {
+    const int row = thread_index() / 32 * kRowsEach + i;
+    uint32_t lanes = 0;
+    for (int group = 0; group < kWarpsPerSide; ++group) lanes |= s.near[group * kWarpsPerSide + row / 32];
+    if ((lanes >> row % 32 & 1) == 0) continue;
+    Acc* const cells = s.tile.part + row * (kPart<Acc> + 1);
+    const int32_t index = s.tile.row->index[row];
+#pragma unroll 1
+    for (int32_t begin = 0; begin < q.dim; begin += 32) {
+      const int32_t d = min(begin + lane, q.dim - 1);
+      Acc sum = 0;
+#pragma unroll 1
+      for (int base = 0; base < kPart<Acc>; base += 32) {
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(kWholeWarp, cells[base + lane] < 0); left != 0; left &= left - 1) {
+          const int j = base + __ffs(static_cast<int>(left)) - 1;
+          const Acc apart = load_row(p, pass.reads_input, s.item->side, columns[j], d) -
+                            load_row(p, pass.reads_input, 1 - s.item->side, index, d);
+          sum = fma(-cells[j], apart, sum);
+        }
+      }
+      if (begin + lane < q.dim) partial_row(p, pass, *s.item, index)[d] += sum;
+    }
+    __syncwarp();  // all lanes have read all cells
+    for (int base = lane; base < kPart<Acc>; base += 32) cells[base] = cells[base] < 0 ? Acc(0) : cells[base];
   }
 }
 
@@ -333,8 +414,7 @@ __device__ __forceinline__ void multiply_part(const DenseProblem<Acc>& p, const 
       for (int group = 0; group < kWarpsPerSide; ++group) total += s.total[group * kSide + first + i];
       if (total == 0) continue;
       const Acc* x = static_cast<const Acc*>(q.anchors.x) + int64_t(index) * q.dim;
-      Acc* out =
-          pass.partial[q.plain || s.item->side == 1 ? 0 : 1] + (int64_t(s.item->chunk) * q.anchors.count + index) * q.dim;
+      Acc* out = partial_row(p, pass, *s.item, index);
 #pragma unroll
       for (int j = 0; j < kSliceEach<Acc>; ++j) {
         const int32_t d = begin + 32 * j + lane;
@@ -351,7 +431,7 @@ __device__ __forceinline__ void open_strip(const DenseProblem<Acc>& p, const Den
   if (s.item->side != 0 || !in_shared(p, pass)) return;
   for (int32_t i = thread_index(); i < pass.thresholds * kSide; i += kThreads) {
     const int32_t a = s.item->row + i % kSide, r = i / kSide;
-    s.active[i] = 0;
+    s.item->histogram[i] = 0;
     s.threshold[i] = pass.has(a) ? pass.threshold[pass.slot(a) + r] : Acc(0);
   }
 }
@@ -368,7 +448,8 @@ __device__ __forceinline__ void close_strip(const DenseProblem<Acc>& p, const De
   if (!in_shared(p, pass)) return;
   for (int32_t i = thread_index(); i < pass.thresholds * kSide; i += kThreads) {
     const int32_t a = s.item->row + i % kSide;
-    if (s.active[i] != 0) atomicAdd(pass.active(pass.slot(a)) + i / kSide, s.active[i]);
+    const int32_t many = s.item->histogram[i];
+    if (many != 0) atomicAdd(pass.active(pass.slot(a)) + i / kSide, many);
   }
 }
 
@@ -376,7 +457,10 @@ template <Math M, class Acc>
 __device__ __forceinline__ void sweep_every(const DenseProblem<Acc>& p, const DensePass<Acc>& pass, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   const SweepShared<Acc> s = carve_sweep<Acc>(carver, p.shared_slots);
-  if (thread_index() == 0) s.item->unit = -1;
+  if (thread_index() == 0) {
+    s.item->unit = -1;
+    s.item->histogram = s.active;
+  }
   if (thread_index() < 3) s.counts[thread_index()] = 0;
 #pragma unroll 1
   for (;;) {
@@ -394,6 +478,7 @@ __device__ __forceinline__ void sweep_every(const DenseProblem<Acc>& p, const De
       compute_tile<M>(
           p.side[s.item->side], pass, s.tile, [] {},
           [&](int part) {
+            find_near(p, pass, s, part);
             weigh_part(p, pass, s, part);
             __syncthreads();  // weights and sums of the part
             if (thread_index() < kSide) {
@@ -402,9 +487,14 @@ __device__ __forceinline__ void sweep_every(const DenseProblem<Acc>& p, const De
                 s.sums[kSide + thread_index()] += static_cast<double>(s.d2_an[group * kSide + thread_index()]);
               }
             }
-            uint32_t any = 0;
-            for (int warp = 0; warp < kWarps; ++warp) any |= s.any[warp];
-            if (any != 0 && multiplies(p, *s.item)) multiply_part(p, pass, s, part);
+            if (!multiplies(p, *s.item)) return;
+            const auto some = [](const uint32_t* lanes) {
+              uint32_t any = 0;
+              for (int warp = 0; warp < kWarps; ++warp) any |= lanes[warp];
+              return any != 0;
+            };
+            if (some(s.near)) add_near(p, pass, s, part);
+            if (some(s.any)) multiply_part(p, pass, s, part);
           });
     }
     close_strip(p, pass, s);

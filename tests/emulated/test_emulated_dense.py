@@ -139,12 +139,104 @@ def test_gradient_has_the_accuracy_of_float32(programs, tmp_path, distance):
         assert check_dense(case, out) <= 1e-6
 
 
+# Of a row's gradient, in units of the sum of |weight| of its terms.
+NEAR_TOLERANCE = {"float32": 1e-6, "float64": 4e-15, "bfloat16": 1e-6, "float16": 1e-6}
+
+
+def near_rows(dtype: str, n: int, equal: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in threes that nearly coincide, and labels: near positives as well as near negatives. `equal`: two of the
+    three are the same, bit for bit."""
+    rng = np.random.default_rng(5)
+    apart = (1e-5 if dtype == "float64" else 1e-3) * rng.standard_normal((n // 3, 3, 20))
+    if dtype in ("bfloat16", "float16"):  # one element by an ulp or so: all of them would be far
+        apart *= np.arange(20) == 3
+    if equal:
+        apart[:, 2] = apart[:, 1]
+    x = rng.standard_normal((n // 3, 1, 20)) / np.sqrt(20) + apart
+    order = rng.permutation(n)
+    return x.reshape(n, 20)[order], rng.integers(0, 6, n)
+
+
+def near_case(dtype: str, form: str) -> Case:
+    """Euclidean, every negative, and a margin that makes every term active."""
+    x, labels = near_rows(dtype, 144)
+    wide = dtype != "float16"
+    if form == "offset":
+        x[:, :10] += 2
+    elif form == "tiny":
+        x *= 1e-30 if wide else 1e-2
+    elif form == "large":
+        x *= 1e17 if wide else 1e3
+    elif form == "beside_large":
+        x[7] *= 1e3
+    x = exact(x, dtype)
+    margin = 9 * np.linalg.norm(x, axis=1).max()
+    case = Case(name=f"{dtype} {form}", x=x, labels=labels, dtype=dtype, distance="euclidean", negatives="all",
+                reduction="sum", margin=margin, shared_kib=227, multiprocessors=3)  # fmt: skip
+    if form == "foreign":
+        return replace(case, x=x[60:], labels=labels[60:], anchors=x[:60], anchor_labels=labels[:60])
+    return replace(case, offset=30, count=90) if form == "some" else case
+
+
+@pytest.mark.parametrize("form", ["plain", "offset", "tiny", "large", "beside_large", "foreign", "some"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_near_pairs_keep_the_accuracy_of_their_difference(programs, tmp_path, dtype, form):
+    """A row's gradient is a sum of unit vectors. By the expanded square, and by sums less totals, those of near pairs
+    would be off in length and in direction by what cancels in them: 1e-4 in float32."""
+    case = near_case(dtype, form)
+    (out,) = run(programs(), [(case, False)], tmp_path)
+    anchors, anchor_labels = case.anchor_rows()
+    grad_a, grad_c = np.zeros_like(anchors), np.zeros_like(case.x)
+    size_a, size_c, terms = np.zeros(len(anchors)), np.zeros(len(case.x)), 0
+    for a in range(len(anchors)):
+        positive = case.labels == anchor_labels[a]
+        negative = ~positive
+        if case.anchors is None:
+            positive[case.offset + a] = False
+        weight = positive * negative.sum() - 1.0 * negative * positive.sum()
+        terms += positive.sum() * negative.sum()
+        away = anchors[a] - case.x
+        length = np.linalg.norm(away, axis=1)
+        away *= np.divide(weight, length, out=np.zeros_like(length), where=length > 0)[:, None]
+        grad_a[a], size_a[a] = away.sum(axis=0), np.abs(weight).sum()
+        grad_c -= away
+        size_c += np.abs(weight)
+    assert out.stat_counts[1] == terms
+    if case.anchors is None:
+        rows = slice(case.offset, case.offset + len(anchors))
+        grad_c[rows] += grad_a
+        size_c[rows] += size_a
+    else:
+        error = np.linalg.norm(out.grad_anchors - grad_a, axis=1) / size_a
+        assert error.max() <= NEAR_TOLERANCE[dtype], f"{error.max():.1e}"
+    error = np.linalg.norm(out.grad_candidates - grad_c, axis=1) / size_c
+    assert error.max() <= NEAR_TOLERANCE[dtype], f"{error.max():.1e}"
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "asan", "tsan"])
+def test_a_near_positive_and_its_twin_are_equally_far(programs, tmp_path, sanitizer):
+    """A positive's distance is measured anew where its twin's of another label is, and by the same sum: the twin is not
+    farther, in whatever units."""
+    cases = []
+    for dtype in DTYPES if sanitizer == "plain" else ("float32", "float64"):
+        x, labels = near_rows(dtype, 66, equal=True)
+        for scale in (1, 0.01) if sanitizer == "plain" else (0.01,):
+            base = Case(name=f"{dtype} {scale}", x=exact(x * scale, dtype), labels=labels, dtype=dtype, margin=scale)
+            cases += [
+                replace(base, negatives="all_semi_hard", distance="euclidean"),
+                replace(base, negatives="all_semi_hard", band=0.01 * scale),
+                replace(base, negatives="all_semi_hard", offset=10, count=40, distance="euclidean"),
+            ]
+    check_all(programs(sanitizer), [(case, False) for case in cases], tmp_path)
+
+
 def test_every_negative_does_not_depend_on_schedule_or_grid(programs, tmp_path):
     """Bit for bit: no float is added in an order that threads decide."""
     for base in (
         simple(150, 33, 30, rows="mid", margin=1.0, negatives="all", distance="euclidean"),
         simple(120, 3, 2, rows="duplicates", margin=0.25, negatives="all_semi_hard", band=0.3),
         replace(simple(150, 33, 9, negatives="all"), offset=30, count=100),
+        near_case("float32", "plain"),
     ):
         runs = [(base, False)]
         runs += [(with_schedule(base, schedule, seed), False) for seed, schedule in enumerate(SCHEDULES, 2)]
@@ -215,6 +307,16 @@ BUGS = {
         "rank<true>(t, offset, pitch, count, x, r.term)", "plain",
     ),
     "no_weights_of_the_columns": ("dense_sweep.cuh", "weight[j] += own[j] > 0 ?", "weight[j] += own[j] < 0 ?", "plain"),
+    "near_weights_in_the_products": (
+        "dense_sweep.cuh", "cells[base] = cells[base] < 0 ? Acc(0) : cells[base]", "cells[base] = cells[base]", "plain",
+    ),
+    "near_weights_in_the_totals": ("dense_sweep.cuh", "total += signbit(d2) ? Acc(0) : v;", "total += v;", "plain"),
+    "near_positives_by_the_expansion": (
+        "dense.cuh", "is_near(d2, s.row.norm[i], s.column.norm[8 * warp + j]) ? Acc(kNotOffered) : d2", "d2", "plain",
+    ),
+    "warp_barrier_before_weights_are_struck": (
+        "dense_sweep.cuh", "    __syncwarp();  // all lanes have read all cells\n", "", "tsan",
+    ),
     "chunks_that_overlap": (
         "dense_sweep.cuh", "* (item.chunk + 1) / chunks) * kSide", "* (item.chunk + 1) / chunks + 1) * kSide", "plain",
     ),
@@ -246,10 +348,12 @@ def try_it(name: str | None, sanitizer: str, directory: Path) -> None:
     sources = [copy / "triplet.cu", only]
     program = build(directory / "build", sanitizer, sources=sources, cuda_directory=copy, optimize="-O0")
     grid = dict(rows="grid", margin=0.25)
+    x, labels = near_rows("float32", 66, equal=True)
     plain = [
         (simple(130, 20, 10, negatives="all", margin=1.0, multiprocessors=3), False),
         (simple(70, 9, 5, negatives="all", **grid), True),
         (simple(70, 9, 5, negatives="all_semi_hard", band=0.25, distance="euclidean", **grid), True),
+        (Case("near", exact(x, "float32"), labels, distance="euclidean", negatives="all_semi_hard"), False),
     ]
     cases = [(with_schedule(case, "one_warp_ahead", seed), is_exact) for case, is_exact in plain for seed in (2, 3)]
     check_all(program, cases, directory / "run")
