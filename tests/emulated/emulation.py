@@ -7,9 +7,12 @@ gradient and statistics are then compared with float64 on that very selection.
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import subprocess
+import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +45,47 @@ class Finding(Exception):
 # ---- building --------------------------------------------------------------------------------------------------------
 
 
+def compile_all(jobs: list[list[str]], directory: Path) -> list[Path]:
+    """Objects of compiler commands that end with their source; as many at a time as there are cores, of all builds."""
+    directory.mkdir(parents=True, exist_ok=True)
+    objects = [directory / (Path(job[-1]).name + ".o") for job in jobs]
+
+    def compile_one(job: list[str], target: Path) -> None:
+        done = subprocess.run([*job, "-o", str(target)], capture_output=True, text=True)
+        if done.returncode != 0 or done.stderr:
+            raise RuntimeError(f"{' '.join(job)}\n{done.stderr[-6000:]}")
+
+    list(COMPILERS.map(compile_one, jobs, objects))
+    return objects
+
+
+COMPILERS = ThreadPoolExecutor(os.cpu_count() or 1)
+ONCE = threading.Lock()
+# -g1: lines for what a sanitizer finds, without the types and variables that take a third of the compiler's time.
+COMMON = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{CSRC}", f"-I{HERE}", "-pthread"]
+
+
+@functools.cache
+def scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="emulation-")
+
+
+@functools.cache
+def support(sanitizer: str) -> list[Path]:
+    """Runner and emulator: the same for every build with that sanitizer."""
+    flags, emulator_flags = SANITIZERS[sanitizer]
+    runner = ["-O1", "-ffp-contract=off", "-DFACENET_EXT_EMULATED", "-DFACENET_EXT_WITH_CUDA", *flags]
+    # The emulator is not instrumented, and its loops must not become calls of memcpy, which the sanitizers intercept.
+    emulator = ["-O2", "-fno-builtin", "-fno-tree-loop-distribute-patterns", *emulator_flags]
+    files = ((runner, "runner.cpp"), (emulator, "emulator.cpp"))
+    jobs = [[compiler(), *COMMON, *options, "-c", str(HERE / file)] for options, file in files]
+    return compile_all(jobs, Path(scratch().name) / sanitizer)
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
 def build(
     directory: Path,
     sanitizer: str = "plain",
@@ -51,40 +95,24 @@ def build(
     cuda_directory: Path | None = None,
     optimize: str = "-O1",
 ) -> Path:
-    """Compiles the kernels (or `sources` in their place) with the emulation and returns the program."""
+    """Compiles the kernels (or `sources` in their place, as one unit) with the emulation and returns the program."""
     directory.mkdir(parents=True, exist_ok=True)
     cuda = cuda_directory or CSRC / "cuda"
-    sources = sorted(cuda.glob("*.cu")) if sources is None else sources
-    flags, emulator_flags = SANITIZERS[sanitizer]
-    compiler = os.environ.get("CXX", "g++")
-    common = [
-        compiler,
-        "-std=c++17",
-        "-g",
-        "-Wall",
-        "-Wextra",
-        "-Wno-unknown-pragmas",
-        f"-I{CSRC}",
-        f"-I{HERE}",
-        "-pthread",
-    ]
+    if sources is None:
+        sources = sorted(cuda.glob("*.cu"))
+    else:
+        unit = directory / "unit.cu"
+        unit.write_text("".join(f'#include "{source}"\n' for source in sources))
+        sources = [unit]
+    flags, _ = SANITIZERS[sanitizer]
     kernels = [optimize, "-ffp-contract=off", "-DFACENET_EXT_EMULATED", "-DFACENET_EXT_WITH_CUDA", f"-I{cuda}"]
     kernels += [f"-DFACENET_EXT_WARPS_PER_SIDE={warps_per_side}", f"-DFACENET_EXT_SORT_CHUNK={sort_chunk}", *flags]
-    # The emulator is not instrumented, and its loops must not become calls of memcpy, which the sanitizers intercept.
-    emulator = ["-O2", "-fno-builtin", "-fno-tree-loop-distribute-patterns", *emulator_flags]
-    jobs = [[*common, *kernels, "-x", "c++", "-c", str(s)] for s in [*sources, HERE / "runner.cpp"]]
-    jobs.append([*common, *emulator, "-c", str(HERE / "emulator.cpp")])
-    objects = [directory / (Path(job[-1]).name + ".o") for job in jobs]
-
-    def compile_one(job: list[str], target: Path) -> None:
-        done = subprocess.run([*job, "-o", str(target)], capture_output=True, text=True)
-        if done.returncode != 0 or done.stderr:
-            raise RuntimeError(f"{' '.join(job)}\n{done.stderr[-6000:]}")
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(compile_one, jobs, objects))
+    jobs = [[compiler(), *COMMON, *kernels, "-x", "c++", "-c", str(source)] for source in sources]
+    objects = compile_all(jobs, directory)
+    with ONCE:
+        objects += support(sanitizer)
     program = directory / "runner"
-    subprocess.run([*common, *flags, *map(str, objects), "-o", str(program)], check=True)
+    subprocess.run([compiler(), *COMMON, *flags, *map(str, objects), "-o", str(program)], check=True)
     return program
 
 

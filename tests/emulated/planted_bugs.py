@@ -1,0 +1,165 @@
+"""Bugs for test_planted_bugs.py, and the way one is planted: in a copy of the kernels."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from emulated_cases import simple, with_nan
+from emulation import CSRC, build, check, with_schedule
+
+# name: (file, what stands there, what stands there instead, the build that must object)
+BUGS = {
+    "block_barrier_before_products": (
+        "tile.cuh", "    __syncthreads();  // everybody's have", "    // everybody's have", "tsan",
+    ),
+    "block_barrier_before_part": ("tile.cuh", "    __syncthreads();  // the part is complete\n", "", "tsan"),
+    "block_barrier_after_the_strip": ("select.cuh", "    __syncthreads();  // d2_ap of the strip\n", "", "tsan"),
+    "block_barrier_before_the_first_offers": (
+        "select.cuh", "            __syncthreads();  // the buckets\n", "", "tsan",
+    ),
+    "block_barrier_before_buckets_are_stored": (
+        "select.cuh", "            __syncthreads();  // all offers are made\n", "", "tsan",
+    ),
+    "block_barrier_in_sum": (
+        "gradient.cuh", "  __syncthreads();  // the sums of all warps\n", "", "tsan",
+    ),
+    "warp_barrier_after_list_sort": (
+        "gradient.cuh", "    __syncwarp();  // the list is sorted", "    // the list", "tsan",
+    ),
+    "warp_barrier_after_suffix_minimum": ("finish.cuh", "    __syncwarp();  // minima", "    // minima", "tsan"),
+    "grid_barrier_before_fill": (
+        "triplet_kernel.cuh", "        grid_sync();  // list_begin", "        // list_begin", "tsan",
+    ),
+    "grid_barrier_before_gather": ("triplet_kernel.cuh", "        grid_sync();  // list\n", "", "tsan"),
+    "thresholds_not_waited_for": (
+        "select.cuh",
+        "            grid_wait(ticket);  // thresholds, empty buckets, the order of the tiles' rows\n"
+        "            load_all();\n",
+        "            load_all();\n            grid_wait(ticket);\n",
+        "tsan",
+    ),
+    "barrier_left_open": (
+        "select.cuh", "      if (is_waiting()) grid_wait(ticket);\n", "", "plain",
+    ),
+    "grid_barrier_after_finish": (
+        "triplet_kernel.cuh", "    grid_sync();  // coefficients, lists,", "    // coefficients, lists,", "tsan",
+    ),
+    "grid_barrier_before_lists_are_read": (
+        "slices.cuh", "          if (is_waiting) grid_wait(ticket);  // 5a of all blocks\n", "", "tsan",
+    ),
+    "block_barrier_before_the_slice": (
+        "slices.cuh", "    __syncthreads();  // everybody's part of the slice has landed\n", "", "tsan",
+    ),
+    "block_barrier_before_the_next_slice": (
+        "slices.cuh", "      __syncthreads();  // the slice before has been read\n", "", "tsan",
+    ),
+    "slice_not_waited_for": (
+        "slices.cuh",
+        "    cp_async_wait<0>();\n    __syncthreads();  // everybody's",
+        "    __syncthreads();  // everybody's",
+        "plain",
+    ),
+    "slice_arrives_in_the_next_phase": (
+        "triplet_kernel.cuh", "        cp_async_wait<0>();\n        __syncthreads();  // nothing", "        // nothing",
+        "plain",
+    ),
+    "place_in_an_ordered_list": ("slices.cuh", "place += list[j] < slot", "place += list[j] <= slot", "plain"),
+    "weight_of_the_wrong_mate": ("slices.cuh", "+ own - (e < own ? 1 : 0)]", "+ own]", "plain"),
+    "plain_read_of_a_moving_minimum": (
+        "select.cuh", "if (key < load_relaxed(best)) atomic_min(best, key);\n}", "if (key < *best) *best = key;\n}",
+        "tsan",
+    ),
+    "copies_not_waited_for": ("tile.cuh", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()", "plain"),
+    "wrong_shuffle_mask": (
+        "device.cuh", "x += __shfl_xor_sync(kWholeWarp,", "x += __shfl_xor_sync(0x0000ffffu,", "plain",
+    ),
+    "shuffle_in_half_a_warp": (
+        "device.cuh", "for (int step = 16; step > 0; step /= 2) x +=",
+        "for (int step = 16; step > 0 && threadIdx.x % 32 < 16; step /= 2) x +=", "plain",
+    ),
+    "shared_index_too_large": (
+        "gradient.cuh", "sum[i] += of_warp[3 * warp + i];", "sum[i] += of_warp[3 * warp + i + 1];", "asan",
+    ),
+    "shared_index_beyond_a_member": ("tile.cuh", "  edge.norm[thread] = ", "  edge.norm[thread + 1] = ", "asan"),
+    "global_index_too_large": (
+        "gradient.cuh", "for (int32_t d = lane; d < p.dim; d += 32) {\n    const Acc value",
+        "for (int32_t d = lane; d <= p.dim; d += 32) {\n    const Acc value", "asan",
+    ),
+    "swapped_fragment_register": (
+        "prepare.cuh", "            {{row.x, row8.x, row.y, row8.y},", "            {{row.x, row.y, row8.x, row8.y},",
+        "plain",
+    ),
+    "swapped_accumulator_rows": ("tile.cuh", "lane / 4 + i / 2 * 8,", "lane / 4 + i % 2 * 8,", "plain"),
+    "ties_to_the_highest_index": (
+        "buckets.cuh", "rank += indices[other] < mine", "rank += indices[other] > mine", "plain",
+    ),
+    "negative_not_farther_than_the_positive": (
+        "select.cuh", "entry[r].row = below + equal;", "entry[r].row = max(below + equal - 1, 1);", "plain",
+    ),
+    "unnoticed_overflow_of_a_list": (
+        "finish.cuh", "&p.counters->list_overflows, 1", "&p.counters->list_overflows, 0", "plain",
+    ),
+    "near_pair_left_as_it_is": ("finish.cuh", "return !(d2 >= near);", "return !(d2 >= 0);", "plain"),
+    "step_of_a_search": ("buckets.cuh", "    if (half > 1) search_rows<1>(d, at);\n", "", "plain"),
+    "negative_beyond_all_tags": (
+        "buckets.cuh", "    if (most < kTagSteps) continue;\n", "    continue;\n", "plain",
+    ),
+    "nan_as_a_negative": (
+        "select.cuh", "  if (d != d) return -1;  // NaN", "  // NaN", "plain",
+    ),
+    "hash_of_the_anchor_among_its_own": (
+        "select.cuh", "_t>(place + index + 1)", "_t>(0 * place + index + 1)", "plain",
+    ),
+    "pair_that_was_struck": ("select.cuh", ": r != chosen) entry", ": false) entry", "plain"),
+    "forgotten_mirror_image": (
+        "tile.cuh", "p.plain && cursor.row != cursor.column;", "p.plain && cursor.row + kSide < cursor.column;",
+        "plain",
+    ),
+    "gradient_of_the_positive": ("gradient.cuh", "if (own != position) {", "if (own < position) {", "plain"),
+}  # fmt: skip
+
+ONLY_FLOAT32 = """
+#include "triplet_kernel.cuh"
+namespace facenet_ext::cuda {
+Status launch_float32(const TripletArgs& args) { return launch_kernel<Math::split, float>(args, "float32"); }
+Status launch_half(const TripletArgs&) { return {Code::unsupported, "half", ""}; }
+Status launch_float64(const TripletArgs&) { return {Code::unsupported, "float64", ""}; }
+Status launch_without_tensor_cores(const TripletArgs&) { return {Code::unsupported, "simt", ""}; }
+Status launch_dense(const TripletArgs&) { return {Code::unsupported, "dense", ""}; }
+int64_t dense_workspace_bytes(const TripletArgs&) { return -1; }
+}
+"""
+
+
+def cases():
+    plain = [
+        simple(70, 80, 12, margin=1.0, stats=True),
+        simple(130, 17, 30, rows="mid", margin=0.5, multiprocessors=3),
+        simple(66, 5, 9, rows="duplicates", margin=0.25),
+        simple(70, 33, 3, rows="collapsed", fallback="farthest"),
+        simple(40, 33, 9, rows="nearly_collapsed", stats=True),
+        simple(70, 32, 3, rows="collapsed", multiprocessors=1),  # slices first, then a list that is too long for them
+        simple(66, 68, 16, rows="mid", margin=1.0, multiprocessors=1),  # several slices one after the other
+        replace(simple(70, 9, 9, negatives="random_active"), offset=5, count=40),
+        simple(70, 9, 9, positives="hardest", negatives="hard"),
+        with_nan(simple(70, 9, 3)),  # classes larger than what is kept in shared memory
+    ]
+    return [with_schedule(case, "one_warp_ahead", seed) for case in plain for seed in (2, 3)]
+
+
+def try_it(name: str | None, sanitizer: str, directory: Path) -> None:
+    """Raises what the emulation, a sanitizer or the oracle says of the bug; None: no bug."""
+    copy = directory / "cuda"
+    shutil.copytree(CSRC / "cuda", copy, ignore=shutil.ignore_patterns("*.md", "__pycache__"))
+    if name is not None:
+        file, there, instead, _ = BUGS[name]
+        text = (copy / file).read_text()
+        assert there in text, f"{file} no longer contains {there!r}: adapt this test"
+        (copy / file).write_text(text.replace(there, instead))
+    only = directory / "only_float32.cu"
+    only.write_text(ONLY_FLOAT32)
+    sources = [copy / "triplet.cu", only]
+    program = build(directory / "build", sanitizer, sources=sources, cuda_directory=copy, optimize="-O0")
+    check(program, cases(), directory / "run")
