@@ -87,3 +87,27 @@ def test_near_duplicates_of_other_labels_keep_their_direction(spread):
         loss = triplet(rows, y, negatives="all", distance="euclidean", margin=3.0)
         gradients.append(torch.autograd.grad(loss, rows)[0].double())
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("form", ["plain", "offset", "beside_a_long_row"])
+def test_near_pairs_keep_the_accuracy_of_their_difference(form):
+    """Euclidean, twins a thousandth of their length apart, all terms active: a row's gradient is a sum of unit vectors.
+    Moving the rows must not round what is left of their differences: not where one long row alone lies far away."""
+    generator = torch.Generator().manual_seed(8)
+    x = torch.nn.functional.normalize(torch.randn(40, 24, generator=generator)).repeat_interleave(3, 0)
+    x += 1e-3 * torch.nn.functional.normalize(torch.randn(x.shape, generator=generator))
+    if form == "offset":
+        x += 3
+    if form == "beside_a_long_row":
+        x[7] *= 1e3
+    labels = torch.randint(6, (len(x),), generator=generator)
+    margin = 9 * float(x.norm(dim=1).max())
+    grads = []
+    for rows in (x.clone().requires_grad_(), x.double().requires_grad_()):
+        loss = functional.triplet_loss(
+            rows, labels, negatives="all", distance="euclidean", reduction="sum", margin=margin
+        )
+        grads.append(torch.autograd.grad(loss, rows)[0].double())
+    # Two weights of a pair for each of N rows and up to N / 6 positives bound the sum of a row's terms.
+    unit = 2 * len(x) * len(x) / 6
+    assert float((grads[0] - grads[1]).norm(dim=1).max()) < 3e-7 * unit

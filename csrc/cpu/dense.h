@@ -30,8 +30,8 @@ namespace facenet_ext::cpu {
 namespace {
 
 // A point amid the rows, in each dimension halfway between the extremes, but a multiple of a power of two that is below the
-// spread: moving the rows there loses nothing, and rows around the origin, or small integers, stay exactly what they are.
-// O(N D).
+// spread: moving the rows there loses nothing, and small integers stay exactly what they are. None where the rows lie around
+// the origin, or one of them far from all others: moving those would round what the others differ in. O(N D).
 template <class S>
 void find_centre(Call<S>& c) {
   using T = typename S::T;
@@ -66,11 +66,14 @@ void find_centre(Call<S>& c) {
     spread = high[k] - low[k] > spread ? high[k] - low[k] : spread;
   }
   const T unit = spread > 0 ? std::ldexp(T(1), std::ilogb(spread)) : 0;
+  double radius = 0, length = 0;  // squared
   for (int64_t k = 0; k < c.Dp; ++k) {
-    const T middle = low[k] + (high[k] - low[k]) / 2;
+    const T half = (high[k] - low[k]) / 2, middle = low[k] + half;
+    radius += static_cast<double>(half) * half;
+    length += static_cast<double>(middle) * middle;
     centre[k] = unit > 0 ? std::nearbyint(middle / unit) * unit : middle;
   }
-  c.centre = centre;
+  if (4 * radius < length) c.centre = centre;  // all rows are nearer to it than half its length
 }
 
 // out[MR, N W] = sum over `depth` rows of x of u[row, k] x[k].
