@@ -6,11 +6,12 @@
 //     | d in steps of the last bit from `base` on, 25 bits | rank of the candidate's index among the tile's kSide, 7 bits |
 //
 // 25 bits reach from base to 16 base. With base an eighth of the last threshold that is nearly all that there is; what lies
-// below, and what is more than twice as far as the farthest positive and still wanted, goes to `best` at once.
+// below, and what is more than twice as far as the farthest positive and still wanted, goes to `best` at once. Its tag is one
+// of the largest, kNoTags and up, which say nothing.
 //
-// Steps of a search: two choose among three thresholds that stay in registers, up to four read one each. Missing thresholds
-// are infinite, so all lanes take the same steps. A tile's distances take one access to shared memory for d, one per step and
-// one or two for the tag.
+// Steps of a search: four thresholds that stay in registers tell five ranges apart, then up to four steps read one each.
+// Missing thresholds are infinite, so all lanes take the same steps. A tile's distances take one access to shared memory for
+// d, one per step and one or two for the tag.
 #pragma once
 
 #include "tile.cuh"
@@ -22,6 +23,7 @@ constexpr uint32_t kNoTag = ~0u;
 constexpr uint32_t kInfinity = 0x7f800000;  // bits: above every distance but NaN and kNotOffered
 constexpr uint32_t kTagSteps = (1u << 25) - 1;  // those that a tag has room for: it is never kNoTag
 constexpr uint32_t kRanks = 1u << 7;
+constexpr uint32_t kNoTags = kTagSteps * kRanks;  // from here on
 static_assert(kSide <= int(kRanks), "a rank has 7 bits");
 
 __device__ __forceinline__ uint64_t pack(uint32_t high, uint32_t low) { return uint64_t(high) << 32 | low; }
@@ -46,7 +48,7 @@ __device__ __forceinline__ void order_tiles(const Problem<float>& p) {
     const int32_t mine = indices[c];
     int32_t rank = 0;
 #pragma unroll 8
-    for (int32_t other = first; other < end; ++other) rank += indices[other] < mine ? 1 : 0;
+    for (int32_t other = first; other < end; ++other) count_if_less(rank, indices[other], mine);
     p.tile_rank[c] = rank;
     p.tile_index[first + rank] = mine;
   }
@@ -116,7 +118,7 @@ __device__ __forceinline__ void store_buckets(const Problem<float>& p, const Pas
   const int at = place + thread_index() % kWidth;
   for_each_bucket<kWidth>(p, pass, first, [&](int32_t bucket, int32_t row, uint32_t base) {
     const uint32_t tag = s.buckets[row].least[at];
-    if (bucket < 0 || tag == kNoTag) return;
+    if (bucket < 0 || tag >= kNoTags) return;
     const uint64_t key = pack(base + tag / kRanks, static_cast<uint32_t>(index[tag % kRanks]));
     if (is_first || key < load_relaxed(p.best + bucket)) atomic_min(p.best + bucket, key);
   });
@@ -151,65 +153,109 @@ __device__ __forceinline__ void offer_beyond_tags(const Problem<float>& p, const
   if (key < load_relaxed(best)) atomic_min(best, key);
 }
 
-// Offers distance(0 .. kCount) to the anchor at position a, whose buckets stand at `place`; index(j) and rank[j] are of the
-// candidate at distance(j). Several threads may do so for the same anchor.
-template <int kCount, class Distance, class Index>
+// Offers count distances, kStep floats apart, to the anchor at position a, entry i of `edge`, whose buckets stand at `place`;
+// index and rank are of the candidates. Several threads may do so for the same anchor.
+template <int kStep>
 __device__ __forceinline__ void offer_in_shared(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
-                                                int32_t count, int32_t a, int place, Distance distance, Index index,
-                                                const uint32_t* rank) {
-  static_assert(kCount % kSearches == 0);
-  int32_t top = 1;  // the first step: 2 top - 1 thresholds are told apart
-  while (2 * top <= pass.buckets) top *= 2;
-  const int32_t half = top / 2;
-  const auto threshold = [&](int32_t row) { return row <= pass.buckets ? s.buckets[row].threshold[place] : INFINITY; };
-  const float middle = threshold(top), lower = half > 0 ? threshold(half) : INFINITY, upper = threshold(top + half);
+                                                const Edge<float>& edge, int i, int32_t a, int place, int count,
+                                                const float* distance, const int32_t* index, const uint32_t* rank) {
+  const int32_t range = pass.range, behind = pass.buckets + 1;  // row `behind` is infinite
+  const auto threshold = [&](int32_t row) { return s.buckets[min(row, behind)].threshold[place]; };
+  const float first = threshold(range), second = threshold(2 * range), third = threshold(3 * range),
+              fourth = threshold(4 * range);
+  const uint32_t bytes = range * uint32_t(sizeof(Buckets));
   const uint32_t base = ordered_bits(s.ranges->base[place]), row0 = shared_address(&s.buckets[0].threshold[place]);
-  const uint32_t least_behind = shared_address(&s.buckets[0].least[place]) - row0;
+  const uint32_t row2 = row0 + 2 * bytes, least_behind = shared_address(&s.buckets[0].least[place]) - row0;
   const bool is_first = s.cursor->is_first;
 #pragma unroll 1
-  for (int from = 0; from < kCount; from += kSearches) {
+  for (; count > 0; count -= kSearches, distance += kSearches * kStep, index += kSearches, rank += kSearches) {
     float d[kSearches];
     uint32_t at[kSearches];  // the row of as many thresholds as are < d; row 0 for kNotOffered and NaN
 #pragma unroll
     for (int j = 0; j < kSearches; ++j) {
-      d[j] = distance(from + j);
-      const bool above = middle < d[j];
-      at[j] = row0 + (above ? top * uint32_t(sizeof(Buckets)) : 0u);
-      at[j] += (above ? upper : lower) < d[j] ? half * uint32_t(sizeof(Buckets)) : 0u;
+      d[j] = distance[j * kStep];
+      const bool above = second < d[j];
+      at[j] = above ? row2 : row0;
+      add_if_less(at[j], above ? third : first, d[j], bytes);
+      add_if_less(at[j], fourth, d[j], bytes);
     }
-    if (half > 8) search_rows<8>(d, at);
-    if (half > 4) search_rows<4>(d, at);
-    if (half > 2) search_rows<2>(d, at);
-    if (half > 1) search_rows<1>(d, at);
+    if (range > 8) search_rows<8>(d, at);
+    if (range > 4) search_rows<4>(d, at);
+    if (range > 2) search_rows<2>(d, at);
+    if (range > 1) search_rows<1>(d, at);
     Vector<uint32_t, 4> ranks[kSearches / 4];
 #pragma unroll
     for (int i = 0; i < kSearches / 4; ++i) {
-      ranks[i] = *reinterpret_cast<const Vector<uint32_t, 4>*>(rank + from + 4 * i);
+      ranks[i] = *reinterpret_cast<const Vector<uint32_t, 4>*>(rank + 4 * i);
     }
-    uint32_t most = 0;
+    uint32_t tag[kSearches], most = 0;
 #pragma unroll
     for (int j = 0; j < kSearches; ++j) {
-      const uint32_t steps = ordered_bits(d[j]) - base, tag = steps * kRanks + ranks[j / 4].element[j % 4];
-      if (is_first) {  // nearly everything is better than nothing: no look, no branch; row 0 takes what has no tag
-        atomicMin(shared_words((steps < kTagSteps ? at[j] : row0) + least_behind), tag);
-      } else if (steps < kTagSteps) {
-        uint32_t* least = shared_words(at[j] + least_behind);
-        if (tag < load_relaxed(least)) atomicMin(least, tag);
-      }
-      most = max(most, steps);
+      tag[j] = min(ordered_bits(d[j]) - base, kTagSteps) * kRanks + ranks[j / 4].element[j % 4];
+      most = max(most, tag[j]);
     }
-    if (most < kTagSteps) continue;
-    const uint32_t far = load_relaxed(&s.ranges->far[place]);
+#pragma unroll
+    for (int j = 0; j < kSearches; ++j) {
+      uint32_t* least = shared_words(at[j] + least_behind);
+      // In a first tile nearly everything is better than nothing: no look, no branch.
+      if (is_first || tag[j] < load_relaxed(least)) atomicMin(least, tag[j]);
+    }
+    if (most < kNoTags) continue;
+    const uint32_t far = load_relaxed(&s.ranges->far[place]);  // 0: no anchor of this pass
     uint32_t beyond = 0;  // those that no tag holds
 #pragma unroll
     for (int j = 0; j < kSearches; ++j) {
-      beyond |= ordered_bits(d[j]) - base >= kTagSteps && ordered_bits(d[j]) <= far ? 1u << j : 0u;
+      beyond |= tag[j] >= kNoTags && ordered_bits(d[j]) <= far ? 1u << j : 0u;
     }
+    const int32_t buckets = count_buckets(p, count_positives(p, edge.mate_begin[i], edge.mate_end[i]));
+#pragma unroll 1
     while (beyond != 0) {
-      const int j = from + __ffs(static_cast<int>(beyond)) - 1;
+      const int j = __ffs(static_cast<int>(beyond)) - 1;
       beyond &= beyond - 1;
-      offer_beyond_tags(p, pass, s, count, a, place, distance(j), static_cast<uint32_t>(index(j)));
+      offer_beyond_tags(p, pass, s, buckets, a, place, distance[j * kStep], static_cast<uint32_t>(index[j]));
     }
+  }
+}
+
+// "Farthest" keys are shifted by one so that NaN is the nearest.
+template <class Acc>
+__device__ __forceinline__ auto farthest_bits(Acc d) {
+  return d == d ? ordered_bits(d) + 1 : 0;
+}
+
+// Behind all offers of a part: a positive may fall back to the farthest negative while none is known beyond the last
+// threshold. Most anchors know one by then, so a warp looks for those that do not, and goes along the part for each.
+__device__ __forceinline__ void offer_farthest_of_part(const Problem<float>& p, const TileShared<float>& s, int part) {
+  constexpr int kEach = kBucketPitch / kWarps, kColumns = kPart<float>;
+  static_assert(kBucketPitch % kWarps == 0 && kEach <= 32);
+  const int lane = thread_index() % 32, first = thread_index() / 32 * kEach;
+  const int32_t column = s.cursor->column + part * kColumns;
+  const auto position = [&](int place) { return place < kSide ? s.cursor->row + place : column + place - kSide; };
+  bool wants = false;
+  if (lane < kEach && load_relaxed(&s.ranges->far[first + lane]) >= kInfinity) {  // an anchor of this pass, if it is loaded
+    const int place = first + lane, i = place < kSide ? place : part * kColumns + place - kSide;
+    if (place < kSide || serves_columns(p, *s.cursor)) {
+      const Edge<float>& edge = place < kSide ? *s.row : *s.column;
+      const int32_t count = count_buckets(p, count_positives(p, edge.mate_begin[i], edge.mate_end[i]));
+      wants = load_relaxed(&s.buckets[count].least[place]) >= kNoTags;
+    }
+  }
+#pragma unroll 1
+  for (uint32_t left = __ballot_sync(kWholeWarp, wants); left != 0; left &= left - 1) {
+    const int place = first + __ffs(static_cast<int>(left)) - 1;
+    const bool is_row = place < kSide;
+    const float* d = s.part + (is_row ? place * kPartPitch<float> : place - kSide);
+    const int32_t* index = is_row ? s.column->index + part * kColumns : s.row->index;
+    uint64_t farthest = 0;
+#pragma unroll 1
+    for (int j = lane; j < (is_row ? kColumns : kSide); j += 32) {
+      const float value = d[is_row ? j : j * kPartPitch<float>];
+      const uint64_t key = pack(farthest_bits(value), ~static_cast<uint32_t>(index[j]));
+      farthest = value != kNotOffered && key > farthest ? key : farthest;
+    }
+    farthest = warp_max(farthest);
+    uint64_t* known = p.farthest + position(place);
+    if (lane == 0 && farthest > load_relaxed(known)) atomic_max(known, farthest);
   }
 }
 

@@ -69,12 +69,38 @@ __device__ __forceinline__ void store_relaxed(T* p, T x) {
   *const_cast<volatile T*>(p) = x;
 }
 
+// What will be read soon.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Addresses of shared memory in one register, for loops that compilers address less well.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 __device__ __forceinline__ uint32_t* shared_words(uint32_t address) {
   return static_cast<uint32_t*>(__cvta_shared_to_generic(address));
+}
+// count += a < b, count += a == b: a comparison and an addition, where compilers add, then choose.
+__device__ __forceinline__ void count_if_less(int32_t& count, int32_t a, int32_t b) {
+  asm("{ .reg .pred q; setp.lt.s32 q, %1, %2; @q add.s32 %0, %0, 1; }" : "+r"(count) : "r"(a), "r"(b));
+}
+__device__ __forceinline__ void count_if_less(int32_t& count, uint32_t a, uint32_t b) {
+  asm("{ .reg .pred q; setp.lt.u32 q, %1, %2; @q add.s32 %0, %0, 1; }" : "+r"(count) : "r"(a), "r"(b));
+}
+__device__ __forceinline__ void count_if_less(int32_t& count, int64_t a, int64_t b) {
+  asm("{ .reg .pred q; setp.lt.s64 q, %1, %2; @q add.s32 %0, %0, 1; }" : "+r"(count) : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void count_if_less(int32_t& count, uint64_t a, uint64_t b) {
+  asm("{ .reg .pred q; setp.lt.u64 q, %1, %2; @q add.s32 %0, %0, 1; }" : "+r"(count) : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void count_if_equal(int32_t& count, int64_t a, int64_t b) {
+  asm("{ .reg .pred q; setp.eq.s64 q, %1, %2; @q add.s32 %0, %0, 1; }" : "+r"(count) : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void count_if_equal(int32_t& count, int32_t a, int32_t b) {
+  asm("{ .reg .pred q; setp.eq.s32 q, %1, %2; @q add.s32 %0, %0, 1; }" : "+r"(count) : "r"(a), "r"(b));
+}
+// at += bytes if t < d. Two instructions, where compilers would rather select and add.
+__device__ __forceinline__ void add_if_less(uint32_t& at, float t, float d, uint32_t bytes) {
+  asm volatile("{ .reg .pred q; setp.lt.f32 q, %1, %2; @q add.u32 %0, %0, %3; }" : "+r"(at) : "f"(t), "f"(d), "r"(bytes));
 }
 // One step of a search: at += kBytes if the float kBytes behind `at` is less than d. Three instructions.
 template <int kBytes>
@@ -83,6 +109,16 @@ __device__ __forceinline__ void search_step(uint32_t& at, float d) {
                : "+r"(at)
                : "f"(d), "n"(kBytes)
                : "memory");
+}
+
+// The larger one of x and 0; NaN stays.
+__device__ __forceinline__ float at_least_zero(float x) {
+#if __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(x));
+  return x;
+#else
+  return x < 0 ? 0 : x;
+#endif
 }
 
 // 16 bytes from global to shared memory; done after a cp_async_wait of the same thread, seen by others after a barrier.
@@ -170,6 +206,8 @@ namespace facenet_ext::cuda {
 constexpr uint32_t kWholeWarp = 0xffffffffu;
 
 __device__ __forceinline__ float float_from_bfloat(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+
+__device__ __forceinline__ double at_least_zero(double x) { return x < 0 ? 0 : x; }
 
 // Element types of the input, as bits: no vendor type leaves this header.
 struct Half {

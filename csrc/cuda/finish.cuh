@@ -3,7 +3,7 @@
 //   best     suffix minimum over the buckets; bucket u - 1 then holds the negative of a positive with u thresholds <= its own
 //   d2_ap    becomes the coefficient of (a - p) in the gradient (1, or 1 / d for the euclidean distance; 0: no hinge)
 //   entry    the negative and the coefficient of (a - n); of 32 neighbouring pairs, those with one negative count as one
-//   list     per candidate, the slots that chose it
+//   list     per candidate, the places of the entries that chose it
 //
 // A pair's distances are those of the tiles, unless it is near: one of the two is less than a quarter of the largest
 // |a|^2 + |x|^2, so that the expansion's rounding would show. Such a pair is summed anew in direct form, sum (a - p)^2 and
@@ -129,6 +129,22 @@ __device__ __forceinline__ void suffix_minimum(const Problem<Acc>& p, int32_t bu
   }
 }
 
+// The same of floats, whose winners are keys that order by themselves. Beyond the warp a shuffle gives the lane its own.
+__device__ __forceinline__ void suffix_minimum(const Problem<float>& p, int32_t bucket, int32_t step, int32_t count) {
+  const int lane = thread_index() % 32;
+  uint64_t later = kEmpty, next = kEmpty;
+  int32_t base = (count - 1) / 32 * 32;
+  if (base >= 0 && base + lane < count) next = p.best[bucket + (base + lane) * step];
+  for (; base >= 0; base -= 32) {
+    uint64_t mine = next;
+    if (base > 0) next = p.best[bucket + (base - 32 + lane) * step];
+    for (int by = 1; by < 32; by *= 2) mine = min(mine, __shfl_down_sync(kWholeWarp, mine, by));
+    mine = min(mine, later);
+    if (base + lane < count) p.best[bucket + (base + lane) * step] = mine;
+    later = __shfl_sync(kWholeWarp, mine, 0);
+  }
+}
+
 // A pair's place in the loss.
 template <class Acc>
 struct Term {
@@ -161,37 +177,71 @@ struct FinishShared {
   uint64_t counts[5], max_d2_ap;
 };
 
+// What is known of a lane's pair before the sweep ends.
+template <class Acc>
+struct Pair {
+  int32_t not_farther, positive;
+  Acc d2_ap;
+};
+// What a warp knows of its anchor before the sweep ends.
+template <class Acc>
+struct Anchor {
+  int32_t count, index, begin, own;
+  Pair<Acc> pair;  // of the first 32
+
+  __device__ __forceinline__ Anchor() : count(0), index(0), begin(0), own(-1), pair{0, 0, 0} {}
+  __device__ __forceinline__ Anchor(const Problem<Acc>& p, const Pass& pass, int32_t a)
+      : count(count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a])),
+        index(sorted_index(p, p.anchors)[a]),
+        begin(p.anchors.mate_begin[a]),
+        own(own_position(p, a)),
+        pair(load(p, pass, a, thread_index() % 32)) {}
+  __device__ __forceinline__ Pair<Acc> load(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t at) const {
+    if (at >= count) return {0, 0, 0};
+    const int32_t c = begin + at + (own >= 0 && begin + at >= own ? 1 : 0);
+    return {p.entry[pass.entry(a, at)].row, sorted_index(p, p.candidates)[c], p.d2_ap[pass.slot(a) + at]};
+  }
+};
+
+// The grid arrives before it: facts of the first anchor are on their way while it waits for best and farthest.
 template <class In, class Acc>
-__device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_memory) {
+__device__ void finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* ticket, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   FinishShared& totals = *carver.take<FinishShared>(1);
   const int warp = thread_index() / 32, lane = thread_index() % 32, group = lane / kGroupLanes;
   if (thread_index() == 0) totals = FinishShared{};
+  const int32_t first = pass.begin + block_index() * kWarps + warp;
+  Anchor<Acc> anchor = first < pass.end ? Anchor<Acc>(p, pass, first) : Anchor<Acc>();
+  grid_wait(ticket);  // best and farthest
   __syncthreads();  // zero totals
 
   uint32_t counts[5] = {};  // of this lane's pairs, as stat_counts
   Acc max_d2_ap = 0;
 
 #pragma unroll 1
-  for (int32_t a = pass.begin + block_index() * kWarps + warp; a < pass.end; a += grid_size() * kWarps) {
-    const int32_t begin = p.anchors.mate_begin[a], end = p.anchors.mate_end[a], own = own_position(p, a);
-    const int32_t count = count_positives(p, begin, end);
+  for (int32_t a = first; a < pass.end; a += grid_size() * kWarps) {
+    if (a != first) anchor = Anchor<Acc>(p, pass, a);
+    const int32_t count = anchor.count, anchor_index = anchor.index;
     const int32_t slot = pass.slot(a), bucket = pass.bucket(a), step = pass.bucket_step();
-    const int32_t anchor_index = sorted_index(p, p.anchors)[a];
     double loss = 0, sum_ap = 0, sum_an = 0;
     const Expanded expanded(p, pass, a);
-    struct Pair {
-      int32_t not_farther, positive;
-      Acc d2_ap;
+    const auto load_negative = [&](const Pair<Acc>& pair) -> Winner {
+      return pair.not_farther > 0 ? load_winner(p, bucket + (pair.not_farther - 1) * step) : Winner{kEmpty, ~0u};
     };
-    const auto load_pair = [&](int32_t at) -> Pair {
-      if (at >= count) return {0, 0, 0};
-      const int32_t c = begin + at + (own >= 0 && begin + at >= own ? 1 : 0);
-      return {p.entry[slot + at].row, sorted_index(p, p.candidates)[c], p.d2_ap[slot + at]};
+    // An atomic's answer takes long: the entry goes to its place in the list a turn later.
+    int32_t waiting_place = 0, waiting_list = -1, waiting_entry = 0;
+    const auto enter_list = [&] {
+      if (waiting_list < 0) return;
+      if (waiting_place < p.list_places) {
+        p.list[int64_t(waiting_list) * p.list_places + waiting_place] = waiting_entry;
+      } else {
+        atomicMax(&p.counters->list_overflows, 1);
+      }
     };
-    Pair next = load_pair(lane);
+    Pair<Acc> next = anchor.pair;
     if (p.negatives == Negatives::semi_hard) suffix_minimum(p, bucket, step, count);
     __syncwarp();  // minima, which all lanes read
+    Winner next_winner = load_negative(next);
     int64_t pair = p.mining ? p.pair_begin[anchor_index] : 0;  // place of the next one in the list
 #pragma unroll 1
     for (int32_t base = 0; base < count; base += 32) {
@@ -201,10 +251,11 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
       const bool is_pair = next.not_farther > 0;
       bool is_fallback = false;
       Acc d2_ap = 0, d2_an = 0;
-      const Pair pair_here = next;
-      next = load_pair(mine + 32);  // on its way meanwhile
+      const Pair<Acc> pair_here = next;
+      const Winner winner_here = next_winner;
+      next = anchor.load(p, pass, a, mine + 32);  // on its way meanwhile
       if (is_pair) {
-        Winner winner = load_winner(p, bucket + (pair_here.not_farther - 1) * step);
+        Winner winner = winner_here;
         is_fallback = winner.none() && p.negatives != Negatives::hard;
         if (!winner.none() || !p.without_negative) {
           if (winner.none()) winner = farthest_of(p, a);
@@ -269,6 +320,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
         max_d2_ap = d2_ap > max_d2_ap ? d2_ap : max_d2_ap;
       }
       counts[2] += is_fallback ? 1 : 0;
+      next_winner = load_negative(next);
       if (p.mining) {
         const uint32_t pairs = __ballot_sync(kWholeWarp, is_pair);
         const int64_t place = pair + __popc(pairs & ((1u << lane) - 1));
@@ -295,15 +347,16 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
       }
       if (mine < count) {
         p.d2_ap[slot + mine] = c_ap;
-        p.entry[slot + mine] = {speaks || !p.plain ? negative : anchor_index, speaks ? sum : Acc(0)};
+        p.entry[pass.entry(a, mine)] = {speaks || !p.plain ? negative : anchor_index, speaks ? sum : Acc(0)};
+      } else if (mine == count && count % 2 == 1 && pass.sliced) {
+        p.entry[pass.entry(a, mine)] = {anchor_index, Acc(0)};  // entries are read in pairs
       }
+      enter_list();
+      waiting_list = -1;
       if (speaks) {
-        const int32_t place = atomicAdd(&p.times_chosen[negative], 1);
-        if (place < p.list_places) {
-          p.list[int64_t(negative) * p.list_places + place] = static_cast<int32_t>(slot) + mine;
-        } else {
-          atomicMax(&p.counters->list_overflows, 1);
-        }
+        waiting_list = negative;
+        waiting_entry = pass.entry(a, mine);
+        waiting_place = atomicAdd(&p.times_chosen[negative], 1);
       }
     }
     loss = warp_sum(loss);
@@ -314,6 +367,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_
       p.sum_d2_ap[a] = sum_ap;
       p.sum_d2_an[a] = sum_an;
     }
+    enter_list();
   }
   max_d2_ap = warp_max(max_d2_ap);
 #pragma unroll

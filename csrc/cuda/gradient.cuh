@@ -5,7 +5,7 @@
 //
 //   as anchor     + u(x, p) (x - p)  over its positives        - v(x, n) (x - n)  over its distinct negatives
 //   as positive   + u(a, x) (x - a)  over the anchors of its class
-//   as negative   - v(a, x) (x - a)  over the anchors that chose it: its list, ascending by slot, that is by anchor
+//   as negative   - v(a, x) (x - a)  over the anchors that chose it: its list, ascending by place of the anchor's entry
 //
 // times 2 (squared) or 1 (euclidean, cosine), over the number of counted pairs. Differences, not rowsum * x - S x:
 // near-duplicates keep their relative accuracy.
@@ -16,7 +16,7 @@
 // barrier, build them anew:
 //
 //   reserve     list_begin: the end of a piece of `list` for every row; the schedule decides where, not what it will hold
-//   fill        list[--list_begin[n]] = slot, for all slots
+//   fill        list[--list_begin[n]] = the entry's place, for all entries
 //
 // slices.cuh does most of this for float rows that fit in shared memory, slice by slice.
 #pragma once
@@ -49,10 +49,10 @@ __device__ void fill_lists(const Problem<Acc>& p, const Pass& pass) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   for (int32_t a = pass.begin + block_index() * kWarps + warp; a < pass.end; a += grid_size() * kWarps) {
     const int32_t count = count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]);
-    const int32_t slot = pass.slot(a);
     for (int32_t r = lane; r < count; r += 32) {
-      if (p.entry[slot + r].coefficient == 0) continue;
-      p.list[atomicAdd(&p.list_begin[p.entry[slot + r].row], -1) - 1] = static_cast<int32_t>(slot) + r;
+      const int32_t place = pass.entry(a, r);
+      if (p.entry[place].coefficient == 0) continue;
+      p.list[atomicAdd(&p.list_begin[p.entry[place].row], -1) - 1] = place;
     }
   }
 }
@@ -138,10 +138,10 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
     }
     if (is_anchor) {
       const int32_t count = count_positives(p, p.anchors.mate_begin[anchor_position], p.anchors.mate_end[anchor_position]);
-      const int32_t slot = pass.slot(anchor_position);
       gather<In>(p, p.candidates, x, first, count, sum, [&](int32_t e, Acc& coefficient) {
-        coefficient = -p.entry[slot + e].coefficient;
-        return p.entry[slot + e].row;
+        const Entry<Acc> entry = p.entry[pass.entry(anchor_position, e)];
+        coefficient = -entry.coefficient;
+        return entry.row;
       });
     }
     if (position >= 0) {
@@ -163,7 +163,7 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
       });
       gather<In>(p, p.anchors, x, first, list_count, sum, [&](int32_t e, Acc& coefficient) {
         coefficient = -p.entry[list[e]].coefficient;
-        return sorted_index(p, p.anchors)[pass.begin + list[e] / pass.stride];
+        return sorted_index(p, p.anchors)[pass.anchor(list[e])];
       });
     }
     add_to_gradient(p, rows.gradient, index, first, pass.is_first(), sum);

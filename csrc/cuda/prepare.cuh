@@ -4,8 +4,8 @@
 //   label    ->  how many labels are smaller, equal, equal and before  ->  position, mate_begin, mate_end
 //   row [D]  ->  largest |x|, norm  ->  operand [pitch], exponent, inverse_norm  ->  norm: its product with itself
 //
-// Up to kSortChunk rows a row counts all labels: N^2 / 32 comparisons by warps. Beyond, chunks are counted and merged
-// (sort.cuh) first. Reads X once, writes N * pitch bytes.
+// Up to kSortChunk rows a row counts all labels, as 32-bit keys where they allow it: N^2 / 32 comparisons by warps. Beyond,
+// chunks are counted and merged (sort.cuh) first. Reads X once, writes N * pitch bytes.
 //
 // Each row has a power-of-two scale of its own, so no finite range of inputs is lost in half precision: an element that
 // underflows is 2^-28 of its row's largest, far below float32's own error in a product of rows. Distances are computed in
@@ -99,10 +99,13 @@ struct Fragments {
 __device__ __forceinline__ float combine(float hh, float hl) { return fmaf(hl, 1.f / 2048, hh); }
 
 // The products of 16 rows with 8 columns, by one warp and straight from global memory: row(i) and column(i) point to
-// operands. Calls body(row, column, product) for each, in the lane that has it. By the very operations, in the same order of
+// operands. Calls body(row, column, product) for each, in the lane that has it; between() before the first. By the very operations, in the same order of
 // k, that a tile (tile.cuh) spends on an element: rows with equal bits have equal products here and there.
-template <Math M, class Acc, class Row, class Column, class Body>
-__device__ __forceinline__ void strip_products(int32_t pitch, Row row, Column column, Body body) {
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
+};
+template <Math M, class Acc, class Row, class Column, class Body, class Between = Nothing>
+__device__ __forceinline__ void strip_products(int32_t pitch, Row row, Column column, Body body, Between between = {}) {
   const int lane = thread_index() % 32;
   if constexpr (M == Math::simt32 || M == Math::simt64) {
     const Acc* b = reinterpret_cast<const Acc*>(column(lane % 8));
@@ -113,6 +116,7 @@ __device__ __forceinline__ void strip_products(int32_t pitch, Row row, Column co
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i] = fma(a[i][k], b[k], sum[i]);
     }
+    between();
 #pragma unroll
     for (int i = 0; i < 4; ++i) body(lane / 8 + 4 * i, lane % 8, sum[i]);
   } else {
@@ -124,14 +128,19 @@ __device__ __forceinline__ void strip_products(int32_t pitch, Row row, Column co
     for (int32_t k = 0; k < pitch; k += kStageBytes) {
       Fragments<M>::of(load(a + k), load(a8 + k)).multiply(load(b + k), hh, hl);
     }
+    between();
 #pragma unroll
     for (int i = 0; i < 4; ++i) body(g + i / 2 * 8, 2 * t + i % 2, M == Math::split ? combine(hh[i], hl[i]) : hh[i]);
   }
 }
 
+constexpr int32_t kStagedPitch = 512;  // bytes of an operand that a warp keeps beside it, in shared memory
+
 // One warp turns row `index` into the operand at `position`, and takes its norm: the diagonal of its product with itself.
+// staged: [kStagedPitch], this warp's.
 template <Math M, class In, class Acc>
-__device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t index, int32_t position, Facts& facts) {
+__device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t index, int32_t position, uint8_t* staged,
+                          Facts& facts) {
   const int lane = thread_index() % 32;
   const In* x = static_cast<const In*>(rows.x) + int64_t(index) * rows.stride;
   Acc largest = 0;
@@ -161,11 +170,15 @@ __device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t 
   const int32_t exponent = row_exponent<M>(largest);
   uint8_t* row = rows.operand + int64_t(position) * p.pitch;
   constexpr int kBytes = MathTraits<M>::kElementBytes;
+  const bool is_staged = sizeof(Acc) == 4 && p.pitch <= kStagedPitch;
+  __syncwarp();  // the row before has been read
   for (int32_t d = lane; d < p.pitch / kBytes; d += 32) {
-    store_operand<M>(row, d, d < p.dim ? widen(x[d]) * inverse : Acc(0), exponent);
+    const Acc value = d < p.dim ? widen(x[d]) * inverse : Acc(0);
+    store_operand<M>(row, d, value, exponent);
+    if (is_staged) store_operand<M>(staged, d, value, exponent);
   }
   __syncwarp();  // the row is there for all lanes
-  const auto itself = [&](int) -> const uint8_t* { return row; };
+  const auto itself = [&](int) -> const uint8_t* { return is_staged ? staged : row; };
   Acc norm = 0;  // lane 0's
   strip_products<M, Acc>(p.pitch, itself, itself, [&](int i, int j, Acc product) {
     if (i == 0 && j == 0) rows.norm[position] = norm = product;
@@ -188,15 +201,73 @@ struct Among {  // of a label, among others: how many are smaller, equal, equal 
 // By one warp, among labels[begin .. end): the same in every lane.
 __device__ __forceinline__ Among count_labels(const int64_t* labels, int32_t begin, int32_t end, int64_t label,
                                               int32_t index) {
-  Among among{0, 0, 0};
+  int32_t less = 0;
+  const auto count_equal = [&](int32_t from, int32_t to) {
+    int32_t equal = 0;
 #pragma unroll 8  // loads in flight
-  for (int32_t j = begin + thread_index() % 32; j < end; j += 32) {
-    const int64_t other = labels[j];
-    among.less += other < label ? 1 : 0;
-    among.equal += other == label ? 1 : 0;
-    among.before += other == label && j < index ? 1 : 0;
+    for (int32_t j = from + thread_index() % 32; j < to; j += 32) {
+      const int64_t other = labels[j];
+      count_if_less(less, other, label);
+      count_if_equal(equal, other, label);
+    }
+    return warp_sum(equal);
+  };
+  const int32_t middle = max(index, begin), before = count_equal(begin, middle), behind = count_equal(middle, end);
+  return {warp_sum(less), before + behind, before};
+}
+
+// The labels of one chunk as 32-bit differences from the first one, where all differ by less than 2^31: half the comparisons,
+// a load for four of them.
+struct LabelKeys {
+  int32_t key[kSortChunk];
+  uint32_t are_wide;  // they do not
+};
+// By a block, between barriers; are_wide is 0.
+__device__ __forceinline__ void load_keys(const int64_t* labels, int32_t count, LabelKeys& keys) {
+  static_assert(kSortChunk % 64 == 0 && kSortChunk <= 1 << 15, "keys are read by fours, counts are added by pairs");
+  const int64_t first = labels[0];
+  const int32_t end = (count + 3) / 4 * 4;
+  constexpr int kInFlight = 4;
+#pragma unroll 1
+  for (int32_t from = thread_index(); from < end; from += kInFlight * kThreads) {
+    int64_t label[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) label[k] = labels[min(from + k * kThreads, count - 1)];
+    bool are_wide = false;
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int32_t i = from + k * kThreads;
+      constexpr uint64_t kQuarter = uint64_t(1) << 62;  // differences of labels within it do not overflow
+      const uint64_t difference = static_cast<uint64_t>(label[k]) - static_cast<uint64_t>(first);
+      are_wide |= static_cast<uint64_t>(label[k]) + kQuarter >= 2 * kQuarter || difference + INT32_MAX >= 2u * INT32_MAX;
+      if (i < end) keys.key[i] = i < count ? static_cast<int32_t>(difference) : INT32_MAX;
+    }
+    if (are_wide) store_relaxed(&keys.are_wide, 1u);
   }
-  return {warp_sum(among.less), warp_sum(among.equal), warp_sum(among.before)};
+}
+// By one warp: the same in every lane.
+__device__ __forceinline__ Among count_keys(const LabelKeys& keys, int32_t count, int32_t index) {
+  const int32_t mine = keys.key[index];
+  int32_t less = 0, equal = 0, before = 0;
+#pragma unroll 4
+  for (int32_t j = thread_index() % 32 * 4; j < count; j += 128) {
+    const auto four = *reinterpret_cast<const Vector<int32_t, 4>*>(keys.key + j);
+    if (j / 128 == index / 128) {  // few iterations ask where the row itself stands
+      before = equal;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (j + i < index) count_if_equal(before, four.element[i], mine);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      count_if_less(less, four.element[i], mine);
+      count_if_equal(equal, four.element[i], mine);
+    }
+  }
+  if (thread_index() % 32 * 4 + index / 128 * 128 >= count) before = equal;  // the lane has nothing behind
+  const int32_t both = warp_sum(less | equal << 16);
+  return {both & 0xffff, both >> 16, warp_sum(before)};
 }
 
 // Calls body(rows, others, are_anchors, i) for i in 0 .. rows.count of both sets, a warp each.
@@ -235,7 +306,12 @@ __device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   Facts& facts = *carver.take<Facts>(1);
   const int lane = thread_index() % 32;
-  if (thread_index() == 0) facts = Facts{0, kNoExponent, INT32_MIN, 0};
+  LabelKeys& keys = *carver.take<LabelKeys>(1);
+  uint8_t* const staged = carver.take<uint8_t>(kWarps * kStagedPitch);
+  if (thread_index() == 0) {
+    facts = Facts{0, kNoExponent, INT32_MIN, 0};
+    keys.are_wide = 0;
+  }
   if (block_index() == 0 && thread_index() == 0) *p.counters = Counters{};
   for (int64_t c = int64_t(block_index()) * kThreads + thread_index(); c < p.candidates.count;
        c += int64_t(grid_size()) * kThreads) {
@@ -250,13 +326,24 @@ __device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
       rows.mate_end[place] = end;
       if (are_anchors) atomicMax(&facts.max_positives, count_positives(p, begin, end));
     }
-    store_row<M, In>(p, rows, index, place, facts);
+    store_row<M, In>(p, rows, index, place, staged + thread_index() / 32 * kStagedPitch, facts);
   };
   const bool one_chunk = p.merges == 0;
+  // Kernels on doubles have no register to spare for either way of counting, nor would it show.
+  bool has_keys = sizeof(Acc) == 4 && one_chunk && p.plain;
+  if (has_keys) {
+    load_keys(p.candidates.labels, p.candidates.count, keys);
+    __syncthreads();  // all keys
+    has_keys = load_relaxed(&keys.are_wide) == 0;
+  }
   for_each_row(p, [&](const Rows<Acc>& rows, const Rows<Acc>& others, bool are_anchors, int32_t row) {
+    if (one_chunk && lane * 32 < p.dim * int32_t(sizeof(In))) {  // store_row() will need it
+      prefetch(static_cast<const In*>(rows.x) + int64_t(row) * rows.stride + lane * (32 / int32_t(sizeof(In))));
+    }
     const int64_t label = rows.labels[row];
     const int32_t first = row / kSortChunk * kSortChunk;
-    const Among own = count_labels(rows.labels, first, min(first + kSortChunk, rows.count), label, row);
+    const Among own = has_keys ? count_keys(keys, rows.count, row)
+                               : count_labels(rows.labels, first, min(first + kSortChunk, rows.count), label, row);
     const int32_t place = first + own.less + own.before;
     if (lane == 0) {
       rows.sorted_label[0][place] = label;

@@ -141,8 +141,8 @@ struct Problem {
   uint64_t* best;  // [slots] bucket r: the closest negative with threshold[r] < d <= threshold[r + 1]
   uint32_t* best_index;  // [slots] double only: its index
   Entry<Acc>* entry;  // [slots] the pair's negative
-  int32_t list_places;  // slots / C: places of `list` that each candidate has before it overflows
-  int32_t* list;  // [slots] per candidate the slots that chose it
+  int32_t list_places;  // places of `list` that each candidate has before it overflows; if plain in pairs, of whole fours of rows
+  int32_t* list;  // [slots] per candidate the places of the entries that chose it
   int32_t* sorted_list;  // [slots] in the memory of `best`: the same, ascending
   int32_t* list_scratch;  // [slots] in the memory of `best`
   float* base;  // [A] by position, where buckets are in shared memory: buckets.cuh
@@ -291,6 +291,7 @@ int64_t make_problem(const TripletArgs& args, uint8_t* base, Problem<typename Ma
   p.entry = carver.take<Entry<Acc>>(slots);
   p.list = carver.take<int32_t>(slots);
   p.list_places = static_cast<int32_t>(slots / args.num_candidates);
+  if (p.plain && args.num_candidates > 1) p.list_places = static_cast<int32_t>(slots / divide_up(args.num_candidates, 4) / 8 * 2);
   p.sorted_list = reinterpret_cast<int32_t*>(p.best);
   p.list_scratch = p.sorted_list + slots;
   p.base = carver.take<float>(sizeof(Acc) == 4 ? args.num_anchors : 0);
@@ -346,6 +347,13 @@ __device__ __forceinline__ int32_t count_buckets(const Problem<Acc>& p, int32_t 
   return p.negatives == Negatives::hard ? min(positives, 1) : positives;
 }
 
+// Where element e of row `row` stands if four neighbouring rows, of `places` elements each, stand side by side, kEach of each
+// in turn: then one access brings them to four groups of lanes that have a row each.
+template <int kEach>
+__host__ __device__ __forceinline__ int32_t side_by_side(int32_t row, int32_t places, int32_t e) {
+  return (row / 4 * places + e / kEach * kEach) * 4 + row % 4 * kEach + e % kEach;
+}
+
 // Place of the positive at position c among the positives of an anchor that stands at position `own` (or -1).
 __device__ __forceinline__ int32_t positive_rank(int32_t begin, int32_t own, int32_t c) {
   return c - begin - (own >= 0 && c > own ? 1 : 0);
@@ -357,11 +365,24 @@ struct Pass {
   int32_t width;  // anchors whose slots fit
   int32_t stride;  // slots of each
   int32_t buckets;  // of each, with thresholds or beyond the last
+  int32_t range;  // a power of two, five of which hold all buckets: buckets.cuh
   int32_t max_exponent;
   float max_norm;  // of any row, in units of 4^max_exponent
   bool in_shared;  // buckets fit in shared memory while a tile is swept
+  bool sliced;  // the gradient is gathered from slices (slices.cuh): one pass, whose entries stand side by side
   __device__ __forceinline__ bool has(int32_t a) const { return a >= begin && a < end; }
   __device__ __forceinline__ int32_t slot(int32_t a) const { return (a - begin) * stride; }
+  // Places of an anchor's entries, an even number, and of the weights of its class, from a multiple of 4 on.
+  __device__ __forceinline__ int32_t entry_places() const { return stride + stride % 2; }
+  __device__ __forceinline__ int32_t weight_places() const { return (stride + 7) / 4 * 4; }
+  // Place of pair r of the anchor at position a in `entry`, and the way back to the anchor.
+  __device__ __forceinline__ int32_t entry(int32_t a, int32_t r) const {
+    return sliced ? side_by_side<2>(a, entry_places(), r) : slot(a) + r;
+  }
+  __device__ __forceinline__ int32_t anchor(int32_t place) const {
+    if (!sliced) return begin + place / stride;
+    return place / (4 * entry_places()) * 4 + place / 2 % 4;
+  }
   // An anchor's first bucket and the way to its next. Where they fit in shared memory, those of neighbouring anchors are
   // neighbours: lanes that are anchors then touch contiguous global memory and different banks.
   __device__ __forceinline__ int32_t bucket(int32_t a) const { return in_shared ? a - begin : slot(a); }
@@ -388,10 +409,19 @@ __device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, const Facts& f
             min(p.slots / stride, p.anchors.count),
             stride,
             buckets,
+            1,
             facts.max_exponent,
             norm_of_order(facts.max_norm, facts.max_exponent),
-            buckets <= p.shared_slots && !draws(p)};
+            buckets <= p.shared_slots && !draws(p),
+            false};
   pass.advance(p.anchors.count);
+  while (5 * pass.range <= buckets) pass.range *= 2;
+  // All anchors at once, in whole fours; lists in pairs; no difference of rows that overflows, so that a coefficient of 0 may
+  // meet any row.
+  const int32_t places = max(pass.entry_places(), pass.weight_places());
+  pass.sliced = p.slice_lanes > 0 && pass.is_last(p.anchors.count) && stride <= kWarpSort &&
+                      int64_t(p.anchors.count + 3) / 4 * 4 * places <= p.slots &&
+                      facts.max_exponent <= 100;
   return pass;
 }
 

@@ -15,19 +15,24 @@ namespace facenet_ext::cuda {
 
 // ---- phase 2 --------------------------------------------------------------------------------------------------------
 
+constexpr int32_t kShortStride = 64;  // two positives a lane
+
 template <class Acc>
 struct StripShared {
   Edge<Acc> row, column;
+  Acc d2_ap[kStrip][kShortStride];  // where no anchor has more positives
 };
 
 // By one warp: ascending thresholds, and how many of them are not farther than each positive.
 template <class Acc>
-__device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Acc* d2_ap, int32_t positives, Acc* threshold,
-                                                int32_t step, Entry<Acc>* entry) {
+__device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t positives) {
+  const Acc* d2_ap = p.d2_ap + pass.slot(a);
+  Acc* threshold = p.threshold + pass.bucket(a);
+  const int32_t step = pass.bucket_step();
   for (int32_t r = thread_index() % 32; r < positives; r += 32) {
     if (p.negatives == Negatives::hard) {
       if (r == 0) threshold[0] = -1;
-      entry[r].row = 1;
+      p.entry[pass.entry(a, r)].row = 1;
       continue;
     }
     const Acc own = d2_ap[r];
@@ -41,14 +46,46 @@ __device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Acc
       before += other == mine && j < r ? 1 : 0;
     }
     threshold[(below + before) * step] = own;
-    entry[r].row = below + equal;
+    p.entry[pass.entry(a, r)].row = below + equal;
+  }
+}
+
+// The same for kShortStride positives at most, whose distances stand in shared memory.
+template <class Acc>
+__device__ __forceinline__ void sort_few_thresholds(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t positives,
+                                                    const Acc* d2_ap) {
+  constexpr int kOwn = kShortStride / 32;
+  const int lane = thread_index() % 32;
+  Acc own[kOwn];
+  int32_t below[kOwn] = {};
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) own[k] = d2_ap[min(lane + 32 * k, max(positives - 1, 0))];
+#pragma unroll 8
+  for (int32_t j = 0; j < positives; ++j) {
+    const auto other = sort_order(d2_ap[j]);
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) count_if_less(below[k], other, sort_order(own[k]));
+  }
+  int32_t sum = 0;
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) sum += lane + 32 * k < positives ? below[k] : 0;
+  if (warp_sum(sum) != positives * (positives - 1) / 2) {  // some are equally far
+    sort_thresholds(p, pass, a, positives);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) {
+    if (lane + 32 * k >= positives) continue;
+    p.threshold[pass.bucket(a) + below[k] * pass.bucket_step()] = own[k];
+    p.entry[pass.entry(a, lane + 32 * k)].row = below[k] + 1;
   }
 }
 
 // By one warp: which candidates of the class of anchor i (of the strip) make no pair with it. NaN is the farthest or the
 // closest where there is nothing else.
 template <class Acc>
-__device__ void drop_pairs(const Problem<Acc>& p, const Edge<Acc>& edge, int i, const Acc* d2_ap, Entry<Acc>* entry) {
+__device__ void drop_pairs(const Problem<Acc>& p, const Pass& pass, const Edge<Acc>& edge, int i, int32_t a) {
+  const Acc* d2_ap = p.d2_ap + pass.slot(a);
   const int32_t begin = edge.mate_begin[i], own = edge.own[i], positives = count_positives(p, begin, edge.mate_end[i]);
   const int32_t from = p.unordered ? p.anchor_offset + edge.index[i] + 1 : 0;
   const auto is_pair = [&](int32_t r) {
@@ -72,8 +109,20 @@ __device__ void drop_pairs(const Problem<Acc>& p, const Edge<Acc>& edge, int i, 
     chosen = ~warp_max(most == of_all && chosen >= 0 ? ~chosen : INT32_MIN);  // the lowest
   }
   for (int32_t r = thread_index() % 32; r < positives; r += 32) {
-    if (p.positives == Positives::all ? !is_pair(r) : r != chosen) entry[r].row = 0;
+    if (p.positives == Positives::all ? !is_pair(r) : r != chosen) p.entry[pass.entry(a, r)].row = 0;
   }
+}
+
+// Rows of the first strip of all are on their way before the pass is known, and stand in shared memory when it begins.
+template <class Acc>
+__device__ __forceinline__ EdgeRow<Acc> load_first_row(const Problem<Acc>& p) {
+  return {p, p.anchors, block_index() * kStrip + min(thread_index(), kStrip), true};
+}
+template <class Acc>
+__device__ __forceinline__ void store_first_row(const EdgeRow<Acc>& row, int32_t max_exponent, uint8_t* shared_memory) {
+  Carver carver{shared_memory, 0, true};
+  StripShared<Acc>& s = *carver.take<StripShared<Acc>>(1);
+  if (thread_index() < kStrip) row.store(max_exponent, s.row, thread_index());
 }
 
 // Positions are sorted by label: the positives of kStrip anchors lie in one band of candidates, kWarps * 8 of which are
@@ -84,6 +133,7 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
   Carver carver{shared_memory, 0, true};
   StripShared<Acc>& s = *carver.take<StripShared<Acc>>(1);
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
+  const bool is_short = pass.stride <= kShortStride;
   if (block_index() == 0 && thread == 0) p.counters->list_end = p.counters->list_overflows = 0;
   if constexpr (sizeof(Acc) == 4) {
     if (pass.is_first() && pass.in_shared) order_tiles(p);
@@ -93,14 +143,16 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
   for (int32_t first = pass.begin + block_index() * kStrip; first < pass.end; first += grid_size() * kStrip) {
     const int32_t count = min(kStrip, pass.end - first);
     __syncthreads();  // the strip before has been sorted
-    load_edge(p, p.anchors, first, pass.max_exponent, true, thread, s.row);
+    if (!pass.is_first() || first != block_index() * kStrip) {  // else store_first_row() has
+      load_edge(p, p.anchors, first, pass.max_exponent, true, thread, s.row);
+    }
     __syncthreads();  // the rows' edge
     const int32_t band_end = s.row.mate_end[count - 1];
 #pragma unroll 1
     for (int32_t column = s.row.mate_begin[0]; column < band_end; column += 8 * kWarps) {
       __syncthreads();  // the columns before have been read
-      load_edge(p, p.candidates, column, pass.max_exponent, false, thread, s.column);
-      __syncthreads();  // the columns' edge
+      // By the last warps: the first ones have products to find, even for a band that is narrow.
+      load_edge(p, p.candidates, column, pass.max_exponent, false, thread - (kThreads - kSide), s.column);
       const auto operand = [&](const Rows<Acc>& rows, int32_t position) -> const uint8_t* {
         return rows.operand + int64_t(min(position, rows.count - 1)) * p.pitch;
       };
@@ -110,9 +162,12 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
           [&](int i, int j, Acc product) {
             const int32_t c = column + 8 * warp + j, begin = s.row.mate_begin[i], end = s.row.mate_end[i], own = s.row.own[i];
             if (i >= count || c < begin || c >= end || c == own || count_positives(p, begin, end) == 0) return;
-            p.d2_ap[pass.slot(first + i) + positive_rank(begin, own, c)] =
-                squared_distance(s.row, i, s.column, 8 * warp + j, product);
-          });
+            const int32_t r = positive_rank(begin, own, c);
+            const Acc d2 = squared_distance(s.row, i, s.column, 8 * warp + j, product);
+            p.d2_ap[pass.slot(first + i) + r] = d2;
+            if (is_short) s.d2_ap[i][r] = d2;
+          },
+          [] { __syncthreads(); });  // the columns' edge
     }
     __syncthreads();  // d2_ap of the strip
     const auto empty_bucket = [&](int32_t bucket, bool has_threshold) {
@@ -145,8 +200,11 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
           p.entry[slot + r].row = count_below<true>(p.threshold + slot, positives, p.d2_ap[slot + r]);
         }
       } else if (i % kWarps == warp) {
-        sort_thresholds(p, p.d2_ap + slot, positives, p.threshold + pass.bucket(first + i), pass.bucket_step(),
-                        p.entry + slot);
+        if (is_short && p.negatives != Negatives::hard) {
+          sort_few_thresholds(p, pass, first + i, positives, s.d2_ap[i]);
+        } else {
+          sort_thresholds(p, pass, first + i, positives);
+        }
         if (pass.in_shared) {
           if constexpr (sizeof(Acc) == 4) store_base(p, first + i, p.d2_ap + slot, positives);
           continue;
@@ -157,7 +215,7 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
     if (p.drops_pairs) {
       __syncthreads();  // pairs of all of the class
       for (int i = warp; i < count; i += kWarps) {
-        drop_pairs(p, s.row, i, p.d2_ap + pass.slot(first + i), p.entry + pass.slot(first + i));
+        drop_pairs(p, pass, s.row, i, first + i);
       }
     }
     if (thread < count) {
@@ -179,12 +237,6 @@ struct Searcher {
   uint64_t farthest = 0;
   uint32_t farthest_index = ~0u;
 };
-
-// "Farthest" keys are shifted by one so that NaN is the nearest.
-template <class Acc>
-__device__ __forceinline__ auto farthest_bits(Acc d) {
-  return d == d ? ordered_bits(d) + 1 : 0;
-}
 
 // -1: d serves no positive.
 template <class Acc>
@@ -280,48 +332,40 @@ struct Draw {
 
 // ---- phase 3 --------------------------------------------------------------------------------------------------------
 
-// Offers kCount distances to one anchor: at position a, entry i of `edge`, `place` among the buckets in shared memory.
-template <int kCount, class Acc, class Distance, class Index>
+// Offers count distances, kStep apart, to one anchor: at position a, entry i of `edge`, `place` among the buckets in shared
+// memory. index and rank are of the candidates.
+template <int kStep, class Acc>
 __device__ __forceinline__ void offer_side(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s,
-                                           const Edge<Acc>& edge, int i, int32_t a, int place, int round, Distance distance,
-                                           Index index, const uint32_t* rank) {
-  Searcher<Acc> anchor;
-  anchor.a = a;
-  anchor.count = pass.has(a) ? count_buckets(p, count_positives(p, edge.mate_begin[i], edge.mate_end[i])) : 0;
+                                           const Edge<Acc>& edge, int i, int32_t a, int place, int round, int count,
+                                           const Acc* distance, const int32_t* index, const uint32_t* rank) {
   if constexpr (sizeof(Acc) == 4) {
     if (pass.in_shared) {
-      offer_in_shared<kCount>(p, pass, s, anchor.count, a, place, distance, index, rank);
-      // No farthest negative is needed once there is one beyond the last threshold. Another thread may be about to offer it.
-      if (anchor.count > 0 && !p.without_negative && load_relaxed(&s.ranges->far[place]) >= kInfinity &&
-          load_relaxed(&s.buckets[anchor.count].least[place]) == kNoTag) {
-#pragma unroll 4
-        for (int j = 0; j < kCount; ++j) {
-          const float d = distance(j);
-          if (d != kNotOffered) offer_farthest(p, anchor, d, static_cast<uint32_t>(index(j)), round);
-        }
-        store_farthest(p, anchor, round);
-      }
+      offer_in_shared<kStep>(p, pass, s, edge, i, a, place, count, distance, index, rank);
       return;
     }
   }
+  Searcher<Acc> anchor;
+  anchor.a = a;
+  anchor.count = pass.has(a) ? count_buckets(p, count_positives(p, edge.mate_begin[i], edge.mate_end[i])) : 0;
   if (anchor.count == 0) return;
   anchor.bucket = pass.bucket(a);
   if (draws(p)) {
     if (round > 0) return;
     const Draw<Acc> draw(p, pass, anchor, edge.index[i]);
 #pragma unroll 1
-    for (int j = 0; j < kCount; ++j) {
-      if (distance(j) != kNotOffered) draw.offer(distance(j), static_cast<uint32_t>(index(j)));
+    for (int j = 0; j < count; ++j) {
+      const Acc d = distance[j * kStep];
+      if (d != kNotOffered) draw.offer(d, static_cast<uint32_t>(index[j]));
     }
     return;
   }
   anchor.want_farthest = !p.without_negative && load_relaxed(p.best + anchor.bucket + anchor.count - 1) == kEmpty;
 #pragma unroll 1
-  for (int j = 0; j < kCount; ++j) {
-    const Acc d = distance(j);
+  for (int j = 0; j < count; ++j) {
+    const Acc d = distance[j * kStep];
     if (d == kNotOffered) continue;
-    offer(p, anchor, d, static_cast<uint32_t>(index(j)), round);
-    if (anchor.want_farthest) offer_farthest(p, anchor, d, static_cast<uint32_t>(index(j)), round);
+    offer(p, anchor, d, static_cast<uint32_t>(index[j]), round);
+    if (anchor.want_farthest) offer_farthest(p, anchor, d, static_cast<uint32_t>(index[j]), round);
   }
   if (anchor.want_farthest) store_farthest(p, anchor, round);
 }
@@ -374,27 +418,22 @@ __device__ void next_tile(const Problem<Acc>& p, const Pass& pass, Cursor& c) {
 template <class Acc>
 __device__ __forceinline__ void offer_part(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s, int part,
                                            int round) {
-  constexpr int kColumnsEach = kPart<Acc> / kWarpsPerSide;  // rows' side: kWarpsPerSide warps share 32 rows
-  constexpr int kRowWarps = kWarps / kPartWarps<Acc>;  // columns' side: so many warps share 32 columns
-  constexpr int kRowsEach = kSide / kRowWarps;
   const int warp = thread_index() / 32, lane = thread_index() % 32;
-  const int32_t first_row = s.cursor->row, first_column = s.cursor->column + part * kPart<Acc>;
-  {  // rows as anchors, lane = row; the warps of a row's group divide the part's columns
-    const int row = warp % kWarpsPerSide * 32 + lane, from = warp / kWarpsPerSide * kColumnsEach;
-    const Acc* d = s.part + row * (kPart<Acc> + 1) + from;
-    const int32_t* index = s.column->index + part * kPart<Acc> + from;
-    offer_side<kColumnsEach>(
-        p, pass, s, *s.row, row, first_row + row, row, round, [&](int j) { return d[j]; }, [&](int j) { return index[j]; },
-        s.order[1].rank + part * kPart<Acc> + from);
-  }
-  if (!serves_columns(p, *s.cursor)) return;
-  {  // columns as anchors, lane = column
-    const int column = warp % kPartWarps<Acc> * 32 + lane, from = warp / kPartWarps<Acc> * kRowsEach;
-    const Acc* d = s.part + from * (kPart<Acc> + 1) + column;
-    const int32_t* index = s.row->index + from;
-    offer_side<kRowsEach>(
-        p, pass, s, *s.column, part * kPart<Acc> + column, first_column + column, kSide + column, round,
-        [&](int j) { return d[j * (kPart<Acc> + 1)]; }, [&](int j) { return index[j]; }, s.order[0].rank + from);
+  // Where both sides are served, half of the warps serve the rows: fewer anchors for each warp, more distances for each of
+  // them. So many warps share 32 rows or columns:
+  const bool both = serves_columns(p, *s.cursor);
+  const int row_warps = both ? kWarps / 2 : kWarps;
+  if (warp < row_warps) {  // rows as anchors, lane = row
+    const int each = kPart<Acc> * kWarpsPerSide / row_warps;
+    const int row = warp % kWarpsPerSide * 32 + lane, from = warp / kWarpsPerSide * each;
+    offer_side<1>(p, pass, s, *s.row, row, s.cursor->row + row, row, round, each, s.part + row * kPartPitch<Acc> + from,
+                  s.column->index + part * kPart<Acc> + from, s.order[1].rank + part * kPart<Acc> + from);
+  } else {  // columns as anchors, lane = column
+    constexpr int kEach = kSide * kPartWarps<Acc> / (kWarps / 2);
+    const int column = warp % kPartWarps<Acc> * 32 + lane, from = (warp - row_warps) / kPartWarps<Acc> * kEach;
+    offer_side<kPartPitch<Acc>>(p, pass, s, *s.column, part * kPart<Acc> + column,
+                                s.cursor->column + part * kPart<Acc> + column, kSide + column, round, kEach,
+                                s.part + from * kPartPitch<Acc> + column, s.row->index + from, s.order[0].rank + from);
   }
 }
 
@@ -434,7 +473,7 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
       if (is_waiting()) grid_wait(ticket);
       return;
     }
-    compute_tile<M>(
+    compute_tile<M, kPartPitch<Acc>>(
         p, pass, s,
         [&] {
           if (!is_waiting()) load_all();
@@ -449,6 +488,10 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
           if constexpr (sizeof(Acc) == 4) {
             if (!pass.in_shared) return;
             __syncthreads();  // all offers are made
+            if (!p.without_negative) {
+              offer_farthest_of_part(p, s, part);
+              __syncthreads();  // the buckets have been looked at
+            }
             // A thread loads what it has stored itself; barriers stand between that and the next offer.
             if (serves_columns(p, *s.cursor)) {
               store_buckets<kPart<Acc>>(p, pass, s, s.order[0].index, s.cursor->column + part * kPart<Acc>, kSide);

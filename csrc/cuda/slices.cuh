@@ -1,16 +1,16 @@
 // Phase 5 where a slice of the columns of all rows fits in shared memory: the gradient from there, not from L2. Float rows
 // that are anchors and candidates alike, not normalised, in one pass, with no list too long; gradient.cuh does the rest.
 //
-//   5a lists    a warp per row:  list, ascending by slot  ->  chosen: anchors and their coefficients
-//                                coefficients of the class, both directions added  ->  weight
+//   5a lists    a warp per row:  list, ascending by place  ->  chosen: anchors and their coefficients
+//                                coefficients of the class, both directions added  ->  weight, in the memory of `threshold`
 //   5b gather   a block per slice and group of rows; it reads its rows' partners from the slice, which holds every row
 //
 //              32 columns  32 ..  32 ..  32 ..       A warp has R rows of the group at a time, L = 32 / R lanes for each,
 //            +-----------+------+------+------+      16 bytes a lane (32 columns: L = 8, R = 4).
 //    group 0 |  block 0  |  1   |  2   |  3   |
-//            +-----------+------+------+------+      class: L lanes have a row; R rows hear of one mate at a time
-//    group 1 |  block 4  |  5   |      |      |      own negatives, chosen: L lanes have an entry; R entries of one row's
-//            +-----------+------+------+------+      list at a time, whose sums are added in the end
+//            +-----------+------+------+------+      class: R rows hear of one mate at a time, mostly of the same
+//    group 1 |  block 4  |  5   |      |      |      own negatives, chosen: each of the R rows its own; lists of four rows
+//            +-----------+------+------+------+      stand side by side, so that one access brings an entry of each
 //            :                                :
 //
 // The slice is on its way while phase 4 runs. The grid barrier behind 5a is in halves: own negatives do not wait for it.
@@ -43,9 +43,9 @@ struct SliceGrid {
   __device__ __forceinline__ int32_t column(const Problem<float>& p, int32_t item) const {  // of this lane
     return item % slices * 4 * p.slice_lanes + thread_index() % p.slice_lanes * 4;
   }
-  // First position of a group of rows.
+  // First position of a group of rows: whole fours.
   __device__ __forceinline__ int32_t row(const Problem<float>& p, int32_t group) const {
-    return static_cast<int32_t>(int64_t(p.candidates.count) * group / groups);
+    return group == groups ? p.candidates.count : static_cast<int32_t>(int64_t(p.candidates.count) * group / groups / 4 * 4);
   }
 };
 
@@ -62,30 +62,83 @@ __device__ __forceinline__ void fetch_slice(const Problem<float>& p, int32_t ite
   cp_async_commit();
 }
 
-__device__ __forceinline__ Entry<float>* chosen_of(const Problem<float>& p, int32_t index) {
-  return reinterpret_cast<Entry<float>*>(p.best) + int64_t(index) * p.list_places;
-}
+// What chose the rows, four of them side by side; in the memory of `best`.
+__device__ __forceinline__ Entry<float>* chosen(const Problem<float>& p) { return reinterpret_cast<Entry<float>*>(p.best); }
 
-// Phase 5a.
-__device__ __forceinline__ void order_lists(const Problem<float>& p, const Pass& pass) {
+// The class of a row, from a multiple of 4 on: its weights and indices are then read by fours.
+struct Mates {
+  int32_t from, size;
+  __device__ __forceinline__ Mates(const Problem<float>& p, int32_t begin, int32_t end)
+      : from(begin / 4 * 4), size(count_positives(p, begin, end) > 0 ? end - from : 0) {}
+};
+
+// What a warp knows of its row before the lists are there.
+struct Listed {
+  int32_t index = 0, begin = 0, end = 0;
+  __device__ __forceinline__ Listed(const Problem<float>& p, int32_t position) {
+    if (position >= p.candidates.count) return;
+    index = sorted_index(p, p.candidates)[position];
+    begin = p.anchors.mate_begin[position];
+    end = p.anchors.mate_end[position];
+  }
+};
+__device__ __forceinline__ int32_t first_listed() { return block_index() * kWarps + thread_index() / 32; }
+
+// Phase 5a. `row`: that at first_listed().
+__device__ __forceinline__ void order_lists(const Problem<float>& p, const Pass& pass, Listed row) {
   const int lane = thread_index() % 32;
-  for (int32_t position = block_index() * kWarps + thread_index() / 32; position < p.candidates.count;
-       position += grid_size() * kWarps) {
-    const int32_t index = sorted_index(p, p.candidates)[position];
+#pragma unroll 1
+  for (int32_t position = first_listed(); position < p.candidates.count; position += grid_size() * kWarps) {
+    if (position != first_listed()) row = Listed(p, position);
+    const int32_t index = row.index, begin = row.begin, end = row.end;
     const int32_t length = p.times_chosen[index];
     const int32_t* list = p.list + int64_t(index) * p.list_places;
-    for (int32_t e = lane; e < length; e += 32) {
-      const int32_t slot = list[e];
-      int32_t place = 0;
-#pragma unroll 8
-      for (int32_t j = 0; j < length; ++j) place += list[j] < slot ? 1 : 0;  // a broadcast from L1
-      chosen_of(p, index)[place] = {sorted_index(p, p.anchors)[pass.begin + slot / pass.stride], p.entry[slot].coefficient};
+    // Two entries a lane; longer lists are read again and again.
+    constexpr int kOwn = 2;
+    int32_t place[kOwn], rank[kOwn] = {};
+    Entry<float> entry[kOwn];
+    const auto write = [&](int32_t e, const Entry<float>& x) {
+      chosen(p)[side_by_side<2>(position, p.list_places, e)] = x;
+    };
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      place[i] = lane + 32 * i < length ? list[lane + 32 * i] : INT32_MAX;
     }
-    const int32_t begin = p.anchors.mate_begin[position], count = count_positives(p, begin, p.anchors.mate_end[position]);
-    const int32_t slot = pass.slot(position);
-    for (int32_t e = lane; e < count; e += 32) {
-      const int32_t other = begin + e + (begin + e >= position ? 1 : 0);
-      p.threshold[slot + e] = p.d2_ap[slot + e] + p.d2_ap[pass.slot(other) + positive_rank(begin, other, position)];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (place[i] != INT32_MAX) entry[i] = {sorted_index(p, p.anchors)[pass.anchor(place[i])], p.entry[place[i]].coefficient};
+    }
+    // weight(row, mate) = weight(mate, row), 0 for the row itself and outside of the class
+    const Mates mates(p, begin, end);
+    for (int32_t e = lane; e < (mates.size + 3) / 4 * 4; e += 32) {
+      const int32_t other = mates.from + e;
+      float weight = 0;
+      if (other >= begin && other < end && other != position) {
+        weight = p.d2_ap[pass.slot(position) + positive_rank(begin, position, other)] +
+                 p.d2_ap[pass.slot(other) + positive_rank(begin, other, position)];
+      }
+      p.threshold[side_by_side<4>(position, pass.weight_places(), e)] = weight;
+    }
+    if (length % 2 == 1 && lane == 0) write(length, {index, 0.f});  // entries are read in pairs
+    if (length <= 32 * kOwn) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int32_t others = min(length - 32 * i, 32);
+#pragma unroll 8
+        for (int32_t j = 0; j < others; ++j) {
+          const int32_t other = __shfl_sync(kWholeWarp, place[i], j);
+#pragma unroll
+          for (int k = 0; k < kOwn; ++k) count_if_less(rank[k], other, place[k]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if (place[i] != INT32_MAX) write(rank[i], entry[i]);
+      }
+      continue;
+    }
+    for (int32_t e = lane; e < length; e += 32) {
+      write(counted_place(list, 0, length, e), {sorted_index(p, p.anchors)[pass.anchor(list[e])], p.entry[list[e]].coefficient});
     }
   }
 }
@@ -93,22 +146,77 @@ __device__ __forceinline__ void order_lists(const Problem<float>& p, const Pass&
 using Four = Vector<float, 4>;
 
 constexpr int kInFlight = 10;  // entries on their way from L2
+constexpr int kMatesInFlight = 8;
 
-// sum += coefficient * (x - row) for a batch of entries. `slice`: in shared memory, this lane's part of row 0. An entry of
-// coefficient 0 names a row that is not far away: its product is 0, not 0 * infinity.
+// sum += coefficient * (x - row), `row` in shared memory.
+__device__ __forceinline__ void add_row(uint32_t row, float coefficient, const Four& x, Four& sum) {
+  const Four other = *reinterpret_cast<const Four*>(shared_words(row));
+#pragma unroll
+  for (int k = 0; k < 4; ++k) sum.element[k] = fmaf(coefficient, x.element[k] - other.element[k], sum.element[k]);
+}
+
+// Loads kCount vectors that stand four vectors apart, the first `count` of them; the others are 0.
+template <int kCount, class T>
+__device__ __forceinline__ void load_fourth(const T* from, int32_t count, T (&to)[kCount]) {
+  if (count >= kCount) {  // without a question for each
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = from[4 * i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      to[i] = T{};
+      if (i < count) to[i] = from[4 * i];
+    }
+  }
+}
+
+// sum += coefficient * (x - row) over `count` entries, in pairs that stand four pairs apart. `slice`: in shared memory, this
+// lane's part of row 0. An entry of coefficient 0 may name any row: no difference of rows overflows.
 template <int kLanes>
-__device__ __forceinline__ void add_batch(uint32_t slice, const Entry<float> (&entry)[kInFlight], const Four& x, Four& sum) {
-  uint32_t any = 0;
+__device__ __forceinline__ void add_list(uint32_t slice, const Entry<float>* list, int32_t count, const Four& x, Four& sum) {
+  using Pair = Vector<Entry<float>, 2>;
+  const Pair* pairs = reinterpret_cast<const Pair*>(list);
+#pragma unroll 1
+  for (int32_t left = (count + 1) / 2; left > 0; left -= kInFlight / 2) {
+    Pair pair[kInFlight / 2];
+    load_fourth(pairs, left, pair);
+    pairs += 4 * (kInFlight / 2);
+    uint32_t any = 0;
 #pragma unroll
-  for (int i = 0; i < kInFlight; ++i) any |= ordered_bits(entry[i].coefficient);
-  if (any == 0) return;  // late in training most pairs have no term
+    for (int i = 0; i < kInFlight; ++i) any |= ordered_bits(pair[i / 2].element[i % 2].coefficient);
+    if (any == 0) continue;  // late in training most pairs have no term
 #pragma unroll
-  for (int i = 0; i < kInFlight; ++i) {
-    const Four row =
-        *reinterpret_cast<const Four*>(shared_words(slice + static_cast<uint32_t>(entry[i].row) * (16 * kLanes)));
+    for (int i = 0; i < kInFlight; ++i) {
+      const Entry<float>& entry = pair[i / 2].element[i % 2];
+      add_row(slice + static_cast<uint32_t>(entry.row) * (16 * kLanes), entry.coefficient, x, sum);
+    }
+  }
+}
+
+// The same over the row's class.
+template <int kLanes>
+__device__ __forceinline__ void add_mates(uint32_t slice, const float* weights, const int32_t* mates, int32_t size, int32_t own,
+                                          const Four& x, Four& sum) {
+  using Index = Vector<int32_t, 4>;
+#pragma unroll 1
+  for (int32_t first = 0; first < size; first += kMatesInFlight) {
+    Four weight[kMatesInFlight / 4];
+    Index mate[kMatesInFlight / 4];
+    load_fourth(reinterpret_cast<const Four*>(weights + 4 * first), (size - first + 3) / 4, weight);
+    if (size - first >= kMatesInFlight) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      sum.element[k] = fmaf(entry[i].coefficient, x.element[k] - row.element[k], sum.element[k]);
+      for (int i = 0; i < kMatesInFlight / 4; ++i) mate[i] = reinterpret_cast<const Index*>(mates + first)[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kMatesInFlight; ++i) mate[i / 4].element[i % 4] = first + i < size ? mates[first + i] : own;
+    }
+    uint32_t any = 0;
+#pragma unroll
+    for (int i = 0; i < kMatesInFlight; ++i) any |= ordered_bits(weight[i / 4].element[i % 4]);
+    if (any == 0) continue;
+#pragma unroll
+    for (int i = 0; i < kMatesInFlight; ++i) {
+      add_row(slice + static_cast<uint32_t>(mate[i / 4].element[i % 4]) * (16 * kLanes), weight[i / 4].element[i % 4], x, sum);
     }
   }
 }
@@ -122,10 +230,6 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
   const SliceGrid grid(p);
   const int32_t warp = thread_index() / 32, group = thread_index() % 32 / kLanes;
   const uint32_t slice = shared_address(s.x + thread_index() % kLanes * 4);
-  const auto load_row = [&](int32_t index) {
-    return *reinterpret_cast<const Four*>(shared_words(slice + static_cast<uint32_t>(index) * (16 * kLanes)));
-  };
-  const int32_t stride = pass.stride;
   const Rows<float>& rows = p.candidates;
   bool is_waiting = true;  // the lists of other blocks may not be there yet
 #pragma unroll 1
@@ -141,69 +245,21 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
     for (int32_t top = grid.row(p, item / grid.slices); top < end; top += kWarps * kRows) {
       const int32_t position = top + warp * kRows + group;
       const bool has = position < end;
-      const int32_t index = has ? sorted_index(p, rows)[position] : 0, slot = has ? pass.slot(position) : 0;
+      const int32_t index = has ? sorted_index(p, rows)[position] : 0;
       const int32_t begin = has ? rows.mate_begin[position] : 0, mates_end = has ? rows.mate_end[position] : 0;
-      const int32_t count = has ? count_positives(p, begin, mates_end) : 0, length = has ? p.times_chosen[index] : 0;
-      const Four x = load_row(index);
-      Four sum{};
-#pragma unroll 1
-      for (int list = 0; list < 2; ++list) {  // own, then chosen
-        if (list == 1) {
-          if (is_waiting) grid_wait(ticket);  // 5a of all blocks
-          is_waiting = false;
-          // weight(row, mate) = weight(mate, row): those of neighbouring rows are neighbours
-          const int32_t size = count > 0 ? mates_end - begin : 0, own = position - begin;
-          const int32_t* mates = sorted_index(p, rows) + begin;
-          const float* weights = p.threshold + pass.slot(begin);
-#pragma unroll 1
-          for (int32_t first = 0; first < size; first += kInFlight) {
-            Entry<float> entry[kInFlight];
-#pragma unroll
-            for (int i = 0; i < kInFlight; ++i) {
-              const int32_t e = first + i;
-              entry[i] = {index, 0.f};
-              if (e < size && e != own) {
-                const float weight = weights[e * stride + own - (e < own ? 1 : 0)];
-                entry[i] = {weight != 0 ? mates[e] : index, weight};
-              }
-            }
-            add_batch<kLanes>(slice, entry, x, sum);
-          }
-        }
-        // Of one row's list each group of lanes adds every kRows-th entry; then the groups' sums are added in pairs.
-#pragma unroll 1
-        for (int r = 0; r < kRows; ++r) {
-          const int32_t entries = __shfl_sync(kWholeWarp, list == 0 ? count : length, r * kLanes);
-          if (entries == 0) continue;
-          const int32_t its_index = __shfl_sync(kWholeWarp, index, r * kLanes);
-          const int32_t its_slot = __shfl_sync(kWholeWarp, slot, r * kLanes);
-          const Entry<float>* its_list = list == 0 ? p.entry + its_slot : chosen_of(p, its_index);
-          const Four its_x = load_row(its_index);
-          Four part{};
-#pragma unroll 1
-          for (int32_t first = group; first < entries; first += kInFlight * kRows) {
-            const Entry<float>* at = its_list + first;
-            Entry<float> entry[kInFlight];
-#pragma unroll
-            for (int i = 0; i < kInFlight; ++i) {
-              entry[i] = first + i * kRows < entries ? at[i * kRows] : Entry<float>{its_index, 0.f};
-            }
-            add_batch<kLanes>(slice, entry, its_x, part);
-          }
-#pragma unroll
-          for (int by = 16; by >= kLanes; by /= 2) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) part.element[i] += __shfl_xor_sync(kWholeWarp, part.element[i], by);
-          }
-          if (group == r) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum.element[i] -= part.element[i];
-          }
-        }
-      }
+      const int32_t length = has ? p.times_chosen[index] : 0;
+      const Four x = *reinterpret_cast<const Four*>(shared_words(slice + static_cast<uint32_t>(index) * (16 * kLanes)));
+      Four negatives{}, sum{};
+      add_list<kLanes>(slice, p.entry + pass.entry(position, 0), count_positives(p, begin, mates_end), x, negatives);
+      if (is_waiting) grid_wait(ticket);  // 5a of all blocks
+      is_waiting = false;
+      const Mates mates(p, begin, mates_end);
+      add_mates<kLanes>(slice, p.threshold + side_by_side<4>(position, pass.weight_places(), 0),
+                        sorted_index(p, rows) + mates.from, mates.size, index, x, sum);
+      add_list<kLanes>(slice, chosen(p) + side_by_side<2>(position, p.list_places, 0), length, x, negatives);
       if (!has || column >= p.dim) continue;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum.element[i] *= scale;
+      for (int i = 0; i < 4; ++i) sum.element[i] = (sum.element[i] - negatives.element[i]) * scale;
       *reinterpret_cast<Four*>(static_cast<float*>(rows.gradient_out) + int64_t(index) * p.dim + column) = sum;
     }
   }

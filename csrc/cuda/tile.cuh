@@ -22,6 +22,9 @@ template <class Acc>
 constexpr int kPartWarps = sizeof(Acc) == 4 ? kWarpsPerSide / 2 : 1;
 template <class Acc>
 constexpr int kPart = 32 * kPartWarps<Acc>;
+// Floats from row to row: a column is read without a bank conflict, and products are written with no more than two at a bank.
+template <class Acc>
+constexpr int kPartPitch = kPart<Acc> + (sizeof(Acc) == 4 ? 9 : 1);
 template <class Acc>
 constexpr int kParts = kWarpsPerSide / kPartWarps<Acc>;
 
@@ -82,7 +85,7 @@ struct TileShared {
   uint32_t*
       from;  // [kPieces][kThreads] where a thread's pieces begin in the operands, in units of 16 bytes; no register holds it
   uint8_t* ring;  // [kStages][2 kSide][kStageBytes]
-  Acc* part;  // [kSide][kPart + 1], in the ring's memory: the ring is empty when a part is written
+  Acc* part;  // [kSide][kPartPitch], in the ring's memory: the ring is empty when a part is written
   Buckets* buckets;  // [shared_slots + 1 + kBeyond], or none
   Ranges* ranges;
   Order* order;  // of rows and of columns
@@ -91,7 +94,7 @@ struct TileShared {
 template <class Acc, bool kBuckets>
 __host__ __device__ TileShared<Acc> carve_tile(Carver& carver, int32_t shared_slots) {
   constexpr int64_t kRing = int64_t(kStages) * 2 * kSide * kStageBytes;
-  constexpr int64_t kPartBytes = int64_t(kSide) * (kPart<Acc> + 1) * sizeof(Acc);
+  constexpr int64_t kPartBytes = int64_t(kSide) * kPartPitch<Acc> * sizeof(Acc);
   TileShared<Acc> s;
   s.cursor = carver.take<Cursor>(1);
   s.row = carver.take<Edge<Acc>>(1);
@@ -110,22 +113,40 @@ __device__ __forceinline__ Acc two_to(int32_t e) {
   return ldexp(Acc(1), e < -126 ? -126 : e);
 }
 
-// Loads an edge; the barrier is the caller's. is_anchor: the rows are anchors, whose class is looked up among the candidates.
+// What an edge knows of the row at a position, the last one for positions behind it. are_anchors: the rows are anchors, whose
+// class is looked up among the candidates.
+template <class Acc>
+struct EdgeRow {
+  int32_t exponent, index, mate_begin, mate_end, own;
+  Acc norm;
+  __device__ __forceinline__ EdgeRow(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t position, bool are_anchors) {
+    const bool inside = position < rows.count;
+    const int32_t source = inside ? position : rows.count - 1;
+    exponent = rows.exponent[source];
+    norm = rows.norm[source];
+    index = inside ? sorted_index(p, rows)[source] : -1;
+    mate_begin = are_anchors ? rows.mate_begin[source] : 0;
+    mate_end = are_anchors ? rows.mate_end[source] : 0;
+    own = are_anchors ? own_position(p, source) : -1;
+  }
+  __device__ __forceinline__ void store(int32_t max_exponent, Edge<Acc>& edge, int at) const {
+    const Acc scale = sizeof(Acc) == 8 ? Acc(1) : two_to<Acc>(exponent - max_exponent);
+    edge.scale[at] = scale;
+    const Acc scaled = norm * (scale * scale);
+    edge.norm[at] = scaled + (scaled - scaled);  // infinite: NaN, whichever format the products have
+    edge.index[at] = index;
+    edge.mate_begin[at] = mate_begin;
+    edge.mate_end[at] = mate_end;
+    edge.own[at] = own;
+  }
+};
+
+// Loads an edge, thread 0 its first row; the barrier is the caller's.
 template <class Acc>
 __device__ __forceinline__ void load_edge(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t first, int32_t max_exponent,
                                           bool are_anchors, int thread, Edge<Acc>& edge) {
   if (thread < 0 || thread >= kSide) return;
-  const int32_t position = first + thread;
-  const bool inside = position < rows.count;
-  const int32_t source = inside ? position : rows.count - 1;
-  const Acc scale = sizeof(Acc) == 8 ? Acc(1) : two_to<Acc>(rows.exponent[source] - max_exponent);
-  edge.scale[thread] = scale;
-  const Acc norm = rows.norm[source] * (scale * scale);
-  edge.norm[thread] = norm + (norm - norm);  // infinite: NaN, whichever format the products have
-  edge.index[thread] = inside ? sorted_index(p, rows)[source] : -1;
-  edge.mate_begin[thread] = are_anchors ? rows.mate_begin[source] : 0;
-  edge.mate_end[thread] = are_anchors ? rows.mate_end[source] : 0;
-  edge.own[thread] = are_anchors ? own_position(p, source) : -1;
+  EdgeRow<Acc>(p, rows, first + thread, are_anchors).store(max_exponent, edge, thread);
 }
 
 // The one expression for d_ap and d_an. The edges' factors come from memory: nothing that a compiler could contract
@@ -133,9 +154,9 @@ __device__ __forceinline__ void load_edge(const Problem<Acc>& p, const Rows<Acc>
 template <class Acc>
 __device__ __forceinline__ Acc squared_distance(const Edge<Acc>& rows, int row, const Edge<Acc>& columns, int column,
                                                 Acc product) {
-  const Acc scaled = product * (rows.scale[row] * columns.scale[column]);
-  const Acc value = fma(Acc(-2), scaled, rows.norm[row] + columns.norm[column]);
-  return value < 0 ? Acc(0) : value;  // NaN stays, -0 does not occur
+  // Exact: powers of two, of doubles 1.
+  const Acc factor = sizeof(Acc) == 8 ? Acc(-2) : Acc(-2) * rows.scale[row] * columns.scale[column];
+  return at_least_zero(fma(product, factor, rows.norm[row] + columns.norm[column]));
 }
 
 // The products of one warp's 32 x 32 and the way to them.
@@ -224,10 +245,26 @@ struct Products<Math::simt32> : CoreProducts<float> {};
 template <>
 struct Products<Math::simt64> : CoreProducts<double> {};
 
+// Pairs of a part that are no anchor and negative: its first column stands at position first_column. A thread has a piece of
+// a row.
+template <int kPitch, class Acc>
+__device__ __forceinline__ void make_holes(const Problem<Acc>& p, const TileShared<Acc>& s, int32_t first_column) {
+  constexpr int kThreadsEach = kThreads / kSide, kColumns = kPart<Acc> / kThreadsEach;
+  const int row = thread_index() / kThreadsEach, piece = thread_index() % kThreadsEach * kColumns;
+  const int32_t first = first_column + piece;
+  Acc* d = s.part + row * kPitch + piece;
+  const bool inside = s.cursor->row + row < p.anchors.count;
+  const int32_t begin = inside ? s.row->mate_begin[row] : first, end = inside ? s.row->mate_end[row] : first + kColumns;
+#pragma unroll 1
+  for (int32_t c = max(begin, first); c < min(end, first + kColumns); ++c) d[c - first] = kNotOffered;
+#pragma unroll 1
+  for (int32_t c = max(p.candidates.count, first); c < first + kColumns; ++c) d[c - first] = kNotOffered;
+}
+
 // Computes the cursor's tile and calls body(part) for each part in s.part, between barriers: body may read s.part, the edges
 // and the cursor freely and must not wait for anything but this block. meanwhile() runs while the first rows are on their
-// way. Distances inside a class and beyond the edges become kNotOffered; few tiles have any.
-template <Math M, class Acc, class Meanwhile, class Body>
+// way. Distances inside a class and beyond the edges become kNotOffered; few tiles have any. kPitch: of a row of the part.
+template <Math M, int kPitch = kPart<typename MathTraits<M>::Acc> + 1, class Acc, class Meanwhile, class Body>
 __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s,
                                              Meanwhile meanwhile, Body body) {
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
@@ -284,8 +321,10 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& 
   });
   const int32_t first_row = s.cursor->row, first_column = s.cursor->column;
   // Classes ascend with the positions: those of all rows lie between the first one's begin and the last one's end.
-  if (first_row + kSide > p.anchors.count || first_column + kSide > p.candidates.count ||
-      (s.row->mate_begin[0] < first_column + kSide && s.row->mate_end[kSide - 1] > first_column)) {
+  const bool has_holes = first_row + kSide > p.anchors.count || first_column + kSide > p.candidates.count ||
+                         (s.row->mate_begin[0] < first_column + kSide && s.row->mate_end[kSide - 1] > first_column);
+  constexpr bool kHolesInPart = sizeof(Acc) == 4;  // doubles leave no register for the way to them
+  if (!kHolesInPart && has_holes) {
     products.for_each(after % 32, [&](int i, int r, int c, Acc) {
       const int row = 32 * m + r;
       const int32_t position = first_column + 32 * n + c;
@@ -300,8 +339,12 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& 
     __syncthreads();  // the ring, or the part before, has been read
     if (n / kPartWarps<Acc> == part) {
       products.for_each(after % 32, [&](int i, int r, int c, Acc) {
-        s.part[(32 * m + r) * (kPart<Acc> + 1) + 32 * n + c - part * kPart<Acc>] = d2[i];
+        s.part[(32 * m + r) * kPitch + 32 * n + c - part * kPart<Acc>] = d2[i];
       });
+    }
+    if (kHolesInPart && has_holes) {
+      __syncthreads();  // the distances of the part
+      make_holes<kPitch>(p, s, first_column + part * kPart<Acc>);
     }
     __syncthreads();  // the part is complete
     body(part);

@@ -16,6 +16,7 @@ constexpr bool kIsCompiled = M != Math::simt32;
 
 template <Math M, class In>
 __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>::Acc>& p) {
+  using Acc = typename MathTraits<M>::Acc;
   constexpr bool kSlices = std::is_same<In, float>::value;
   FACENET_EXT_SHARED_MEMORY(shared_memory);
   // The pass stands in shared memory, not in registers, which the products need; behind it the phases lay out what they use.
@@ -27,12 +28,14 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
 
   prepare<M, In>(p, scratch);
   grid_sync();  // positions, classes and operands of all rows
+  const EdgeRow<Acc> row = load_first_row(p);
   const Facts facts = gather_facts(p, scratch);
   if (facts.has_nonfinite && !p.mining) {
     write_nan(p);
     return;
   }
   if (thread_index() == 0) pass = first_pass(p, facts);
+  store_first_row(row, facts.max_exponent, scratch);
 
 #pragma unroll 1
   for (;;) {
@@ -41,25 +44,31 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
     grid_arrive(&block.ticket);  // d2_ap, thresholds, empty buckets; the sweep waits once it has products to compare
 #pragma unroll 1
     for (int round = 0; round < MathTraits<M>::kRounds; ++round) {
+      if (round > 0) grid_sync();  // the buckets' least distances
       sweep<M>(p, pass, round, &block.ticket, scratch);
-      grid_sync();  // after round 0 the buckets' least distances; after the last all of best and farthest
     }
+    grid_arrive(&block.ticket);  // best and farthest
+    __syncthreads();  // the block is done with the sweep's memory
     const bool is_last = pass.is_last(p.anchors.count);
     // Columns of X for phase 5, on their way while phase 4 runs; then nobody needs other passes.
     Carver later{scratch, 0, true};
     const SliceShared slice = carve_slice(later, p.candidates.count, p.slice_lanes);
-    const bool slices = p.slice_lanes > 0 && pass.is_first() && is_last;
     if constexpr (kSlices) {
-      if (slices) fetch_slice(p, block_index(), slice.x);
+      if (pass.sliced) fetch_slice(p, block_index(), slice.x);
     }
-    finish<In>(p, pass, scratch);
-    grid_sync();  // coefficients, lists, the counters that scale the gradient, loss_of_anchor
+    finish<In>(p, pass, &block.ticket, scratch);
+    grid_arrive(&block.ticket);  // coefficients, lists, the counters that scale the gradient, loss_of_anchor
+    [[maybe_unused]] const auto listed = [&] {
+      if constexpr (kSlices) return Listed(p, first_listed());
+      else return 0;
+    }();
+    grid_wait(&block.ticket);
     if (is_last && !p.mining) write_loss(p, slice.sums);
     if (p.wants_gradient) {
       const bool overflow = p.counters->list_overflows != 0;  // the same for all blocks
       if constexpr (kSlices) {
-        if (slices && !overflow) {
-          order_lists(p, pass);
+        if (pass.sliced && !overflow) {
+          order_lists(p, pass, listed);
           grid_arrive(&block.ticket);  // lists and weights, for gather_slices(), which waits where it needs them
           if (p.slice_lanes == 8) gather_slices<8>(p, pass, &block.ticket, slice);
           else if (p.slice_lanes == 4) gather_slices<4>(p, pass, &block.ticket, slice);

@@ -234,10 +234,22 @@ void store_relaxed(T* p, T x) {
   __atomic_store_n(p, x, __ATOMIC_RELAXED);
 }
 
+inline void prefetch(const void*) {}
+
 inline uint32_t shared_address(const void* p) {
   return uint32_t(static_cast<const uint8_t*>(p) - emu::shared_memory());
 }
 inline uint32_t* shared_words(uint32_t address) { return reinterpret_cast<uint32_t*>(emu::shared_memory() + address); }
+template <class T>
+void count_if_less(int32_t& count, T a, T b) {
+  count += a < b ? 1 : 0;
+}
+template <class T>
+void count_if_equal(int32_t& count, T a, T b) {
+  count += a == b ? 1 : 0;
+}
+inline void add_if_less(uint32_t& at, float t, float d, uint32_t bytes) { at += t < d ? bytes : 0; }
+inline float at_least_zero(float x) { return x < 0 ? 0 : x; }
 template <int kBytes>
 void search_step(uint32_t& at, float d) {
   if (*reinterpret_cast<const float*>(emu::shared_memory() + at + kBytes) < d) at += kBytes;

@@ -15,12 +15,13 @@ BUGS = {
         "tile.cuh", "    __syncthreads();  // everybody's have", "    // everybody's have", "tsan",
     ),
     "block_barrier_before_part": ("tile.cuh", "    __syncthreads();  // the part is complete\n", "", "tsan"),
+    "block_barrier_before_holes": ("tile.cuh", "      __syncthreads();  // the distances of the part\n", "", "tsan"),
     "block_barrier_after_the_strip": ("select.cuh", "    __syncthreads();  // d2_ap of the strip\n", "", "tsan"),
     "block_barrier_before_the_first_offers": (
         "select.cuh", "            __syncthreads();  // the buckets\n", "", "tsan",
     ),
     "block_barrier_before_buckets_are_stored": (
-        "select.cuh", "            __syncthreads();  // all offers are made\n", "", "tsan",
+        "select.cuh", "              __syncthreads();  // the buckets have been looked at\n", "", "tsan",
     ),
     "block_barrier_in_sum": (
         "gradient.cuh", "  __syncthreads();  // the sums of all warps\n", "", "tsan",
@@ -44,10 +45,13 @@ BUGS = {
         "select.cuh", "      if (is_waiting()) grid_wait(ticket);\n", "", "plain",
     ),
     "grid_barrier_after_finish": (
-        "triplet_kernel.cuh", "    grid_sync();  // coefficients, lists,", "    // coefficients, lists,", "tsan",
+        "triplet_kernel.cuh",
+        "    grid_wait(&block.ticket);\n    if (is_last",
+        "    if (is_last && !p.mining) write_loss(p, slice.sums);\n    grid_wait(&block.ticket);\n    if (is_last",
+        "tsan",
     ),
     "grid_barrier_before_lists_are_read": (
-        "slices.cuh", "          if (is_waiting) grid_wait(ticket);  // 5a of all blocks\n", "", "tsan",
+        "slices.cuh", "      if (is_waiting) grid_wait(ticket);  // 5a of all blocks\n", "", "tsan",
     ),
     "block_barrier_before_the_slice": (
         "slices.cuh", "    __syncthreads();  // everybody's part of the slice has landed\n", "", "tsan",
@@ -65,8 +69,13 @@ BUGS = {
         "triplet_kernel.cuh", "        cp_async_wait<0>();\n        __syncthreads();  // nothing", "        // nothing",
         "plain",
     ),
-    "place_in_an_ordered_list": ("slices.cuh", "place += list[j] < slot", "place += list[j] <= slot", "plain"),
-    "weight_of_the_wrong_mate": ("slices.cuh", "+ own - (e < own ? 1 : 0)]", "+ own]", "plain"),
+    "place_in_an_ordered_list": (
+        "slices.cuh", "count_if_less(rank[k], other, place[k])", "count_if_less(rank[k], other, place[k] / 2)", "plain",
+    ),
+    "entry_that_completes_no_pair": ("slices.cuh", "    if (length % 2 == 1 && lane == 0)", "    if (false)", "plain"),
+    "weight_of_the_last_mate": (
+        "slices.cuh", "other < end && other != position", "other < end - 1 && other != position", "plain",
+    ),
     "plain_read_of_a_moving_minimum": (
         "select.cuh", "if (key < load_relaxed(best)) atomic_min(best, key);\n}", "if (key < *best) *best = key;\n}",
         "tsan",
@@ -82,7 +91,7 @@ BUGS = {
     "shared_index_too_large": (
         "gradient.cuh", "sum[i] += of_warp[3 * warp + i];", "sum[i] += of_warp[3 * warp + i + 1];", "asan",
     ),
-    "shared_index_beyond_a_member": ("tile.cuh", "  edge.norm[thread] = ", "  edge.norm[thread + 1] = ", "asan"),
+    "shared_index_beyond_a_member": ("tile.cuh", "    edge.norm[at] = ", "    edge.norm[at + 1] = ", "asan"),
     "global_index_too_large": (
         "gradient.cuh", "for (int32_t d = lane; d < p.dim; d += 32) {\n    const Acc value",
         "for (int32_t d = lane; d <= p.dim; d += 32) {\n    const Acc value", "asan",
@@ -93,18 +102,19 @@ BUGS = {
     ),
     "swapped_accumulator_rows": ("tile.cuh", "lane / 4 + i / 2 * 8,", "lane / 4 + i % 2 * 8,", "plain"),
     "ties_to_the_highest_index": (
-        "buckets.cuh", "rank += indices[other] < mine", "rank += indices[other] > mine", "plain",
+        "buckets.cuh", "count_if_less(rank, indices[other], mine)", "count_if_less(rank, mine, indices[other])",
+        "plain",
     ),
     "negative_not_farther_than_the_positive": (
-        "select.cuh", "entry[r].row = below + equal;", "entry[r].row = max(below + equal - 1, 1);", "plain",
+        "select.cuh", ".row = below[k] + 1;", ".row = max(below[k], 1);", "plain",
     ),
     "unnoticed_overflow_of_a_list": (
         "finish.cuh", "&p.counters->list_overflows, 1", "&p.counters->list_overflows, 0", "plain",
     ),
     "near_pair_left_as_it_is": ("finish.cuh", "return !(d2 >= near);", "return !(d2 >= 0);", "plain"),
-    "step_of_a_search": ("buckets.cuh", "    if (half > 1) search_rows<1>(d, at);\n", "", "plain"),
+    "step_of_a_search": ("buckets.cuh", "    if (range > 1) search_rows<1>(d, at);\n", "", "plain"),
     "negative_beyond_all_tags": (
-        "buckets.cuh", "    if (most < kTagSteps) continue;\n", "    continue;\n", "plain",
+        "buckets.cuh", "    if (most < kNoTags) continue;\n", "    continue;\n", "plain",
     ),
     "nan_as_a_negative": (
         "select.cuh", "  if (d != d) return -1;  // NaN", "  // NaN", "plain",
@@ -112,7 +122,7 @@ BUGS = {
     "hash_of_the_anchor_among_its_own": (
         "select.cuh", "_t>(place + index + 1)", "_t>(0 * place + index + 1)", "plain",
     ),
-    "pair_that_was_struck": ("select.cuh", ": r != chosen) entry", ": false) entry", "plain"),
+    "pair_that_was_struck": ("select.cuh", ": r != chosen) p.entry", ": false) p.entry", "plain"),
     "forgotten_mirror_image": (
         "tile.cuh", "p.plain && cursor.row != cursor.column;", "p.plain && cursor.row + kSide < cursor.column;",
         "plain",
@@ -140,7 +150,7 @@ def cases():
         simple(66, 5, 9, rows="duplicates", margin=0.25),
         simple(70, 33, 3, rows="collapsed", fallback="farthest"),
         simple(40, 33, 9, rows="nearly_collapsed", stats=True),
-        simple(70, 32, 3, rows="collapsed", multiprocessors=1),  # slices first, then a list that is too long for them
+        simple(70, 32, 6, rows="collapsed", multiprocessors=1),  # slices first, then a list that is too long for them
         simple(66, 68, 16, rows="mid", margin=1.0, multiprocessors=1),  # several slices one after the other
         replace(simple(70, 9, 9, negatives="random_active"), offset=5, count=40),
         simple(70, 9, 9, positives="hardest", negatives="hard"),

@@ -127,7 +127,7 @@ def slice_cases() -> list:
         simple(300, 64, 60, margin=1.0, shared_kib=32, distance="euclidean", multiprocessors=3),
         simple(130, 40, 16, rows="duplicates", margin=0.25, negatives="hard", soft_margin=True),
         simple(90, 36, 12, rows="separated", margin=3.0, negatives="random_active", reduction="sum"),
-        simple(70, 32, 3, rows="collapsed", fallback="farthest", multiprocessors=1),
+        simple(70, 32, 6, rows="collapsed", fallback="farthest", multiprocessors=1),
         simple(200, 4, 2, rows="mid", margin=1.0),
     ]
     return [with_schedule(case, SCHEDULES[i % 4], i + 1) for i, case in enumerate(cases)]
