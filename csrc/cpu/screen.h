@@ -21,9 +21,9 @@ constexpr int64_t kMaxScreenDim = 32768;  // 255 * 127 * D has to fit 32 bits
 // closest negative is all that counts, always: nothing beyond the closest so far is wanted.
 template <class S>
 bool worth_screening(const Call<S>& c, int64_t begin, int64_t end) {
-  const bool may = c.hard || c.limit.on;
-  if (!may || c.mining || c.args.stat_counts || !c.symmetric || c.D > kMaxScreenDim || c.A < 2 * c.kT) return false;
-  if (!S::can_screen() || c.hard) return S::can_screen();
+  const bool may = (c.hard || c.limit.on) && !c.mining && !c.args.stat_counts && c.symmetric && begin < end;
+  if (!may || c.D > kMaxScreenDim || c.A < 2 * c.kT || !S::can_screen()) return false;
+  if (c.hard) return true;
   int tried = 0, near = 0;
   for (int i = 0; i < 1024; ++i) {
     const int64_t row = begin + (end - begin) * i / 1024;
@@ -135,7 +135,7 @@ struct Units {
 
 // Which vectors of rows and of columns of a tile, W anchors each, hold anything that may be wanted.
 struct Wanted {
-  uint32_t rows = ~uint32_t{0}, columns = ~uint32_t{0};
+  uint64_t rows = ~uint64_t{0}, columns = ~uint64_t{0};
 };
 
 // Rows row0 .. rows of a tile off the diagonal as squared_distances() has them, but `unwanted` where no anchor of [begin, end)
@@ -159,10 +159,10 @@ Wanted screened_distances(const Call<S>& c, int64_t r0, int row0, int rows, int6
       const uint32_t near = S::screen(a, w.bytes + (c0 + col) * c.Dp, c.Dp / 4, w.step + r0 + r, w.level + r0 + r,
                                       w.reach + r0 + r, row_ceiling + r, w.step + c0 + col, w.reach + c0 + col,
                                       column_ceiling + col);
-      if (near) wanted.rows |= 1u << r / S::W;
+      if (near) wanted.rows |= uint64_t{1} << r / S::W;
       constexpr int NV = S::NR / S::W;
       if (__builtin_popcount(near) > S::MR * NV / 4) {
-        wanted.columns |= ((1u << NV) - 1) << col / S::W;
+        wanted.columns |= ((uint64_t{1} << NV) - 1) << col / S::W;
         squared_distances<S>(w.ax + (r0 + r) * c.Dp, c.Dp, w.anorm + r0 + r, w.panels + (c0 + col) / S::NR * c.panel_size,
                              c.panel_size, w.norm + c0 + col, c.D, S::MR, S::NR, false, tile + r * kT + col, kT);
         continue;
@@ -170,7 +170,7 @@ Wanted screened_distances(const Call<S>& c, int64_t r0, int row0, int rows, int6
       for (int i = 0; i < S::MR; ++i)
         for (int v = 0; v < NV; ++v) {
           if (near >> (i * NV + v) & 1) {
-            wanted.columns |= 1u << (col / S::W + v);
+            wanted.columns |= uint64_t{1} << (col / S::W + v);
             units.push(r + i, col + v * S::W);
           } else {
             S::store(tile + (r + i) * kT + col + v * S::W, none);

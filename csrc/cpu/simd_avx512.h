@@ -11,6 +11,12 @@
 namespace facenet_ext::cpu {
 namespace {
 
+#ifdef __AVX512BW__  // the emulation (tests/cpu_emulated) has its own
+bool has_byte_products() { return __builtin_cpu_supports("avx512vnni"); }
+// sum[i] += four products of a byte of `a`, without a sign, and one of `b`. The intrinsic makes GCC 12 copy every sum.
+inline void add_byte_products(__m512i& sum, __m512i a, __m512i b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+#endif
+
 struct Avx512 {
   using T = float;
   using V = __m512;
@@ -323,7 +329,7 @@ struct Avx512 {
 
   // One register block in 8 bits: a bit for each vector of [MR, NR / W] that holds a pair which one of its two rows may want.
   // See screen.h. The products take one factor without a sign, so columns are moved up by 128 and `level` takes that back.
-  static bool can_screen() { return __builtin_cpu_supports("avx512vnni"); }
+  static bool can_screen() { return has_byte_products(); }
   static uint32_t screen(const int8_t* a,  // [quads, NR, 4], from the first row on
                          const int8_t* b,  // [quads, NR, 4]
                          int64_t quads,
@@ -351,8 +357,7 @@ struct Avx512 {
         __builtin_memcpy(&four, a + (k * NR + i) * 4, 4);
         const __m512i x = _mm512_set1_epi32(four);
 #pragma GCC unroll 3
-        for (int v = 0; v < NV; ++v)  // the intrinsic makes GCC 12 copy all sums at every step
-          asm("vpdpbusd %2, %1, %0" : "+v"(sum[i][v]) : "v"(column[v]), "v"(x));
+        for (int v = 0; v < NV; ++v) add_byte_products(sum[i][v], column[v], x);
       }
     }
     uint32_t near = 0;

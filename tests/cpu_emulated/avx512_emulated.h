@@ -58,6 +58,7 @@ inline __m512 _mm512_setzero_ps() { return __m512{}; }
 inline __m512i _mm512_setzero_si512() { return __m512i{}; }
 inline __m512 _mm512_set1_ps(float x) { return lanes<__m512>([&](int) { return x; }); }
 inline __m512i _mm512_set1_epi32(int x) { return int_lanes([&](int) { return x; }); }
+inline __m512i _mm512_set1_epi8(char x) { return _mm512_set1_epi32(static_cast<int>(static_cast<uint8_t>(x) * 0x01010101u)); }
 template <class... E>
 inline __m512i _mm512_set_epi32(E... e) {  // the last argument is lane 0
   static_assert(sizeof...(e) == 16, "");
@@ -86,6 +87,9 @@ inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
 inline __m512d _mm512_fmadd_pd(__m512d a, __m512d b, __m512d c) {
   return lanes<__m512d>([&](int i) { return __builtin_fma(a[i], b[i], c[i]); });
 }
+inline __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) {
+  return lanes<__m512>([&](int i) { return __builtin_fmaf(-a[i], b[i], c[i]); });
+}
 inline __m256 _mm256_add_ps(__m256 a, __m256 b) { return a + b; }
 // The second operand where one is NaN, and where both are zeros.
 inline __m512 _mm512_max_ps(__m512 a, __m512 b) { return lanes<__m512>([&](int i) { return a[i] > b[i] ? a[i] : b[i]; }); }
@@ -95,6 +99,20 @@ inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { return word_lanes([&](in
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return word_lanes([&](int i) { return words(a)[i] - words(b)[i]; }); }
 
 inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) { return word_lanes([&](int i) { return words(a)[i] * words(b)[i]; }); }
+inline __m512 _mm512_cvtepi32_ps(__m512i a) {
+  return lanes<__m512>([&](int i) { return static_cast<float>(ints(a)[i]); });
+}
+inline __m512i _mm512_xor_si512(__m512i a, __m512i b) { return word_lanes([&](int i) { return words(a)[i] ^ words(b)[i]; }); }
+// vpdpbusd: sum[i] += four products of a byte without a sign and one with.
+inline bool has_byte_products() { return true; }
+inline void add_byte_products(__m512i& sum, __m512i a, __m512i b) {
+  sum = word_lanes([&](int i) {
+    uint32_t total = words(sum)[i];
+    for (int k = 0; k < 32; k += 8)
+      total += static_cast<uint32_t>(static_cast<int32_t>(words(a)[i] >> k & 0xff) * static_cast<int8_t>(words(b)[i] >> k));
+    return total;
+  });
+}
 inline __m512i _mm512_min_epi32(__m512i a, __m512i b) {
   return int_lanes([&](int i) { return ints(a)[i] < ints(b)[i] ? ints(a)[i] : ints(b)[i]; });
 }
@@ -107,11 +125,13 @@ inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
     if (predicate == _CMP_LT_OQ) holds = a[i] < b[i];
     else if (predicate == _CMP_LE_OQ) holds = a[i] <= b[i];
     else if (predicate == _CMP_EQ_OQ) holds = a[i] == b[i];
+    else if (predicate == _CMP_NGT_UQ) holds = !(a[i] > b[i]);  // unordered: true
     else __builtin_trap();  // the kernels use no other
     mask |= static_cast<unsigned>(holds) << i;
   }
   return static_cast<__mmask16>(mask);
 }
+inline __mmask16 _mm512_kor(__mmask16 a, __mmask16 b) { return static_cast<__mmask16>(a | b); }
 inline __m512i _mm512_maskz_compress_epi32(__mmask16 mask, __m512i a) {  // kept lanes to the front, zeros behind
   Int16 r{};
   for (int i = 0, at = 0; i < 16; ++i)

@@ -162,6 +162,47 @@ void transpose() {
       check(out[static_cast<size_t>(c * rows + r)] == tile[static_cast<size_t>(r * stride + c)], "transpose");
 }
 
+// A vector is handed on where one of its pairs may be wanted: the least a pair can be apart is not above both ceilings.
+void screen() {
+  if (!S::can_screen()) return;
+  constexpr int MR = S::MR, NR = S::NR;
+  const int64_t quads = 1 + static_cast<int64_t>(draw() % 9);
+  std::vector<int8_t> a(static_cast<size_t>(quads * NR * 4)), b(a.size());
+  for (auto* bytes : {&a, &b})
+    for (int8_t& e : *bytes) e = static_cast<int8_t>(static_cast<int>(draw() % 255) - 127);
+  T row_step[MR], row_reach[MR], row_ceiling[MR], step[NR], reach[NR], ceiling[NR];
+  int32_t level[MR];
+  for (int i = 0; i < MR; ++i) {
+    row_step[i] = T(1) / 64;
+    row_reach[i] = static_cast<T>(draw() % 16);
+    row_ceiling[i] = draw() % 3 == 0 ? -kInf : static_cast<T>(draw() % 64) - 40;
+    level[i] = 0;
+    for (int64_t k = 0; k < quads; ++k)
+      for (int byte = 0; byte < 4; ++byte) level[i] -= 128 * a[static_cast<size_t>((k * NR + i) * 4 + byte)];
+  }
+  for (int j = 0; j < NR; ++j) {
+    step[j] = T(1) / 128;
+    reach[j] = draw() % 32 == 0 ? kNan : static_cast<T>(draw() % 16);
+    ceiling[j] = draw() % 3 == 0 ? -kInf : static_cast<T>(draw() % 64) - 40;
+  }
+  const uint32_t near =
+      S::screen(a.data(), b.data(), quads, row_step, level, row_reach, row_ceiling, step, reach, ceiling);
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NR / W; ++v) {
+      bool wanted = false;
+      for (int j = v * W; j < v * W + W; ++j) {
+        int64_t product = 0;
+        for (int64_t k = 0; k < quads; ++k)
+          for (int byte = 0; byte < 4; ++byte)
+            product += a[static_cast<size_t>((k * NR + i) * 4 + byte)] * b[static_cast<size_t>((k * NR + j) * 4 + byte)];
+        // Exact in T: whole numbers over 2^12.
+        const T least = reach[j] - 2 * row_step[i] * step[j] * static_cast<T>(product);
+        wanted |= !(least > row_ceiling[i] - row_reach[i]) || !(least - ceiling[j] > -row_reach[i]);
+      }
+      check((near >> (i * (NR / W) + v) & 1) == wanted, "screen");
+    }
+}
+
 }  // namespace
 }  // namespace facenet_ext::cpu
 
@@ -174,6 +215,7 @@ int main() {
     ranks();
     search<S>();
     transpose();
+    if (i % 10 == 0) screen();
   }
   std::printf("3000 rounds of %d lanes of %zu bytes, %d failures\n", W, sizeof(T), failures);
   return failures ? 1 : 0;
