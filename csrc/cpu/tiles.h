@@ -125,10 +125,10 @@ void tile_distances(const Call<S>& c, const Tile& tile, int64_t begin, int64_t e
   if (c.screening && tile.I != tile.J)
     screened_distances(c, top, static_cast<int>(low), static_cast<int>(low) + rows, tile.c0, cols, tile.both, begin, end,
                        kNoNegative<T>, out);
-  out += low * kT;
-  if (!c.screening || tile.I == tile.J)
+  else
     squared_distances<S>(w.ax + (top + low) * c.Dp, c.Dp, w.anorm + top + low, w.panels + tile.c0 / S::NR * c.panel_size,
-                         c.panel_size, w.norm + tile.c0, c.D, rows, cols, false, out, kT);
+                         c.panel_size, w.norm + tile.c0, c.D, rows, cols, false, out + low * kT, kT);
+  out += low * kT;
   if (counts_all(c.args))
     for (int64_t row = top + low; row < bottom; ++row) find_near(c, tile, row, cols, out + (row - top - low) * kT);
   if (c.args.distance != Distance::sqeuclidean)

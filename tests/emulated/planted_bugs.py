@@ -159,17 +159,22 @@ def cases():
     return [with_schedule(case, "one_warp_ahead", seed) for case in plain for seed in (2, 3)]
 
 
-def try_it(name: str | None, sanitizer: str, directory: Path) -> None:
-    """Raises what the emulation, a sanitizer or the oracle says of the bug; None: no bug."""
+def plant(bug: tuple[str, str, str, str] | None, launchers: str, sanitizer: str, directory: Path) -> Path:
+    """The runner of kernels with a bug, or without; `launchers`: the source that says which kernels there are."""
     copy = directory / "cuda"
     shutil.copytree(CSRC / "cuda", copy, ignore=shutil.ignore_patterns("*.md", "__pycache__"))
-    if name is not None:
-        file, there, instead, _ = BUGS[name]
+    if bug is not None:
+        file, there, instead, _ = bug
         text = (copy / file).read_text()
         assert there in text, f"{file} no longer contains {there!r}: adapt this test"
         (copy / file).write_text(text.replace(there, instead))
-    only = directory / "only_float32.cu"
-    only.write_text(ONLY_FLOAT32)
+    only = directory / "launchers.cu"
+    only.write_text(launchers)
     sources = [copy / "triplet.cu", only]
-    program = build(directory / "build", sanitizer, sources=sources, cuda_directory=copy, optimize="-O0")
+    return build(directory / "build", sanitizer, sources=sources, cuda_directory=copy, optimize="-O0")
+
+
+def try_it(name: str | None, sanitizer: str, directory: Path) -> None:
+    """Raises what the emulation, a sanitizer or the oracle says of the bug; None: no bug."""
+    program = plant(BUGS[name] if name else None, ONLY_FLOAT32, sanitizer, directory)
     check(program, cases(), directory / "run")

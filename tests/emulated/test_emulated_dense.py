@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 from dense_oracle import check_dense
 from emulated_cases import DIMS, LABELS, ROWS, SIZES, make_labels, make_rows, simple
 from emulation import (
-    CSRC,
     DISTANCES,
     DTYPES,
     PAIR_ORDERS,
@@ -20,11 +18,11 @@ from emulation import (
     SCHEDULES,
     Case,
     Finding,
-    build,
     exact,
     run,
     with_schedule,
 )
+from planted_bugs import plant
 
 
 def draw_dense(seed: int, largest: int = 130) -> tuple[Case, bool]:
@@ -336,17 +334,7 @@ Status launch_without_tensor_cores(const TripletArgs&) { return {Code::unsupport
 
 
 def try_it(name: str | None, sanitizer: str, directory: Path) -> None:
-    copy = directory / "cuda"
-    shutil.copytree(CSRC / "cuda", copy, ignore=shutil.ignore_patterns("*.md", "__pycache__"))
-    if name is not None:
-        file, there, instead, _ = BUGS[name]
-        text = (copy / file).read_text()
-        assert there in text, f"{file} no longer contains {there!r}: adapt this test"
-        (copy / file).write_text(text.replace(there, instead))
-    only = directory / "only_split.cu"
-    only.write_text(ONLY_SPLIT)
-    sources = [copy / "triplet.cu", only]
-    program = build(directory / "build", sanitizer, sources=sources, cuda_directory=copy, optimize="-O0")
+    program = plant(BUGS[name] if name else None, ONLY_SPLIT, sanitizer, directory)
     grid = dict(rows="grid", margin=0.25)
     x, labels = near_rows("float32", 66, equal=True)
     plain = [
