@@ -111,3 +111,36 @@ def test_near_pairs_keep_the_accuracy_of_their_difference(form):
     # Two weights of a pair for each of N rows and up to N / 6 positives bound the sum of a row's terms.
     unit = 2 * len(x) * len(x) / 6
     assert float((grads[0] - grads[1]).norm(dim=1).max()) < 3e-7 * unit
+
+
+def assert_gradient(x, y, limit, **options):
+    """The gradient against the reference in float64, by each row's own largest element."""
+    exact = x.double().requires_grad_()
+    (want,) = torch.autograd.grad(reference.triplet_loss(exact, y, **options), exact)
+    x = x.clone().requires_grad_()
+    (got,) = torch.autograd.grad(functional.triplet_loss(x, y, **options), x)
+    own = want.abs().amax(1).clamp_min(want.abs().amax() * 1e-6)
+    error = (got.double() - want).abs().amax(1) / own
+    assert want.abs().amax() > 0 and float(error.max()) < limit, float(error.max())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_short_rows_among_long_ones(rule):
+    """One unit for all rows, as products in bytes have it, would leave nothing of the short ones, whose terms alone
+    are active."""
+    generator = torch.Generator().manual_seed(3)
+    short = 1e-3 * torch.randn(64, 20, generator=generator)
+    long = 10 * torch.randn(40, 20, generator=generator)
+    y = torch.cat([torch.arange(64) // 8, torch.arange(100, 140)])
+    assert_gradient(torch.cat([short, long]), y, 2e-5, negatives=rule, margin=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sizes", [(15,), (16,), (47,), (60,), (62,), (64,), (65,), (121,), (122,), (128, 128), (129, 129)])
+def test_classes_of_every_width(rule, sizes):
+    """Where ranks leave the registers (64), counts a byte of one sign (60, 120), two anchors' weights one byte (128).
+    Distances are whole numbers: no term is within rounding of its edge."""
+    generator = torch.Generator().manual_seed(sum(sizes))
+    y = torch.cat([torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)), torch.arange(5, 20)])
+    x = torch.randint(-3, 4, (len(y), 6), generator=generator).float()
+    assert_gradient(x, y, 1e-5, negatives=rule, margin=9.5)

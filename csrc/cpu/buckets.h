@@ -1,16 +1,16 @@
 // From rows to selection state: packing, squared distances by register blocks, and the search that finds a distance's bucket
 // and whether the bucket wants it.
 //
-// An anchor with K positives keeps their sorted distances t[0 .. K) and, for each of the K + 1 buckets between them, the
-// least (distance, index) of a negative seen there. Bucket b holds t[b-1] < d <= t[b]. Only a distance with
-//     d <= upper[b],  upper[b] = the best of bucket b so far, or where the hinge ends,
-// can change anything: about K ln(N / K) of N negatives do. The search is exact and runs on whole vectors. Rank r stands at
-// place (r mod R) W + r / R of R = ceil((K + 1) / W) vectors, so lane p holds the ranks R p .. R p + R - 1 in order:
+// An anchor with K positives keeps their sorted distances t[0 .. K) and, for each of the K + 1 buckets between them, a key:
+// the least (distance, index) of a negative seen there, or (where the hinge ends, nobody). Bucket b holds t[b-1] < d <= t[b].
+// Only a distance that is not beyond its bucket's key can change anything: about K ln(N / K) of N negatives do. The search is
+// exact and runs on whole vectors. Rank r stands at place (r mod R) W + r / R of R = ceil((K + 1) / W) vectors, so lane p
+// holds the ranks R p .. R p + R - 1 in order:
 //
 //            lane 0   1    2    3          W distances at a time:
 //   vector 0   t0     t3   t6   t9           lane   log2(W) probes into the last vector, by permutation
 //   vector 1   t1     t4   t7   t10          rank   R - 1 comparisons inside the lane
-//   vector 2   t2     t5   t8   t11          upper  looked up beside each of them
+//   vector 2   t2     t5   t8   t11          keys   looked up beside each of them
 //
 // At K = 40 and W = 16 (R = 3) that is about 40 instructions for 16 distances, whatever they are: no branch depends on them.
 #pragma once
@@ -43,18 +43,18 @@ V squared_norm(int64_t dim, V zero, Madd madd, Get get) {
   return total;
 }
 
-// One register block: out[MR, NR] of squared distances (last) or of partial products.
-template <class S, bool kFirst, bool kLast>
+// One register block: out[MR, NV W] of squared distances (last) or of partial products.
+template <class S, bool kFirst, bool kLast, int NV>
 void block(const typename S::T* a,  // [MR, lda]
            int64_t lda,
-           const typename S::T* b,  // [depth, NR]
+           const typename S::T* const (&b)[NV],  // W columns each: [depth, NR] from there on
            int64_t depth,
            const typename S::T* anorm,  // [MR]
-           const typename S::T* bnorm,  // [NR]
+           const typename S::T* bnorm,  // [NV W]
            typename S::T* out,  // [MR, ldo]
            int64_t ldo) {
   using V = typename S::V;
-  constexpr int MR = S::MR, W = S::W, NV = S::NR / W;
+  constexpr int MR = S::MR, W = S::W;
   V sum[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
@@ -64,7 +64,7 @@ void block(const typename S::T* a,  // [MR, lda]
   for (int64_t k = 0; k < depth; ++k) {
     V column[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) column[v] = S::load(b + k * S::NR + v * W);
+    for (int v = 0; v < NV; ++v) column[v] = S::load(b[v] + k * S::NR);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       const V x = S::set1(a[i * lda + k]);
@@ -84,29 +84,49 @@ void block(const typename S::T* a,  // [MR, lda]
     }
 }
 
-// out[rows, cols] = max(0, |a|^2 + |b|^2 - 2 a.b) for rows a multiple of MR and cols a multiple of NR. FLOPs: 2 rows cols
-// dim. d(a, b) == d(b, a) to the bit: each product is one chain over k in which the factors commute. With `upper`, blocks
-// that lie wholly below the diagonal are left out.
-template <class S>
-void squared_distances(const typename S::T* a, int64_t lda, const typename S::T* anorm, const typename S::T* panels,
-                       int64_t panel_size, const typename S::T* bnorm, int64_t dim, int rows, int cols, bool upper,
-                       typename S::T* out, int64_t ldo) {
+// out[rows, NV W] = max(0, |a|^2 + |b|^2 - 2 a.b) with the columns from `column` on, for rows a multiple of MR and `column`
+// of W. d(a, b) == d(b, a) to the bit: each product is one chain over k in which the factors commute.
+template <class S, int NV>
+void strip_distances(const typename S::T* a,  // [rows, lda]
+                     int64_t lda,
+                     const typename S::T* anorm,  // [rows]
+                     const typename S::T* panels,  // [columns / NR, panel_size]
+                     int64_t panel_size, int64_t column,
+                     const typename S::T* norm,  // [columns]
+                     int64_t dim, int64_t rows,
+                     typename S::T* out,  // [rows, ldo]
+                     int64_t ldo) {
   for (int64_t k0 = 0; k0 < dim; k0 += kDepth) {
     const bool first = k0 == 0, last = k0 + kDepth >= dim;
     const int64_t depth = last ? dim - k0 : kDepth;
-    for (int c = 0; c < cols; c += S::NR) {
-      const typename S::T* b = panels + c / S::NR * panel_size + k0 * S::NR;
-      const int end = upper && c + S::NR < rows ? c + S::NR : rows;
-      for (int r = 0; r < end; r += S::MR) {
-        const typename S::T* x = a + r * lda + k0;
-        typename S::T* o = out + r * ldo + c;
-        if (first && last) block<S, true, true>(x, lda, b, depth, anorm + r, bnorm + c, o, ldo);
-        else if (first) block<S, true, false>(x, lda, b, depth, anorm + r, bnorm + c, o, ldo);
-        else if (last) block<S, false, true>(x, lda, b, depth, anorm + r, bnorm + c, o, ldo);
-        else block<S, false, false>(x, lda, b, depth, anorm + r, bnorm + c, o, ldo);
-      }
+    const typename S::T* b[NV];
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = column + v * S::W;
+      b[v] = panels + at / S::NR * panel_size + at % S::NR + k0 * S::NR;
+    }
+    for (int64_t r = 0; r < rows; r += S::MR) {
+      const typename S::T* x = a + r * lda + k0;
+      typename S::T* o = out + r * ldo;
+      if (first && last) block<S, true, true>(x, lda, b, depth, anorm + r, norm + column, o, ldo);
+      else if (first) block<S, true, false>(x, lda, b, depth, anorm + r, norm + column, o, ldo);
+      else if (last) block<S, false, true>(x, lda, b, depth, anorm + r, norm + column, o, ldo);
+      else block<S, false, false>(x, lda, b, depth, anorm + r, norm + column, o, ldo);
     }
   }
+}
+
+// The same for cols columns, a multiple of W. FLOPs: 2 rows cols dim. With `upper`, blocks that lie wholly below the diagonal
+// are left out.
+template <class S>
+void squared_distances(const typename S::T* a, int64_t lda, const typename S::T* anorm, const typename S::T* panels,
+                       int64_t panel_size, int64_t column, const typename S::T* norm, int64_t dim, int rows, int cols,
+                       bool upper, typename S::T* out, int64_t ldo) {
+  int c = 0;
+  for (; c + S::NR <= cols; c += S::NR)
+    strip_distances<S, S::NR / S::W>(a, lda, anorm, panels, panel_size, column + c, norm, dim,
+                                     upper && c + S::NR < rows ? c + S::NR : rows, out + c, ldo);
+  for (; c < cols; c += S::W)
+    strip_distances<S, 1>(a, lda, anorm, panels, panel_size, column + c, norm, dim, rows, out + c, ldo);
 }
 
 template <class T>
@@ -115,8 +135,6 @@ typename KeyOf<T>::Key make_key(T d, uint32_t index) {
   __builtin_memcpy(&bits, &d, sizeof bits);
   return static_cast<typename KeyOf<T>::Key>(bits) << 32 | index;
 }
-template <class T>
-constexpr typename KeyOf<T>::Key kNoKey = ~typename KeyOf<T>::Key{0};
 template <class T, class Key>
 T key_value(Key key) {
   const auto bits = static_cast<typename KeyOf<T>::Bits>(key >> 32);
@@ -128,6 +146,7 @@ template <class Key>
 uint32_t key_index(Key key) {
   return static_cast<uint32_t>(key);
 }
+constexpr uint32_t kNobody = ~uint32_t{0};  // the index where a bucket holds no negative: its distance is where it closes
 
 // Beyond limit(t) a negative of a positive at distance t has hinge 0 for certain, whichever way both distances were rounded.
 template <class T>
@@ -151,12 +170,10 @@ struct Limit {
 };
 
 // No branch on the outcome: it is a coin toss early on, and a misprediction costs more than the work.
-template <class T>
-void improve(typename KeyOf<T>::Key* key, T* upper, T d, int32_t index) {
-  const typename KeyOf<T>::Key candidate = make_key(d, static_cast<uint32_t>(index)), best = *key;
+template <class Key>
+void improve(Key* key, Key candidate) {
+  const Key best = *key;
   *key = candidate < best ? candidate : best;
-  const T bound = *upper;
-  *upper = d < bound ? d : bound;
 }
 
 // An anchor's selection state and what happens to it.
@@ -169,7 +186,6 @@ struct Buckets {
   Row<T>& row;
   T* t;  // [K], padded with +inf to a multiple of kSlotPad
   Key* key;  // [K + 1]
-  T* upper;  // [K + 1]
 
   int radix() const { return static_cast<int>(row.radix); }
   int place(int rank) const { return row.radix ? rank % radix() * S::W + rank / radix() : rank; }
@@ -182,13 +198,13 @@ struct Buckets {
     row.top = static_cast<uint32_t>(place(K));
     const int size = row.radix ? radix() * S::W : K + 1;
     if (row.radix) {
-      for (int r = 0; r < size; ++r) upper[r] = t[r];
+      T sorted[kMaxStrided + S::W];
+      for (int r = 0; r < size; ++r) sorted[r] = t[r];
       for (int p = 0, r = 0; p < S::W; ++p)
-        for (int i = 0; i < radix(); ++i) t[i * S::W + p] = upper[r++];
+        for (int i = 0; i < radix(); ++i) t[i * S::W + p] = sorted[r++];
     }
-    for (int b = 0; b < size; ++b) key[b] = kNoKey<T>;
-    for (int b = 0; b < size; ++b) upper[b] = kMost;
-    upper[0] = -1;
+    for (int b = 0; b < size; ++b) key[b] = make_key(kMost, kNobody);
+    key[0] = make_key(T(-1), kNobody);
     row.far = 0;
     row.fresh = true;
     row.top_empty = K > 0;  // without a positive nothing is wanted, ever
@@ -196,11 +212,17 @@ struct Buckets {
     row.ceiling = K > 0 ? kMost : -1;
   }
 
+  // Nothing beyond `end` is wanted by the bucket behind the last threshold.
+  void close_all(T end) {
+    improve(key + row.top, make_key(end, kNobody));
+    row.ceiling = key_value<T>(key[row.top]);
+  }
+
   // The distances d[0 .. n) to the candidates index[0 .. n) are taken in two steps, so that the searches of several anchors
   // can run ahead of what they find (sweep.h). NaN marks those that are no negatives. n is a multiple of W.
   bool searchable() const { return S::kStrided && row.radix && !row.fresh; }
   int search(const T* d, int n, uint32_t tag, uint32_t* queue) const {
-    if constexpr (S::kStrided) return S::search(t, upper, radix(), row.ceiling, d, n, tag, queue);
+    if constexpr (S::kStrided) return S::search(t, key, radix(), row.ceiling, d, n, tag, queue);
     else return 0;
   }
   // To be called once d is taken in. While no negative beyond all positives is known, some positive may need the fallback,
@@ -221,7 +243,8 @@ struct Buckets {
         for (int i = 0; i < wanted; ++i) put(from, index + done, queue[i] & 0xffff, queue[i] >> 16);
       } else {
         for (int j = 0; j < step; ++j)
-          if (from[j] <= row.ceiling) put(from, index + done, static_cast<uint32_t>(j), static_cast<uint32_t>(bucket(from[j])));
+          if (from[j] <= row.ceiling)
+            put(from, index + done, static_cast<uint32_t>(j), static_cast<uint32_t>(bucket(from[j])));
       }
       look(limit);
     }
@@ -229,7 +252,7 @@ struct Buckets {
 
  private:
   void put(const T* d, const int32_t* index, uint32_t column, uint32_t at) {
-    improve(key + at, upper + at, d[column], index[column]);
+    improve(key + at, make_key(d[column], static_cast<uint32_t>(index[column])));
   }
 
   // #{ t < d }, t in order.
@@ -251,29 +274,24 @@ struct Buckets {
   // Once a negative beyond all positives is known, nobody needs the fallback, and every bucket closes where the hinge ends.
   void look(const Limit<T>& limit) {
     if (row.top_empty) {
-      if (key[row.top] == kNoKey<T>) return;
+      if (key_index(key[row.top]) == kNobody) return;
       row.top_empty = row.track_far = false;
       if (limit.on) close(limit);
     }
     // Read by threads that screen a tile (screen.h).
-    const T ceiling = row.farthest_positive > upper[row.top] ? row.farthest_positive : upper[row.top];
+    const T last = key_value<T>(key[row.top]), ceiling = row.farthest_positive > last ? row.farthest_positive : last;
     __atomic_store(&row.ceiling, &ceiling, __ATOMIC_RELAXED);
   }
   void close(const Limit<T>& limit) {
+    const int K = static_cast<int>(row.positives), R = row.radix ? radix() : 1;
     if (!row.radix) {
-      for (uint32_t b = 1; b <= row.positives; ++b) {
-        const T end = limit(t[b - 1]);
-        upper[b] = end < upper[b] ? end : upper[b];
-      }
+      for (int b = 1; b <= K; ++b) improve(key + b, make_key(limit(t[b - 1]), kNobody));
       return;
     }
-    const auto lower = [&](const T* before, T* bound) {  // before: the threshold below each bucket
-      S::store(bound, S::smaller(limit.template of<S>(S::load(before)), S::load(bound)));
-    };
-    for (int i = 1; i < radix(); ++i) lower(t + (i - 1) * S::W, upper + i * S::W);
-    T before[S::W] = {};  // bucket 0 is closed already
-    for (int p = 1; p < S::W; ++p) before[p] = t[(radix() - 1) * S::W + p - 1];
-    lower(before, upper);
+    T end[kMaxStrided + S::W];
+    for (int at = 0; at < R * S::W; at += S::W) S::store(end + at, limit.template of<S>(S::load(t + at)));
+    for (int at = S::W; at < R * S::W; ++at) improve(key + at, make_key(end[at - S::W], kNobody));
+    for (int p = 1; p < S::W; ++p) improve(key + p, make_key(end[(R - 1) * S::W + p - 1], kNobody));
   }
 
   void take_farthest(const T* d, int n, const int32_t* index) {

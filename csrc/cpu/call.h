@@ -45,6 +45,7 @@ struct Call {
   bool direct = false;  // every distance that enters the loss is summed directly (finish.h)
   bool screening = false;  // tiles are looked at in 8 bits first (screen.h)
   bool far_is_zero = false;  // a negative beyond the limit makes a term of 0, and nobody asks for its distance
+  T digit_unit = 0;  // what a unit of the last digit is worth where weights are summed in bytes (dense.h), else 0
   const T* centre = nullptr;  // [Dp] has been subtracted from every row
   bool stopped = false;
   // totals, known after the last pass's selection
@@ -70,27 +71,27 @@ struct Call {
 
   Buckets<S> buckets(int64_t row) const {
     Row<T>& r = w.rows[row];
-    return {r, w.t + r.slot, w.key + r.slot, w.upper + r.slot};
+    return {r, w.t + r.slot, w.key + r.slot};
   }
 
   struct Scratch {
     T* tile;  // [kT, kT]
     T* strip;  // [W, kT]
     T* list_weight;  // [kList]
-    T* row;  // [Dp]
+    T* rows;  // [kRows, Dp]
     uint32_t* queue;  // [kQueue]
-    const T** list;  // [kList]
+    int32_t* list;  // [kList]
     T* weights;  // [kT, kT] where every distance is looked at
-    T* aside;  // [kT, 64] likewise
+    T* aside;  // [8, kT] likewise
   };
   Scratch scratch(int thread) const {
     Scratch s;
     s.tile = reinterpret_cast<T*>(w.thread_scratch + thread * w.scratch_bytes);
     s.strip = s.tile + kT * kT;
     s.list_weight = s.strip + 16 * kT;
-    s.row = s.list_weight + kList;
-    s.queue = reinterpret_cast<uint32_t*>(s.row + Dp);
-    s.list = reinterpret_cast<const T**>(s.queue + kQueue);
+    s.rows = s.list_weight + kList;
+    s.queue = reinterpret_cast<uint32_t*>(s.rows + kRows * Dp);
+    s.list = reinterpret_cast<int32_t*>(s.queue + kQueue);
     s.weights = reinterpret_cast<T*>(s.list + kList);
     s.aside = s.weights + kT * kT;
     return s;

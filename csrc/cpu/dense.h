@@ -17,10 +17,11 @@
 //      distances of a tile  ->  weights S[I,J]: rows' anchors plus columns' anchors
 //                           ->  grad[I] += S X[J] - rowsum x,   grad[J] += S' X[I] - columnsum x
 //
-// 3 N^2 D FLOP in all where anchors and candidates are the same rows (N^2 D for distances, 2 N^2 D for the sums). Row sums
-// are taken tile by tile too: no more than 192 terms cancel at a time. Distances are expanded squares, since no pair is
-// looked at twice; so that rows far from the origin keep their accuracy, all rows are moved there first (centre). Pairs that
-// are close even so are few: their distance and their part of the gradient are summed directly.
+// 3 N^2 D FLOP in all where anchors and candidates are the same rows: N^2 D for distances, 2 N^2 D for the sums, which are
+// made in bytes where the weights are whole numbers (byte_sums). Row sums are taken tile by tile too: no more than 192 terms
+// cancel at a time. Distances are expanded squares, since no pair is looked at twice; so that rows far from the origin keep
+// their accuracy, all rows are moved there first (centre). Pairs that are close even so are few: their distance and their
+// part of the gradient are summed directly.
 #pragma once
 
 #include "gradient.h"
@@ -46,7 +47,7 @@ void find_centre(Call<S>& c) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
   for (int64_t i = 0; i < c.C + foreign; ++i) {
     const int thread = omp_get_thread_num();
-    T* const row = c.scratch(thread).row;
+    T* const row = c.scratch(thread).rows;
     if (i < c.C) prepare_row(c, c.args.candidates, i * c.args.candidate_stride, row);
     else prepare_row(c, c.args.anchors, (i - c.C) * c.args.anchor_stride, row);
     T *low = low_of(thread), *high = low + c.Dp;
@@ -79,7 +80,7 @@ void find_centre(Call<S>& c) {
 // out[MR, N W] = sum over `depth` rows of x of u[row, k] x[k].
 template <class S, int N>
 void weighted_rows(const typename S::T* u, int64_t row_step, int64_t depth_step, int64_t depth, const typename S::T* x,
-                   typename S::T* out) {
+                   int64_t pitch, typename S::T* out) {
   using V = typename S::V;
   V sum[S::MR][N];
 #pragma GCC unroll 8
@@ -89,7 +90,7 @@ void weighted_rows(const typename S::T* u, int64_t row_step, int64_t depth_step,
   for (int64_t k = 0; k < depth; ++k) {
     V column[N];
 #pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) column[v] = S::load(x + k * S::NR + v * S::W);
+    for (int v = 0; v < N; ++v) column[v] = S::load(x + k * pitch + v * S::W);
 #pragma GCC unroll 8
     for (int i = 0; i < S::MR; ++i) {
       const V weight = S::set1(u[i * row_step + k * depth_step]);
@@ -103,36 +104,109 @@ void weighted_rows(const typename S::T* u, int64_t row_step, int64_t depth_step,
     for (int v = 0; v < N; ++v) S::store(out + i * S::NR + v * S::W, sum[i][v]);
 }
 
-// out(r)[0 .. D) += sum over k of u[r, k] (x[k] - own[r]) for r < rows; total[r] is the sum of u[r, k]. Rows and `depth` are
-// those of a tile. The dimensions are gone through in panels that stay in L1, copied to `panel`.
-template <class S, class Out>
-void add_differences(const Call<S>& c, const typename S::T* u, int64_t row_step, int64_t depth_step, int rows, int depth,
-                     const typename S::T* total, const typename S::T* own, const typename S::T* x, typename S::T* panel,
+// out(r)[0 .. D) += sum over k of u[r, k] (x[k] - own[r]) for r < rows; total[r] is the sum of u[r, k]. sum_block(r, k0,
+// width, sum) has the sums of u x for MR rows from r on, dimensions k0 .. k0 + width: [MR, kWide]. kWide dimensions at a
+// time: the rows x then stay in L1.
+template <int kWide, class S, class Sum, class Out>
+void add_differences(const Call<S>& c, int rows, const typename S::T* total, const typename S::T* own, Sum sum_block,
                      Out out) {
   using T = typename S::T;
-  constexpr int NR = S::NR, MR = S::MR, W = S::W;
-  alignas(64) T sum[MR * NR];
-  for (int64_t k0 = 0; k0 < c.Dp; k0 += NR) {
-    const int width = static_cast<int>(c.Dp - k0 < NR ? c.Dp - k0 : NR),
+  constexpr int MR = S::MR, W = S::W;
+  alignas(64) T sum[MR * kWide];
+  for (int64_t k0 = 0; k0 < c.Dp; k0 += kWide) {
+    const int width = static_cast<int>(c.Dp - k0 < kWide ? c.Dp - k0 : kWide),
               real = static_cast<int>(c.D - k0 < width ? c.D - k0 : width);
-    for (int k = 0; k < depth; ++k)
-      for (int v = 0; v < width; v += W) S::store(panel + k * NR + v, S::load(x + k * c.Dp + k0 + v));
     for (int r = 0; r < rows; r += MR) {
       const int n = rows - r < MR ? rows - r : MR;
       bool any = false;
       for (int i = 0; i < n; ++i) any |= total[r + i] != 0;
       if (!any) continue;
-      const T* weights = u + r * row_step;
-      if (width == NR) weighted_rows<S, NR / W>(weights, row_step, depth_step, depth, panel, sum);
-      else
-        for (int v = 0; v < width; v += W) weighted_rows<S, 1>(weights, row_step, depth_step, depth, panel + v, sum + v);
+      for (int i = 0; i < n; ++i) prefetch_row(out(r + i) + k0, real);
+      sum_block(r, k0, width, sum);
       for (int i = 0; i < n; ++i) {
         T* const to = out(r + i) + k0;
         const T* const from = own + (r + i) * c.Dp + k0;
-        for (int k = 0; k < real; ++k) to[k] += sum[i * NR + k] - total[r + i] * from[k];
+        const typename S::V less = S::set1(-total[r + i]);
+        int k = 0;
+        for (; k + W <= real; k += W)
+          S::store(to + k, S::load(to + k) + S::madd(less, S::load(from + k), S::load(sum + i * kWide + k)));
+        for (; k < real; ++k) to[k] += S::madd1(-total[r + i], from[k], sum[i * kWide + k]);
       }
     }
   }
+}
+
+// The sums by products of numbers: u is a tile's weights, x the rows of its other side.
+template <class S>
+auto float_sums(const Call<S>& c, const typename S::T* u, int64_t row_step, int64_t depth_step, int depth,
+                const typename S::T* x) {
+  return [=, &c](int r, int64_t k0, int width, typename S::T* sum) {
+    const typename S::T* const weights = u + r * row_step;
+    if (width == S::NR) {
+      weighted_rows<S, S::NR / S::W>(weights, row_step, depth_step, depth, x + k0, c.Dp, sum);
+      return;
+    }
+    for (int v = 0; v < width; v += S::W)
+      weighted_rows<S, 1>(weights, row_step, depth_step, depth, x + k0 + v, c.Dp, sum + v);
+  };
+}
+
+// The sums by products of bytes: weights are whole numbers below 256, rows three digits of 8 bits in a common unit, 2^-23 of
+// the largest element. Rows of much different length have no such unit, and products of numbers instead. Whatever a sum
+// holds, it is exact until its digits are put together. u: four weights side by side. See Avx512::weigh_bytes.
+template <class S>
+auto byte_sums(const Call<S>& c, const uint8_t* u, int64_t row_step, int64_t quad_step, int depth, int64_t first) {
+  return [=, &c](int r, int64_t k0, int, typename S::T* sum) {
+    S::weigh_bytes(u + r * row_step, row_step, quad_step, (depth + 3) / 4, c.w.digits + first / 4 * 12 * c.Dp + k0 * 12,
+                   12 * c.Dp, c.digit_unit, sum);
+  };
+}
+
+// Rows in digits, where the weights' sums may be made of bytes.
+template <class S>
+void find_digits(Call<S>& c) {
+  using T = typename S::T;
+  const auto& w = c.w;
+  const bool whole = c.args.distance != Distance::euclidean && sizeof(T) == 4;
+  if (!whole || !c.symmetric || !c.wants_gradient() || !S::multiplies_bytes()) return;
+  int32_t largest_class = 0;
+  for (int64_t k = 0; k < c.classes.count; ++k) {
+    const int32_t size = w.class_begin[k + 1] - w.class_begin[k];
+    largest_class = size > largest_class ? size : largest_class;
+  }
+  if (2 * (largest_class - 1) > 255) return;
+  T most = 0, shortest = c.longest;
+  for (int64_t i = 0; i < c.C; ++i) shortest = w.norm[i] < shortest ? w.norm[i] : shortest;
+  if (c.longest > 16 * shortest) return;
+#pragma omp parallel for num_threads(c.threads) schedule(static) reduction(max : most)
+  for (int64_t i = 0; i < c.C; ++i)
+    for (int64_t k = 0; k < c.D; ++k) {
+      const T size = std::fabs(w.x[i * c.Dp + k]);
+      most = size > most ? size : most;
+    }
+  constexpr double kLargest = 127 << 16;
+  if (!(most > 0)) return;
+  c.digit_unit = static_cast<T>(most / kLargest);
+  const T inverse = 1 / c.digit_unit;
+  const int64_t quads = round_up(c.C, kColumnPad) / 4;
+#pragma omp parallel for num_threads(c.threads) schedule(static)
+  for (int64_t quad = 0; quad < quads; ++quad)
+    for (int64_t k0 = 0; k0 < c.Dp; k0 += 16) {
+      uint32_t digits[3][16] = {};
+      for (int row = 0; row < 4; ++row) {
+        const T* x = w.x + (4 * quad + row) * c.Dp + k0;
+        for (int k = 0; k < 16; ++k) {
+          const T scaled = x[k] * inverse;
+          const int32_t all = static_cast<int32_t>(scaled + (scaled < 0 ? T(-0.5) : T(0.5)));
+          const int32_t low = static_cast<int8_t>(all), rest = (all - low) >> 8, middle = static_cast<int8_t>(rest),
+                        high = (rest - middle) >> 8;
+          digits[0][k] |= static_cast<uint32_t>(low & 255) << 8 * row;
+          digits[1][k] |= static_cast<uint32_t>(middle & 255) << 8 * row;
+          digits[2][k] |= static_cast<uint32_t>(high & 255) << 8 * row;
+        }
+      }
+      __builtin_memcpy(w.digits + quad * 12 * c.Dp + k0 * 12, digits, sizeof digits);
+    }
 }
 
 template <class S>
@@ -150,16 +224,18 @@ struct Dense {
   const double unit = euclidean ? c.scale : c.scale * c.scale;  // of distances
   const T margin = static_cast<T>(c.args.margin * unit), width = static_cast<T>(c.args.band * unit);
 
-  // Histograms of ranks at an anchor's slots: where ranges of active terms begin, where ranges end, where ranges of terms
-  // begin. An anchor that counts all negatives has no ends, and begins in two histograms by turns: what was just written
-  // need not be read at once.
+  // Counts of ranks at an anchor's slots. Few thresholds: how many ranges of active terms cover each rank (from), and how
+  // many ranges of terms (term). Many: histograms of where ranges of active terms begin, where ranges end, where ranges of
+  // terms begin. An anchor that counts all negatives has no ends, and begins in two histograms by turns: what was just
+  // written need not be read at once.
   struct Histograms {
     uint32_t *from, *to, *term;
   };
+  static bool few(int64_t K) { return K <= S::kCountable; }
   Histograms histograms(int64_t row) const {
     const int64_t slot = c.w.rows[row].slot, pitch = slot_pitch(c.w.rows[row].positives);
     uint32_t* h = reinterpret_cast<uint32_t*>(c.w.key + slot);
-    return {h, h + pitch, reinterpret_cast<uint32_t*>(c.w.upper + slot)};
+    return {h, h + pitch, closed ? c.w.term + slot : nullptr};
   }
 
   // Thresholds in the rule's unit, nothing counted yet.
@@ -172,7 +248,7 @@ struct Dense {
       const Histograms h = histograms(row);
       fill(h.from, pitch, 0u);
       fill(h.to, pitch, 0u);
-      fill(h.term, pitch, 0u);
+      if (closed) fill(h.term, pitch, 0u);
       w.sums[row] = {};
     }
   }
@@ -214,7 +290,10 @@ struct Dense {
         active += to[j] - from[j];
         count[j] = static_cast<T>(to[j] - from[j]);
       }
-      if (closed) {
+      if (few(K)) {
+        if (active > 0) S::count_covers(from, to, n, K, h.from);
+        if (closed) S::count_covers(term, to, n, K, h.term);
+      } else if (closed) {
         for (int j = 0; j < n; ++j) {
           ++h.from[from[j]];
           ++h.to[to[j]];
@@ -248,11 +327,15 @@ struct Dense {
         active += K - from[j];
         count[j] = static_cast<T>(K - from[j]);
       }
-      if (active > 0)
+      if (active > 0 && few(K)) {
+        fill(term, n, static_cast<int32_t>(K));
+        S::count_covers(from, term, n, K, h.from);
+      } else if (active > 0) {
         for (int j = 0; j < n; j += 2) {
           ++h.from[from[j]];
           ++h.to[from[j + 1]];
         }
+      }
       if (stats) {
         int32_t hard = 0, semi_hard = 0;
         for (int j = 0; j < n; ++j) {
@@ -314,8 +397,9 @@ struct Dense {
         }
       }
     const int first = tile.both ? 0 : r0, last = tile.both ? kT : r1;
+    const int rows = last - first, dense = rows * cols / kSparse;
     T row_total[kT], col_total[kT];
-    int nonzero = 0;
+    int nonzero = 0;  // stops at `dense`
     fill(col_total, kT, T(0));
     for (int r = first; r < last; ++r) {
       T* weight = d + r * kT;
@@ -332,23 +416,46 @@ struct Dense {
         S::store(col_total + j, S::load(col_total + j) + sum);
       }
       row_total[r] = S::sum(total);
-      if (row_total[r] != 0)
+      if (row_total[r] != 0 && nonzero < dense)
         for (int j = 0; j < cols; ++j) nonzero += weight[j] != 0;
     }
     if (!any || !c.wants_gradient()) return;
-    const int rows = last - first;
-    if (nonzero * kSparse < rows * cols) {
+    if (nonzero < dense) {
       for (int r = first; r < last; ++r)
         if (row_total[r] != 0)
           for (int j = 0; j < cols; ++j) add_near(top + r, tile.c0 + j, d + r * kT + j);
       return;
     }
-    if (T* out = anchor_rows())
-      add_differences(c, d + first * kT, kT, 1, rows, cols, row_total + first, w.ax + (top + first) * c.Dp,
-                      w.x + tile.c0 * c.Dp, scratch.aside, [&](int r) { return out + place(top + first + r); });
-    if (T* out = static_cast<T*>(c.args.grad_candidates))
-      add_differences(c, d + first * kT, 1, kT, static_cast<int>(tile.c1 - tile.c0), rows, col_total, w.x + tile.c0 * c.Dp,
-                      w.ax + (top + first) * c.Dp, scratch.aside, [&](int r) { return out + w.order[tile.c0 + r] * c.D; });
+    T* const of_anchors = anchor_rows();
+    T* const of_candidates = static_cast<T*>(c.args.grad_candidates);
+    const auto to_anchor = [&](int r) { return of_anchors + place(top + first + r); };
+    const auto to_candidate = [&](int r) { return of_candidates + w.order[tile.c0 + r] * c.D; };
+    const T* const own_rows = w.ax + (top + first) * c.Dp;
+    const T* const own_cols = w.x + tile.c0 * c.Dp;
+    const int real_cols = static_cast<int>(tile.c1 - tile.c0);
+    if (c.digit_unit > 0 && (top + first) % 4 == 0) {
+      uint8_t* const bytes = reinterpret_cast<uint8_t*>(scratch.weights);  // [rows, kT]
+      uint8_t* const quads = bytes + kT * kT;  // [rows / 4, kT, 4]
+      put_bytes(d + first * kT, rows, cols, bytes, quads);
+      add_differences<16>(c, rows, row_total + first, own_rows, byte_sums(c, bytes, kT, 4, cols, tile.c0), to_anchor);
+      add_differences<16>(c, real_cols, col_total, own_cols, byte_sums(c, quads, 4, 4 * kT, rows, top + first), to_candidate);
+      return;
+    }
+    if (of_anchors)
+      add_differences<S::NR>(c, rows, row_total + first, own_rows, float_sums(c, d + first * kT, kT, 1, cols, own_cols),
+                             to_anchor);
+    if (of_candidates)
+      add_differences<S::NR>(c, real_cols, col_total, own_cols, float_sums(c, d + first * kT, 1, kT, rows, own_rows),
+                             to_candidate);
+  }
+
+  // A tile's weights in bytes: by rows, and by columns with four rows side by side.
+  static void put_bytes(const T* weight, int rows, int cols, uint8_t* bytes, uint8_t* quads) {
+    for (int r = 0; r < round_up(rows, 8); ++r)  // a register block is a multiple of 4 rows, and reads at most 8
+      for (int j = 0; j < cols; ++j) bytes[r * kT + j] = r < rows ? static_cast<uint8_t>(weight[r * kT + j]) : uint8_t(0);
+    for (int r = 0; r < rows; r += 4)
+      for (int j = 0; j < cols; ++j)
+        for (int i = 0; i < 4; ++i) quads[r * kT + 4 * j + i] = bytes[(r + i) * kT + j];
   }
 
   // One pair's part by itself; its weight is 0 for the products. Near pairs: those subtract row sums, which would leave
@@ -393,8 +500,11 @@ struct Dense {
       int64_t active = 0, terms = 0;
       double loss = sum.loss;
       for (int64_t r = 0; r < K; ++r) {
-        active += above ? static_cast<int64_t>(h.from[r]) - h.to[r] : static_cast<int64_t>(h.from[r]) + h.to[r];
-        terms = closed ? terms + static_cast<int64_t>(h.term[r]) - h.to[r] : above ? active : negatives;
+        if (few(K)) active = h.from[r];
+        else active += above ? static_cast<int64_t>(h.from[r]) - h.to[r] : static_cast<int64_t>(h.from[r]) + h.to[r];
+        terms = !closed  ? (above ? active : negatives)
+                : few(K) ? h.term[r]
+                         : terms + static_cast<int64_t>(h.term[r]) - h.to[r];
         loss += static_cast<double>(active) * (static_cast<double>(t[r]) - static_cast<double>(t[K / 2]));
         w.weight[slot + w.rank[slot + r]] = static_cast<T>(euclidean ? (t[r] > 0 ? active / t[r] : T(0)) : active);
         sum.active += active;
@@ -426,8 +536,8 @@ struct Dense {
       if (c.args.anchor_offset >= 0) {
         T* const out = static_cast<T*>(c.args.grad_candidates) + w.order[w.aself[row]] * c.D;
         for (int64_t k = 0; k < c.D; ++k) out[k] += w.anchor_grad[row * c.Dp + k];
-      } else {
-        own_gradient(c, row, false);
+      } else if (c.args.grad_anchors) {
+        anchor_gradient(c, row);
       }
     }
   }
@@ -456,6 +566,7 @@ Status run_dense(const TripletArgs& args) {
   if (c.classes.live > 0) {
     find_centre(c);
     pack(c);
+    find_digits(c);
   }
   int64_t begin = 0;
   do {

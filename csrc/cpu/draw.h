@@ -102,7 +102,7 @@ struct Draw {
       const int pairs = static_cast<int>(w.rows[row].pairs);
       uint64_t* const draw = w.draws + 2 * slot;
       uint32_t* const first = first_rank(row);
-      uint32_t* const drawn = reinterpret_cast<uint32_t*>(w.upper + slot);
+      uint32_t* const drawn = reinterpret_cast<uint32_t*>(w.weight + slot);
       // The queue holds ranges that may still win, in the memory of those gone by: draws ascend, and so do the ends.
       int head = 0, tail = 0, next = 0;
       for (int r = 0; r < pairs; ++r) {
@@ -117,13 +117,12 @@ struct Draw {
         while (head < tail && first[head] <= static_cast<uint32_t>(r)) ++head;
         drawn[r] = head < tail ? static_cast<uint32_t>(draw[head]) : kNobody;
       }
-      for (int r = 0; r < pairs; ++r) w.key[slot + r + 1] = drawn[r] == kNobody ? kNoKey<T> : make_key(T(0), drawn[r]);
+      for (int r = 0; r < pairs; ++r) w.key[slot + r + 1] = make_key(T(0), drawn[r]);
     }
   }
 
  private:
   static constexpr uint64_t kNoDraw = ~uint64_t{0};
-  static constexpr uint32_t kNobody = ~uint32_t{0};
 
   uint64_t draw_key(int64_t row) const {
     const int64_t place = c.args.anchor_offset < 0 ? c.C : c.args.anchor_offset;

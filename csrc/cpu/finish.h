@@ -14,31 +14,30 @@ struct Run {
 };
 static_assert(sizeof(Run<float>) <= sizeof(KeyOf<float>::Key) && sizeof(Run<double>) <= sizeof(KeyOf<double>::Key), "");
 
-// An anchor's own share of the gradient that selection has at hand: its negatives, whose rows are in the near caches just
-// now, and, where anchors are no candidates, its positives. Unscaled, into the output row (see gradient.h for the formula).
+// An anchor's negatives.
 template <class S>
-void own_gradient(const Call<S>& c, int64_t row, bool first) {
+void gather_runs(const Call<S>& c, int64_t row, const Gather<S>& gather) {
+  const Row<typename S::T>& r = c.w.rows[row];
+  const auto* runs = reinterpret_cast<const Run<typename S::T>*>(c.w.key + r.slot);
+  gather.add(r.runs, [=](int64_t i) { return int64_t{runs[i].candidate}; }, [=](int64_t i) { return -runs[i].weight; });
+}
+
+// The gradient of an anchor that is no candidate, unscaled (see gradient.h for the formula): its positives and its negatives,
+// beside what a dense rule has summed there already.
+template <class S>
+void anchor_gradient(const Call<S>& c, int64_t row) {
   using T = typename S::T;
   const auto& w = c.w;
-  const bool inside = c.args.anchor_offset >= 0;
-  T* out = inside ? static_cast<T*>(c.args.grad_candidates) : static_cast<T*>(c.args.grad_anchors);
-  if (!out) return;
-  out += (inside ? w.order[w.aself[row]] : w.arow[row]) * c.D;
   const auto scratch = c.scratch(omp_get_thread_num());
-  fill(scratch.row, c.Dp, T(0));
-  Gather<S> gather{w.ax + row * c.Dp, w.x, c.Dp, scratch.list, scratch.list_weight, scratch.row};
-  const int64_t slot = w.rows[row].slot;
-  if (!inside)
-    for (uint32_t place = 0; place < w.rows[row].pairs; ++place)
-      if (w.weight[slot + place] != 0) gather.push(w.rows[row].positive(place), w.weight[slot + place]);
-  const Run<T>* runs = reinterpret_cast<const Run<T>*>(w.key + slot);
-  for (uint32_t i = 0; i < w.rows[row].runs; ++i) gather.push(runs[i].candidate, -runs[i].weight);
-  gather.flush();
-  // A candidate's row may hold what earlier passes' anchors gave it.
-  if ((!inside || first) && !counts_all(c.args))
-    for (int64_t k = 0; k < c.D; ++k) out[k] = scratch.row[k];
-  else
-    for (int64_t k = 0; k < c.D; ++k) out[k] += scratch.row[k];
+  fill(scratch.rows, c.Dp, T(0));
+  Gather<S> gather{w.ax + row * c.Dp, w.x, c.Dp, scratch.list, scratch.list_weight, scratch.rows};
+  const Row<T>& r = w.rows[row];
+  const T* weight = w.weight + r.slot;
+  gather.add_some(
+      r.pairs, [&](int64_t i) { return r.positive(static_cast<uint32_t>(i)); }, [&](int64_t i) { return weight[i]; });
+  gather_runs(c, row, gather);
+  T* const out = static_cast<T*>(c.args.grad_anchors) + w.arow[row] * c.D;
+  for (int64_t k = 0; k < c.D; ++k) out[k] = (counts_all(c.args) ? out[k] : T(0)) + scratch.rows[k];
 }
 
 // Up to kBatch pairs of one anchor, in order of their positives' distances (hard: of place); only pairs whose distances are
@@ -48,8 +47,8 @@ template <class T>
 struct Pairs {
   int count = 0, again = 0;
   uint32_t place[kBatch];    // the positive, see Row
+  uint32_t index[kBatch];    // its negative, kNobody: the anchor's farthest
   int32_t negative[kBatch];  // sorted position
-  uint8_t fallback[kBatch];
   int32_t direct[kBatch];    // [again] pairs whose distances are summed anew
   T d2_ap[kBatch], d2_an[kBatch];
 };
@@ -70,14 +69,14 @@ struct Selection {
   const T* threshold;  // [K] by rank
   const Key* chosen;  // [K] by rank, each positive's negative
   const T near;  // distances below it are summed directly
-  Key closest = kNoKey<T>;  // hard: every pair's negative
+  const bool drawn;
+  Key closest = 0;  // hard: every pair's negative
   int64_t farthest = -1;  // the fallback's negative, found only where some positive needs it
   T d2_farthest = 0;
-  int32_t last = -1;      // the negative of the pair before
   RowSum sum{};
   uint32_t runs = 0;
-  T ordered_t[kMaxStrided];
-  Key ordered_key[kMaxStrided];
+  T ordered_t[kMaxStrided + S::W];
+  Key ordered_key[kMaxStrided + S::W];
 
   Selection(const Call<S>& call, int64_t r)
       : c(call),
@@ -88,41 +87,33 @@ struct Selection {
         rank(c.w.rank + buckets.row.slot),
         threshold(buckets.t),
         chosen(buckets.key + 1),
-        near(c.direct ? std::numeric_limits<T>::infinity() : kNearSelected<T> * (c.w.anorm[r] + c.longest)) {}
+        near(c.direct ? std::numeric_limits<T>::infinity() : kNearSelected<T> * (c.w.anorm[r] + c.longest)),
+        drawn(draws_one(c.args)) {}
 
   // Suffix minimum: the negative of the positive of rank r is the least of the buckets behind it. (Behind a positive that is
-  // tied with the next one stands an empty bucket.) Strided buckets are put in order on the way.
+  // tied with the next one stands an empty bucket.) Strided buckets are put in order first.
   void nearest_farther() {
-    Key nearest = kNoKey<T>;
+    Key* key = buckets.key;
     if (buckets.row.radix > 1) {
       const int R = buckets.radix();
-      for (int r = K - 1, p = K / R, i = K % R; r >= 0; --r) {
-        const Key behind = buckets.key[i * S::W + p];
-        if (i == 0) {
-          i = R;
-          --p;
+      for (int p = 0, b = 0; p < S::W; ++p)
+        for (int i = 0; i < R; ++i, ++b) {
+          ordered_key[b] = buckets.key[i * S::W + p];
+          ordered_t[b] = buckets.t[i * S::W + p];
         }
-        --i;
-        nearest = behind < nearest ? behind : nearest;
-        ordered_key[r] = nearest;
-        ordered_t[r] = buckets.t[i * S::W + p];
-      }
+      key = ordered_key;
       threshold = ordered_t;
-      chosen = ordered_key;
-    } else {
-      for (int r = K; r > 0; --r) {
-        nearest = buckets.key[r] < nearest ? buckets.key[r] : nearest;
-        buckets.key[r] = nearest;
-      }
+      chosen = ordered_key + 1;
     }
-    if ((K > 0 && chosen[K - 1] != kNoKey<T>) || !buckets.row.track_far) return;
+    for (int r = K - 1; r > 0; --r) key[r] = key[r + 1] < key[r] ? key[r + 1] : key[r];
+    if (!buckets.row.track_far) return;
     farthest = buckets.row.far ? c.w.position[~key_index(buckets.row.far)] : c.w.position[first_negative()];
     d2_farthest = key_value<T>(buckets.row.far);
   }
 
   void nearest() {
     if (K > 0) closest = buckets.key[1];
-    if (K > 0 && closest == kNoKey<T>)
+    if (K > 0 && key_index(closest) == kNobody && !c.far_is_zero)
       closest = make_key(std::numeric_limits<T>::quiet_NaN(), static_cast<uint32_t>(first_negative()));
   }
 
@@ -133,37 +124,52 @@ struct Selection {
   }
 
   // The pairs of ranks (hard: places) r0 .. r0 + n. Those whose negative lies beyond the hinge's reach are only counted.
+  // Which they are is a coin toss at some stages of training: no branch depends on it.
   template <bool kHard>
   void choose(int r0, int n, Pairs<T>& pairs) {
-    pairs.count = pairs.again = 0;
-    T* weight = c.w.weight + buckets.row.slot;
+    const Key* const key_of = chosen + r0;
+    const uint32_t* const place_of = rank + r0;
+    const T* const t = threshold + r0;
+    T* const weight = c.w.weight + buckets.row.slot;
+    const Limit<T> limit = c.limit;
+    const bool far_is_zero = c.far_is_zero, may_be_none = !kHard && (drawn || buckets.row.top_empty),
+               falls_back = farthest >= 0;
+    int count = 0, fallbacks = 0, counted = 0;
     for (int i = 0; i < n; ++i) {
-      const Key negative_key = kHard ? closest : chosen[r0 + i];
-      const uint32_t place = kHard ? static_cast<uint32_t>(r0 + i) : rank[r0 + i];
-      const T d2_ap = kHard ? weight[place] : threshold[r0 + i];
-      const bool none = negative_key == kNoKey<T>;
+      const Key key = kHard ? closest : key_of[i];
+      const uint32_t place = kHard ? static_cast<uint32_t>(r0 + i) : place_of[i];
+      // A negative that no bucket holds lies beyond the hinge's reach, or there is none.
+      const bool nobody = key_index(key) == kNobody, none = nobody && may_be_none;
+      const T d2_ap = kHard ? weight[place] : t[i], d2_an = none ? d2_farthest : key_value<T>(key);
+      const bool counts = !none || falls_back, beyond = far_is_zero && !none && (nobody || d2_an > limit(d2_ap));
+      fallbacks += none;
+      counted += counts;
       weight[place] = 0;
-      sum.fallback += none;
-      if (none && farthest < 0) {  // the pair does not count
-        if (c.mining) list_none(place);
-        continue;
-      }
-      ++sum.pairs;
-      const T d2_an = none ? d2_farthest : key_value<T>(negative_key);
-      if (!none && c.far_is_zero && d2_an > c.limit(d2_ap)) continue;
-      const int32_t negative = none ? static_cast<int32_t>(farthest) : c.w.position[key_index(negative_key)];
-      if (negative != last) prefetch_row(c.w.x + negative * c.Dp, c.Dp);
-      const int at = pairs.count++;
-      pairs.negative[at] = last = negative;
-      pairs.place[at] = place;
-      pairs.fallback[at] = none;
-      pairs.d2_ap[at] = d2_ap;
-      pairs.d2_an[at] = d2_an;
-      pairs.direct[pairs.again] = at;
-      pairs.again += !(d2_ap >= near && d2_an >= near);
+      pairs.index[count] = key_index(key);
+      pairs.place[count] = place;
+      pairs.d2_ap[count] = d2_ap;
+      pairs.d2_an[count] = d2_an;
+      count += counts && !beyond;
     }
+    sum.fallback += fallbacks;
+    sum.pairs += counted;
+    if (c.mining && counted < n) {
+      for (int i = 0; i < n; ++i)
+        if (key_index(key_of[i]) == kNobody) list_none(place_of[i]);
+    }
+    int again_count = 0;
+    const int32_t* const position = c.w.position;
+    for (int i = 0; i < count; ++i) {
+      const bool none = pairs.index[i] == kNobody;
+      pairs.negative[i] = none ? static_cast<int32_t>(farthest) : position[none ? 0 : pairs.index[i]];
+      pairs.direct[again_count] = i;
+      again_count += !(pairs.d2_ap[i] >= near && pairs.d2_an[i] >= near);
+    }
+    pairs.count = count;
+    pairs.again = again_count;
     T again[kBatch];
     const Row<T>& own = buckets.row;
+    for (int i = 0; i < pairs.again; ++i) prefetch_row(c.w.x + pairs.negative[pairs.direct[i]] * c.Dp, c.Dp);
     direct_distances<S>(
         x, c.w.x, c.Dp, pairs.again, [&](int i) { return own.positive(pairs.place[pairs.direct[i]]); }, again);
     for (int i = 0; i < pairs.again; ++i) pairs.d2_ap[pairs.direct[i]] = again[i];
@@ -189,7 +195,7 @@ struct Selection {
       args.negative[pair] = c.w.order[pairs.negative[i]];
       static_cast<T*>(args.d2_ap)[pair] = static_cast<T>(pairs.d2_ap[i] * c.unscale);
       static_cast<T*>(args.d2_an)[pair] = static_cast<T>(pairs.d2_an[i] * c.unscale);
-      args.is_fallback[pair] = pairs.fallback[i];
+      args.is_fallback[pair] = pairs.index[i] == kNobody;
     }
   }
 
@@ -237,17 +243,26 @@ struct Selection {
       }
     else
       for (int i = 0; i < n; ++i) loss[i] += margin;
-    T* weight = c.w.weight + buckets.row.slot;
-    Run<T>* run = reinterpret_cast<Run<T>*>(buckets.key);
-    for (int i = 0; i < n; ++i) {
-      sum.active += c.args.soft_margin || loss[i] > 0;  // a soft term is above 0, if only in exact arithmetic
-      if (!(loss[i] > 0)) continue;
-      sum.loss += loss[i];
-      weight[pairs.place[i]] = push[i];
-      const uint32_t negative = static_cast<uint32_t>(pairs.negative[i]);
-      if (runs > 0 && run[runs - 1].candidate == negative) run[runs - 1].weight += pull[i];
-      else run[runs++] = {pull[i], negative};
+    T* const weight = c.w.weight + buckets.row.slot;
+    Run<T>* const run = reinterpret_cast<Run<T>*>(buckets.key);
+    const bool soft = c.args.soft_margin;  // a soft term is above 0, if only in exact arithmetic
+    int active = 0;
+    uint32_t last = runs > 0 ? run[runs - 1].candidate : kNobody, end = runs;
+    double total = 0;
+    for (int i = 0; i < n; ++i) {  // without a branch: which terms are active, and which share a negative, nobody can predict
+      const bool is_active = loss[i] > 0;
+      active += soft || is_active;
+      total += is_active ? loss[i] : 0;
+      weight[pairs.place[i]] = is_active ? push[i] : T(0);
+      const uint32_t negative = static_cast<uint32_t>(pairs.negative[i]), at = negative == last ? end - 1 : end;
+      const T so_far = negative == last ? run[at].weight : T(0);
+      run[at] = {so_far + (is_active ? pull[i] : T(0)), negative};  // in the place of a bucket that has been read
+      end = is_active ? at + 1 : end;
+      last = is_active ? negative : last;
     }
+    sum.active += active;
+    sum.loss += total;
+    runs = end;
   }
 };
 
@@ -268,7 +283,7 @@ void select(Call<S>& c, int64_t begin, int64_t end) {
     }
     c.w.rows[row].runs = selection.runs;
     c.w.sums[row] = selection.sum;
-    if (c.wants_gradient()) own_gradient(c, row, begin == 0);
+    if (c.args.grad_anchors) anchor_gradient(c, row);
   }
 }
 

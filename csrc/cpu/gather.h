@@ -56,7 +56,7 @@ void direct_distances(const typename S::T* x, const typename S::T* base, int64_t
   }
 }
 
-// Neighbours of one row, gathered kList at a time; the order in which they are pushed is the order of the sum.
+// A row's weighted differences to rows of `base`, summed into `out` in the order in which they are given.
 template <class S>
 struct Gather {
   using T = typename S::T;
@@ -64,56 +64,65 @@ struct Gather {
   const T* x;     // [dim] the row itself
   const T* base;  // [*, dim]
   int64_t dim;    // padded
-  const T** at;   // [kList]
+  int32_t* at;    // [kList]
   T* weight;      // [kList]
-  T* out;         // [dim] the sum
-  int count = 0;
+  T* out;         // [dim]
 
-  void push(int64_t neighbour, T w) {
-    at[count] = base + neighbour * dim;
-    weight[count] = w;
-    if (++count == kList) flush();
+  // out += sum over i < n of weight_of(i) (x - base[row_of(i)]), kList at a time.
+  template <class RowOf, class WeightOf>
+  void add(int64_t n, RowOf row_of, WeightOf weight_of) const {
+    constexpr int kWide = S::W == 16 ? 8 : 4;  // vectors that leave registers for their sums
+    for (int64_t first = 0; first < n; first += kList) {
+      const int64_t end = first + kList < n ? first + kList : n;
+      int64_t k = 0;
+      for (; k + kWide * S::W <= dim; k += kWide * S::W) part<kWide>(k, first, end, row_of, weight_of);
+      for (; k < dim; k += S::W) part<1>(k, first, end, row_of, weight_of);
+    }
   }
-  // For a neighbour that is likely in no near cache: its lines arrive while the list fills.
-  void push_far(int64_t neighbour, T w) {
-    prefetch_row(base + neighbour * dim, dim);
-    push(neighbour, w);
+  // The same where many weights are 0, as they are late in training: those are left out first, without a branch.
+  template <class RowOf, class WeightOf>
+  void add_some(int64_t n, RowOf row_of, WeightOf weight_of) const {
+    int32_t* const list = at;
+    T* const list_weight = weight;
+    for (int64_t i = 0; i < n;) {
+      int64_t some = 0;
+      const int64_t end = i + kList < n ? i + kList : n;
+      for (; i < end; ++i) {
+        const T w = weight_of(i);
+        list[some] = static_cast<int32_t>(row_of(i));
+        list_weight[some] = w;
+        some += w != 0;
+      }
+      add(some, [=](int64_t j) { return int64_t{list[j]}; }, [=](int64_t j) { return list_weight[j]; });
+    }
   }
-  // Two neighbours and four vectors of the row at a time: eight independent chains hide the latency of the fused
-  // multiply-add.
-  void flush() {
-    int64_t k = 0;
-    for (; k + 4 * S::W <= dim; k += 4 * S::W) part<4>(k);
-    for (; k < dim; k += S::W) part<1>(k);
-    count = 0;
-  }
-  template <int N>
-  void part(int64_t k) {
-    V mine[N], even[N], odd[N];
-#pragma GCC unroll 4
+
+ private:
+  // N vectors of the row at a time, in eight independent chains, which hide the latency of the fused multiply-add.
+  template <int N, class RowOf, class WeightOf>
+  void part(int64_t k, int64_t first, int64_t end, RowOf row_of, WeightOf weight_of) const {
+    constexpr int kChains = N < 8 ? 2 : 1;
+    V mine[N], sum[kChains][N];
+#pragma GCC unroll 8
     for (int v = 0; v < N; ++v) {
       mine[v] = S::load(x + k + v * S::W);
-      even[v] = odd[v] = S::zero();
+      for (int chain = 0; chain < kChains; ++chain) sum[chain][v] = S::zero();
     }
-    int i = 0;
-    for (; i + 2 <= count; i += 2) {
-      const T* p = at[i] + k;
-      const T* q = at[i + 1] + k;
-      const V wp = S::set1(weight[i]), wq = S::set1(weight[i + 1]);
-#pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) {
-        even[v] = S::madd(wp, mine[v] - S::load(p + v * S::W), even[v]);
-        odd[v] = S::madd(wq, mine[v] - S::load(q + v * S::W), odd[v]);
-      }
+    const auto take = [&](int64_t i, V(&to)[N]) {
+      const T* y = base + row_of(i) * dim + k;
+      const V w = S::set1(weight_of(i));
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) to[v] = S::madd(w, mine[v] - S::load(y + v * S::W), to[v]);
+    };
+    int64_t i = first;
+    for (; i + kChains <= end; i += kChains)
+      for (int chain = 0; chain < kChains; ++chain) take(i + chain, sum[chain]);
+    if (i < end) take(i, sum[0]);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) {
+      if (kChains > 1) sum[0][v] = sum[0][v] + sum[kChains - 1][v];
+      S::store(out + k + v * S::W, S::load(out + k + v * S::W) + sum[0][v]);
     }
-    if (i < count) {
-      const T* p = at[i] + k;
-      const V wp = S::set1(weight[i]);
-#pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) even[v] = S::madd(wp, mine[v] - S::load(p + v * S::W), even[v]);
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) S::store(out + k + v * S::W, S::load(out + k + v * S::W) + (even[v] + odd[v]));
   }
 };
 

@@ -4,10 +4,10 @@
 // Euclidean one, with a soft margin times the logistic function. The gradient of any row i is then one sum over its
 // neighbours j,
 //     grad_i = f * sum_j w_ij (x_i - x_j),    f = 2 / count (squared) or 1 / count,
-// over i's own negatives (finish.h has summed those), the positives both ways (i as anchor, i as positive), and the anchors
-// that took i as their negative, which the reverse lists give. Differences, not x_i * sum w - sum w x_j: rows far from the
-// origin lose nothing. Up to 3 neighbours a pair, each D loads from L2 and 2 D FLOP more than the floor: N K D * 3 * 4 bytes
-// in all.
+// over the positives both ways (i as anchor, i as positive), i's own negatives, and the anchors that took i as their
+// negative, which the reverse lists give. Differences, not x_i * sum w - sum w x_j: rows far from the origin lose nothing. Up
+// to 3 neighbours a pair, each D loads and 3 D FLOP: N K D * 3 * 4 bytes in all, positives from L1, the others from L2, 64
+// bytes in 2 cycles.
 #pragma once
 
 #include "finish.h"
@@ -15,9 +15,10 @@
 namespace facenet_ext::cpu {
 namespace {
 
-// Candidate -> (anchor row, weight) of the anchors that took it, by ascending row: a counting sort of every bin's anchors by
-// itself, bins being ascending ranges of anchors. Each takes the memory of its own anchors' thresholds and ranks, which
-// selection has used up, so that no two threads write to one cache line.
+// Candidate -> (anchor, weight) of the anchors that took it, by ascending row: a counting sort of every bin's anchors by
+// itself, bins being ascending ranges of anchors. An anchor that is a candidate goes by its sorted position. Each bin takes
+// the memory of its own anchors' thresholds and ranks, which selection has used up, so that no two threads write to one cache
+// line.
 template <class S>
 struct Takers {
   const Call<S>& c;
@@ -34,6 +35,7 @@ struct Takers {
 
   void list() const {
     const auto& w = c.w;
+    const bool inside = c.args.anchor_offset >= 0;
 #pragma omp parallel for num_threads(c.threads) schedule(static, 1)
     for (int bin = 0; bin < bins; ++bin) {
       int32_t* next = ends(bin);
@@ -53,7 +55,7 @@ struct Takers {
       }
       for_each_run([&](int64_t row, const auto& run) {  // where a list ends in the end is where the next one begins
         const int64_t place = slot[bin] + next[run.candidate]++;
-        w.rank[place] = static_cast<uint32_t>(row);
+        w.rank[place] = static_cast<uint32_t>(inside ? w.aself[row] : row);
         w.t[place] = run.weight;
       });
     }
@@ -61,13 +63,39 @@ struct Takers {
   void clear() const {
     for (int bin = 0; bin < bins; ++bin) fill(ends(bin), c.C, int32_t{0});
   }
-  template <class Visit>
-  void for_each(int64_t candidate, Visit visit) const {
+  // A list that comes from afar is waited for before the first row it names can be asked for.
+  void prefetch(int64_t candidate) const {
     for (int bin = 0; bin < bins; ++bin) {
       const int32_t* next = ends(bin);
-      for (int64_t i = slot[bin] + (candidate > 0 ? next[candidate - 1] : 0); i < slot[bin] + next[candidate]; ++i)
-        visit(static_cast<int64_t>(c.w.rank[i]), c.w.t[i]);
+      for (int64_t i = candidate > 0 ? next[candidate - 1] : 0; i < next[candidate]; i += kSlotPad) {
+        __builtin_prefetch(c.w.rank + slot[bin] + i);
+        __builtin_prefetch(c.w.t + slot[bin] + i);
+      }
     }
+  }
+  // The lists of all bins as one, so that the order of the sum, kList at a time, does not depend on their number.
+  void gather(int64_t candidate, const Gather<S>& gather) const {
+    int64_t count = 0;
+    const auto flush = [&] {
+      int32_t* const at = gather.at;
+      typename S::T* const weight = gather.weight;
+      gather.add(count, [=](int64_t i) { return int64_t{at[i]}; }, [=](int64_t i) { return -weight[i]; });
+      count = 0;
+    };
+    for (int bin = 0; bin < bins; ++bin) {
+      const int64_t from = candidate > 0 ? ends(bin)[candidate - 1] : 0;
+      for (int64_t i = slot[bin] + from, end = slot[bin] + ends(bin)[candidate]; i < end;) {
+        const int64_t some = end - i < kList - count ? end - i : kList - count;
+        for (int64_t j = 0; j < some; ++j) {
+          gather.at[count + j] = static_cast<int32_t>(c.w.rank[i + j]);
+          gather.weight[count + j] = c.w.t[i + j];
+        }
+        i += some;
+        count += some;
+        if (count == kList) flush();
+      }
+    }
+    flush();
   }
 };
 
@@ -111,59 +139,71 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
   };
   const auto in_pass = [&](int64_t row) { return row >= begin && row < end; };
 
+  // Candidate j's positives, into out.
+  const auto add_positives = [&](int64_t j, const Gather<S>& gather) {
+    const int64_t k = w.class_of[j], class_begin = w.class_begin[k], size = w.class_begin[k + 1] - class_begin;
+    const int64_t row0 = w.class_row[k], rows = w.class_row[k + 1] - row0;
+    const auto member = [=](int64_t i) { return class_begin + i; };
+    if (!inside) {
+      gather.add_some(
+          rows, [=](int64_t i) { return row0 + i; },
+          [&](int64_t i) { return in_pass(row0 + i) ? weight_of(row0 + i, j) : T(0); });
+    } else if (c.every_pair && rows == size && size > 1 && in_pass(row0) && in_pass(row0 + size - 1)) {
+      // The whole class is in hand: its anchors' weights are a block, rows `pitch` apart.
+      const int64_t pitch = slot_pitch(size - 1), me = j - class_begin;
+      const T* column = w.weight + w.rows[row0].slot + me;
+      const T* own = w.weight + w.rows[row0].slot + me * pitch;
+      gather.add_some(size, member, [=](int64_t p) {
+        const T both = own[p - (p > me)] + column[p * pitch - (p < me)];
+        return p == me ? T(0) : both;
+      });
+    } else {
+      const int64_t own = w.row_of[j];
+      gather.add_some(size, member, [&](int64_t i) {
+        const int64_t p = class_begin + i;
+        if (p == j) return T(0);
+        return (in_pass(own) ? weight_of(own, p) : T(0)) + (in_pass(w.row_of[p]) ? weight_of(w.row_of[p], j) : T(0));
+      });
+    }
+  };
+
   if (args.grad_candidates) {
-#pragma omp parallel for num_threads(c.threads) schedule(dynamic, 16)
-    for (int64_t j = 0; j < c.C; ++j) {
+    // All positives of a few rows, then all negatives: the former share what the latter would drive out of L1.
+#pragma omp parallel for num_threads(c.threads) schedule(dynamic, 1)
+    for (int64_t j0 = 0; j0 < c.C; j0 += kRows) {
       const auto scratch = c.scratch(omp_get_thread_num());
-      fill(scratch.row, c.Dp, T(0));
-      const T* x = w.x + j * c.Dp;
-      bool own_part = false;  // own_gradient has been here in this pass
-      if (end > begin) {
-        Gather<S> gather{x, inside ? w.x : w.ax, c.Dp, scratch.list, scratch.list_weight, scratch.row};
-        const int64_t k = w.class_of[j], class_begin = w.class_begin[k], class_end = w.class_begin[k + 1];
-        if (inside) {
-          own_part = in_pass(w.row_of[j]);
-          const int64_t row0 = w.class_row[k], K = class_end - class_begin - 1;
-          if (c.every_pair && K > 0 && w.class_row[k + 1] - row0 == K + 1 && in_pass(row0) && in_pass(row0 + K)) {
-            // The whole class is in hand: its anchors' weights are a K + 1 by K block, rows `pitch` apart.
-            const int64_t pitch = slot_pitch(K), me = j - class_begin;
-            const T* block = w.weight + w.rows[row0].slot;
-            const T* own = block + me * pitch;
-            for (int64_t p = 0; p < me; ++p) {
-              const T weight = own[p] + block[p * pitch + me - 1];
-              if (weight != 0) gather.push(class_begin + p, weight);
+      const int64_t j1 = j0 + kRows < c.C ? j0 + kRows : c.C;
+      fill(scratch.rows, (j1 - j0) * c.Dp, T(0));
+      const auto gather_for = [&](int64_t j) -> Gather<S> {
+        return {w.x + j * c.Dp, inside ? w.x : w.ax, c.Dp, scratch.list, scratch.list_weight, scratch.rows + (j - j0) * c.Dp};
+      };
+      if (end > begin)
+        for (int64_t j = j0; j < j1; ++j) add_positives(j, gather_for(j));
+      for (int64_t j = j0; j < j1; ++j) {
+        const Gather<S> gather = gather_for(j);
+        if (end > begin) {
+          if (j + 1 < c.C) {
+            takers.prefetch(j + 1);
+            if (inside && in_pass(w.row_of[j + 1])) {
+              const Row<T>& row = w.rows[w.row_of[j + 1]];
+              for (uint32_t i = 0; i < row.runs; i += 8) __builtin_prefetch(w.key + row.slot + i);
             }
-            for (int64_t p = me + 1; p <= K; ++p) {
-              const T weight = own[p - 1] + block[p * pitch + me];
-              if (weight != 0) gather.push(class_begin + p, weight);
-            }
-          } else
-            for (int64_t p = class_begin; p < class_end; ++p) {
-              if (p == j) continue;
-              const T weight =
-                  (own_part ? weight_of(w.row_of[j], p) : T(0)) + (in_pass(w.row_of[p]) ? weight_of(w.row_of[p], j) : T(0));
-              if (weight != 0) gather.push(p, weight);
-            }
-        } else {
-          for (int64_t row = w.class_row[k]; row < w.class_row[k + 1]; ++row) {
-            const T weight = in_pass(row) ? weight_of(row, j) : T(0);
-            if (weight != 0) gather.push(row, weight);
           }
+          if (inside && in_pass(w.row_of[j])) gather_runs(c, w.row_of[j], gather);
+          takers.gather(j, gather);
         }
-        takers.for_each(j, [&](int64_t row, T weight) { gather.push_far(inside ? w.aself[row] : row, -weight); });
-        gather.flush();
+        put(c, gather.out, static_cast<T*>(args.grad_candidates) + w.order[j] * c.D, gather.x,
+            args.normalize && end > begin ? w.inverse_length[j] : T(1), !first || counts_all(args), last);
       }
-      put(c, scratch.row, static_cast<T*>(args.grad_candidates) + w.order[j] * c.D, x,
-          args.normalize && end > begin ? w.inverse_length[j] : T(1), own_part || !first || counts_all(args), last);
     }
   }
-  if (args.grad_anchors && last) {  // own_gradient has filled the rows of anchors with a pair
+  if (args.grad_anchors && last) {  // anchor_gradient() has filled the rows of anchors with a pair
 #pragma omp parallel for num_threads(c.threads) schedule(static)
     for (int64_t row = 0; row < c.A; ++row) {
       const auto scratch = c.scratch(omp_get_thread_num());
       const bool live = row < c.classes.live;
-      fill(scratch.row, c.Dp, T(0));
-      put(c, scratch.row, static_cast<T*>(args.grad_anchors) + w.arow[row] * c.D, w.ax + row * c.Dp,
+      fill(scratch.rows, c.Dp, T(0));
+      put(c, scratch.rows, static_cast<T*>(args.grad_anchors) + w.arow[row] * c.D, w.ax + row * c.Dp,
           args.normalize && live ? w.ainverse_length[row] : T(1), live, true);
     }
   }

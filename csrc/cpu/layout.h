@@ -46,7 +46,7 @@ struct Row {
   uint32_t positives;  // K: how many thresholds the buckets have
   uint32_t radix;  // R: its buckets stand in R vectors (buckets.h), 0: in order
   uint32_t top;  // place of the bucket beyond all positives
-  int64_t slot;  // first of its slots in t, key, upper, rank, weight
+  int64_t slot;  // first of its slots in t, key, rank, weight
   typename KeyOf<T>::Key
       far;  // farthest negative so far: (bits << 32) | ~index, 0 = none; kept while no negative is beyond all positives
   bool fresh;  // nothing taken yet
@@ -91,6 +91,8 @@ struct Workspace {
   T* step;  // [Cp] what a unit of a row's bytes is worth
   T* reach;  // [Cp] a pair's squared distance is at least reach_a + reach_b - 2 step_a step_b bytes_a.bytes_b
   int32_t* level;  // [Cp] -128 times the sum of a row's bytes
+  // the rows as whole numbers of 24 bits, where weights are summed in bytes (dense.h)
+  int8_t* digits;  // [Cp / 4, Dp / 16, 3, 16, 4]
   // anchors, sorted; the same memory as above where anchors and candidates are the same rows
   T* ax;  // [Ap, Dp]
   T* anorm;  // [Ap]
@@ -105,10 +107,10 @@ struct Workspace {
   // slots of the pass in hand: an anchor's K thresholds and K + 1 buckets
   int64_t slots;  // capacity
   T* t;  // thresholds: sorted distances of the positives; afterwards the reverse lists' weights
-  typename KeyOf<T>::Key* key;  // least (distance, index) per bucket; afterwards the anchor's runs
+  typename KeyOf<T>::Key* key;  // least (distance, index) per bucket, see buckets.h; afterwards the anchor's runs
   uint32_t* rank;  // sorted rank -> position inside the class; afterwards the reverse lists' anchors
   T* weight;  // by place (Row): d loss / d d2_ap; before selection, negatives = hard: the positives' distances
-  T* upper;  // per bucket: distances beyond it change nothing
+  uint32_t* term;  // per bucket: a histogram of its own where a band limits the terms (dense.h)
   // reverse lists: candidate -> anchors that took it as negative
   int32_t* bins;  // [kMaxBins, C] where each list ends (gradient.h)
   // label hashing, then row locks
@@ -133,6 +135,7 @@ constexpr int kGroup = 16;  // anchors whose searches run ahead of what they fin
 constexpr int kQueue = 4096;  // entries of a work list: a group's share of a tile and a vector more
 constexpr int kMaxStrided = 1024;  // buckets of an anchor that are searched by whole vectors (buckets.h)
 constexpr uint32_t kFarRadix = 8;  // from so many vectors of buckets on, the state of a tile's anchors does not stay in L2
+constexpr int kRows = 16;  // gradient rows that a thread works on together
 constexpr int kList = 64;  // neighbours gathered at a time: bounds the error of a float32 sum of thousands
 
 namespace {
@@ -185,6 +188,8 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.step, may_screen ? Cp : 0);
   take(w.reach, may_screen ? Cp : 0);
   take(w.level, may_screen ? Cp : 0);
+  const bool may_weigh = std::is_same<T, float>::value && symmetric && counts_all(args);
+  take(w.digits, may_weigh ? 3 * Cp * Dp : 0);
   take(w.order, C);
   take(w.position, C);
   take(w.class_of, C);
@@ -207,7 +212,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.sums, A);
 
   using Key = typename KeyOf<T>::Key;
-  const int64_t slot_bytes = 3 * sizeof(T) + sizeof(Key) + sizeof(uint32_t);
+  const int64_t slot_bytes = 2 * sizeof(T) + sizeof(Key) + sizeof(uint32_t);
   const int64_t one = slot_pitch(C);  // an anchor's slots at most
   const int64_t bound = (3072 * A + (int64_t{16} << 20)) / slot_bytes * static_cast<int64_t>(sizeof(T) / 4);
   w.slots = A * one < bound ? A * one : (one > bound ? one : bound);
@@ -216,7 +221,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.key, w.slots);
   take(w.rank, w.slots);
   take(w.weight, w.slots);
-  take(w.upper, w.slots);
+  take(w.term, counts_all(args) && args.band > 0 ? w.slots : 0);
   take(w.bins, kMaxBins * C);
 
   w.hash_size = hash_capacity(C);
@@ -229,10 +234,10 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   if (counts_all(args)) take(w.centre, (1 + 2 * static_cast<int64_t>(args.num_threads)) * Dp);
   if (counts_all(args) && args.anchor_offset >= 0 && !symmetric) take(w.anchor_grad, A * Dp);
   if (draws_one(args)) take(w.draws, 2 * w.slots);
-  // per thread: a tile of distances, a transposed strip, the queue, a gather list, one gradient row; a second tile
-  w.scratch_bytes = round_up(static_cast<int64_t>(sizeof(T)) * (kTile<T> * kTile<T> + 16 * kTile<T>)+4 * kQueue + 8 * kList +
-                                 static_cast<int64_t>(sizeof(T)) * (kList + Dp) + 1024 +
-                                 (every ? static_cast<int64_t>(sizeof(T)) * kTile<T> * (kTile<T> + 64) : 0),
+  // per thread: a tile of distances, a transposed strip, the queue, a gather list, gradient rows; a second tile
+  w.scratch_bytes = round_up(static_cast<int64_t>(sizeof(T)) * (kTile<T> * kTile<T> + 16 * kTile<T>)+4 * (kQueue + kList) +
+                                 static_cast<int64_t>(sizeof(T)) * (kList + kRows * Dp) + 1024 +
+                                 (every ? static_cast<int64_t>(sizeof(T)) * kTile<T> * (kTile<T> + 8) : 0),
                              64);
   take(w.thread_scratch, w.scratch_bytes * args.num_threads);
   w.total = used;

@@ -97,11 +97,11 @@ void thresholds(Call<S>& c, int64_t begin, int64_t end) {
     const auto scratch = c.scratch(omp_get_thread_num());
     const int64_t from = r0 < begin ? begin : r0, to = r0 + S::MR < end ? r0 + S::MR : end;
     // Anchors are sorted by class, so their classes' candidates are one range.
-    const int64_t low = w.class_begin[w.aclass[from]] / S::NR * S::NR, high = w.class_begin[w.aclass[to - 1] + 1];
+    const int64_t low = w.class_begin[w.aclass[from]] / S::W * S::W, high = w.class_begin[w.aclass[to - 1] + 1];
     for (int64_t c0 = low; c0 < high; c0 += c.kT) {
-      const int cols = static_cast<int>(c0 + c.kT < high ? c.kT : round_up(high - c0, S::NR));
-      squared_distances<S>(w.ax + r0 * c.Dp, c.Dp, w.anorm + r0, w.panels + c0 / S::NR * c.panel_size, c.panel_size,
-                           w.norm + c0, c.D, S::MR, cols, false, scratch.tile, c.kT);
+      const int cols = static_cast<int>(c0 + c.kT < high ? c.kT : round_up(high - c0, S::W));
+      squared_distances<S>(w.ax + r0 * c.Dp, c.Dp, w.anorm + r0, w.panels, c.panel_size, c0, w.norm, c.D, S::MR, cols, false,
+                           scratch.tile, c.kT);
       for (int64_t row = from; row < to; ++row) {
         const Row<T>& r = w.rows[row];
         if (r.pairs == 0) continue;
@@ -156,6 +156,12 @@ void thresholds(Call<S>& c, int64_t begin, int64_t end) {
         r.ceiling = K > 0 ? c.limit(t[K - 1]) : -1;
       } else if (!draws_one(c.args)) {
         buckets.start(want_farthest);
+        if (c.hard && c.far_is_zero && K > 0) {  // the one bucket closes where no positive's hinge reaches
+          const T* d2_ap = w.weight + r.slot;
+          T most = d2_ap[0];
+          for (uint32_t i = 1; i < r.pairs; ++i) most = d2_ap[i] > most ? d2_ap[i] : most;
+          buckets.close_all(c.limit(most));
+        }
       }
     }
   }

@@ -53,7 +53,7 @@ void inspect(Call<S>& c) {
   const auto look = [&](const void* source, int64_t n, int64_t stride) {
 #pragma omp parallel for num_threads(c.threads) schedule(static) reduction(max : largest) reduction(| : bad)
     for (int64_t i = 0; i < n; ++i) {
-      T* row = c.scratch(omp_get_thread_num()).row;
+      T* row = c.scratch(omp_get_thread_num()).rows;
       load_row(c.args.dtype, source, i * stride, c.D, row);
       Bits most = 0;
       for (int64_t k = 0; k < c.D; ++k) {

@@ -22,7 +22,7 @@ constexpr int64_t kMaxScreenDim = 32768;  // 255 * 127 * D has to fit 32 bits
 template <class S>
 bool worth_screening(const Call<S>& c, int64_t begin, int64_t end) {
   const bool may = (c.hard || c.limit.on) && !c.mining && !c.args.stat_counts && c.symmetric && begin < end;
-  if (!may || c.D > kMaxScreenDim || c.A < 2 * c.kT || !S::can_screen()) return false;
+  if (!may || c.D > kMaxScreenDim || c.A < 2 * c.kT || !S::multiplies_bytes()) return false;
   if (c.hard) return true;
   int tried = 0, near = 0;
   for (int i = 0; i < 1024; ++i) {
@@ -46,7 +46,7 @@ void quantise(const Call<S>& c) {
 #pragma omp parallel for num_threads(c.threads) schedule(static)
   for (int64_t at = 0; at < round_up(c.C, kColumnPad); ++at) {
     const T* x = w.x + at * c.Dp;
-    T* const q = c.scratch(omp_get_thread_num()).row;
+    T* const q = c.scratch(omp_get_thread_num()).rows;
     V largest = S::zero();
     for (int64_t k = 0; k < c.Dp; k += S::W) largest = S::larger(S::larger(S::load(x + k), -S::load(x + k)), largest);
     T lanes[S::W];
@@ -163,8 +163,8 @@ Wanted screened_distances(const Call<S>& c, int64_t r0, int row0, int rows, int6
       constexpr int NV = S::NR / S::W;
       if (__builtin_popcount(near) > S::MR * NV / 4) {
         wanted.columns |= ((uint64_t{1} << NV) - 1) << col / S::W;
-        squared_distances<S>(w.ax + (r0 + r) * c.Dp, c.Dp, w.anorm + r0 + r, w.panels + (c0 + col) / S::NR * c.panel_size,
-                             c.panel_size, w.norm + c0 + col, c.D, S::MR, S::NR, false, tile + r * kT + col, kT);
+        squared_distances<S>(w.ax + (r0 + r) * c.Dp, c.Dp, w.anorm + r0 + r, w.panels, c.panel_size, c0 + col, w.norm, c.D,
+                             S::MR, S::NR, false, tile + r * kT + col, kT);
         continue;
       }
       for (int i = 0; i < S::MR; ++i)

@@ -29,7 +29,8 @@ struct Avx2 {
   using T = float;
   using V = __m256;
   static constexpr int W = 8, MR = 6, NR = 16;  // 12 accumulators + 2 columns + 1 broadcast of 16 registers
-  static bool can_screen() { return false; }
+  static bool multiplies_bytes() { return false; }
+  static void weigh_bytes(const uint8_t*, int64_t, int64_t, int64_t, const int8_t*, int64_t, T, T*) {}
   static uint32_t screen(...) { return ~uint32_t{0}; }
   static constexpr bool kStrided = true;        // buckets stand as buckets.h shows
 
@@ -53,9 +54,16 @@ struct Avx2 {
   static V smaller(V a, V b) { return _mm256_min_ps(a, b); }
   static V larger(V a, V b) { return _mm256_max_ps(a, b); }
 
+  static V values(const uint64_t* key) {  // the distances of W keys
+    const V a = load(reinterpret_cast<const T*>(key)), b = load(reinterpret_cast<const T*>(key + W / 2));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xDD)), 0xD8));
+  }
+
   // See Avx512::search.
-  static int search(const T* t, const T* upper, int radix, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
+  static int search(const T* t, const uint64_t* key, int radix, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
     const V last = load(t + (radix - 1) * W), middle = set1(t[(radix - 1) * W + 3]), top = set1(ceiling);
+    T upper[kMaxStrided + W];
+    for (int i = 0; i < radix * W; i += W) store(upper + i, values(key + i));
     const V first_bound = load(upper);
     const __m256i one = _mm256_set1_epi32(1);
     __m256i columns = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(tag)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -154,6 +162,30 @@ struct Avx2 {
         at = step(at, _mm256_cmp_ps(_mm256_i32gather_ps(t, probe, 4), v, kCompare), by);
       }
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(rank + j), at);
+    }
+  }
+
+  // See Avx512::count_covers. Matches are counted in bytes, which are added up eight at a time.
+  static constexpr int kCountable = 60;
+  static void count_covers(const int32_t* from, const int32_t* to, int n, int K, uint32_t* count) {
+    constexpr int kVectors = kTile<T> / 32;
+    int8_t first[kTile<T>] = {}, last[kTile<T>] = {};
+    for (int j = 0; j < n; ++j) {
+      first[j] = static_cast<int8_t>(from[j]);
+      last[j] = static_cast<int8_t>(to[j]);
+    }
+    const auto vector = [](const int8_t* bytes, int v) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32 * v));
+    };
+    for (int r = 0; r < K; ++r) {
+      const __m256i here = _mm256_set1_epi8(static_cast<char>(r));
+      __m256i found = _mm256_setzero_si256();
+      for (int v = 0; v < kVectors; ++v)
+        found = _mm256_sub_epi8(
+            found, _mm256_andnot_si256(_mm256_cmpgt_epi8(vector(first, v), here), _mm256_cmpgt_epi8(vector(last, v), here)));
+      found = _mm256_sad_epu8(found, _mm256_setzero_si256());
+      const __m128i sum = _mm_add_epi64(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
+      count[r] += static_cast<uint32_t>(_mm_cvtsi128_si64(sum) + _mm_extract_epi64(sum, 1));
     }
   }
 

@@ -53,29 +53,30 @@ struct Avx512 {
   static V smaller(V a, V b) { return _mm512_min_ps(a, b); }
   static V larger(V a, V b) { return _mm512_max_ps(a, b); }
 
-  // Hands on what of d[0 .. n) its bucket wants (d <= upper), as tag | place of the bucket << 16 | column; NaN is never
+  // Hands on what of d[0 .. n) its bucket wants (d <= its key's), as tag | place of the bucket << 16 | column; NaN is never
   // wanted, nor what lies beyond `ceiling`. n is a multiple of W. Returns how many.
-  static int search(const T* t, const T* upper, int radix, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
+  static int search(const T* t, const uint64_t* key, int radix, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
     switch (radix) {
       case 1:
-        return search_in<1>(t, upper, 1, ceiling, d, n, tag, queue);
+        return search_in<1>(t, key, 1, ceiling, d, n, tag, queue);
       case 2:
-        return search_in<2>(t, upper, 2, ceiling, d, n, tag, queue);
+        return search_in<2>(t, key, 2, ceiling, d, n, tag, queue);
       case 3:
-        return search_in<3>(t, upper, 3, ceiling, d, n, tag, queue);
+        return search_in<3>(t, key, 3, ceiling, d, n, tag, queue);
       case 4:
-        return search_in<4>(t, upper, 4, ceiling, d, n, tag, queue);
+        return search_in<4>(t, key, 4, ceiling, d, n, tag, queue);
       default:
-        return search_in<0>(t, upper, radix, ceiling, d, n, tag, queue);
+        return search_in<0>(t, key, radix, ceiling, d, n, tag, queue);
     }
   }
 
   // A search is one chain of some 80 cycles; three side by side keep the ports busy (Zen 5: 21 -> 16 cycles a vector at R =
   // 3). Where most distances lie beyond the ceiling, as they do once training is under way, those below it are packed first.
   template <int R>
-  static int search_in(const T* t, const T* upper, int radix, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
+  static int search_in(const T* t, const uint64_t* key, int radix, T ceiling, const T* d, int n, uint32_t tag,
+                       uint32_t* queue) {
     constexpr int kStep = 3 * W, kPart = 4 * kStep;
-    const Finder<R> find(t, upper, radix);
+    const Finder<R> find(t, key, radix);
     const V top = set1(ceiling);
     const __m512i first = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(tag)),
                                            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
@@ -130,24 +131,30 @@ struct Avx512 {
     return count;
   }
 
+  static V values(const uint64_t* key) {  // the distances of W keys
+    const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_castsi512_ps(_mm512_permutex2var_epi32(_mm512_loadu_si512(key), odd, _mm512_loadu_si512(key + W / 2)));
+  }
+
   // The bucket of each of U vectors of distances. R > 0: thresholds and bounds stay in registers; 0: `radix` of each, from
   // L1.
   template <int R>
   struct Finder {
     const T* t;
-    const T* upper;
     const int vectors;
     V threshold[R > 0 ? R : 1], bound[R > 0 ? R : 1];
     V last, middle;
+    T upper[R > 0 ? 1 : kMaxStrided + W];
 
-    Finder(const T* thresholds, const T* bounds, int radix)
-        : t(thresholds), upper(bounds), vectors(R > 0 ? R : radix), last(load(t + (vectors - 1) * W)) {
+    Finder(const T* thresholds, const uint64_t* key, int radix)
+        : t(thresholds), vectors(R > 0 ? R : radix), last(load(t + (vectors - 1) * W)) {
       middle = set1(t[(vectors - 1) * W + 7]);
 #pragma GCC unroll 4
       for (int i = 0; i < R; ++i) {
         threshold[i] = load(t + i * W);
-        bound[i] = load(upper + i * W);
+        bound[i] = values(key + i * W);
       }
+      for (int i = 0; R == 0 && i < vectors; ++i) store(upper + i * W, values(key + i * W));
     }
 
     template <int U>
@@ -256,80 +263,140 @@ struct Avx512 {
     for (int u = 0; u < U; ++u) _mm512_storeu_si512(at + u * W, before[u]);
   }
 
-  // As in Generic::ranks: 64 steps of the list in four registers, and what lies between two of them from memory. Six
-  // permutations for up to 63 entries, then one gather for each doubling.
+  // As in Generic::ranks. Up to 63 thresholds stand in registers as buckets do (buckets.h): four permutations find the lane,
+  // R - 1 the rank inside it. Of more, 64 steps stand in four registers, six permutations, and what lies between two of them
+  // comes from memory, one gather for each doubling.
   template <bool kClosed>
   static void ranks(const T* t, int K, T shift, const T* d, int n, int32_t* rank) {
+    if (K < 16) few_ranks<kClosed, 1>(t, shift, d, n, rank);
+    else if (K < 32) few_ranks<kClosed, 2>(t, shift, d, n, rank);
+    else if (K < 48) few_ranks<kClosed, 3>(t, shift, d, n, rank);
+    else if (K < 64) few_ranks<kClosed, 4>(t, shift, d, n, rank);
+    else many_ranks<kClosed>(t, K, shift, d, n, rank);
+  }
+
+  // Three vectors side by side: each is one chain of some 70 cycles.
+  template <class Some>
+  static void by_threes(int n, Some some) {
+    int j = 0;
+    for (; j + 3 * W <= n; j += 3 * W) some(j, std::integral_constant<int, 3>{});
+    for (; j < n; j += W) some(j, std::integral_constant<int, 1>{});
+  }
+
+  // table[i], lane p: t[R p + i] of 16 R.
+  template <int R>
+  static void put_in_lanes(const T* t, V (&table)[R]) {
+    V in[4];
+    for (int i = 0; i < 4; ++i) in[i] = load(t + (i < R ? i : 0) * W);
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      int32_t from[W], high[W];
+      for (int p = 0; p < W; ++p) {
+        from[p] = R * p + i;
+        high[p] = from[p] < 2 * W ? p : W + (from[p] - 2 * W) % W;  // what comes from the third register
+      }
+      const __m512i at = _mm512_loadu_si512(from);
+      table[i] = R == 1 ? in[0] : _mm512_permutex2var_ps(in[0], at, in[1]);
+      if (R == 3) table[i] = _mm512_permutex2var_ps(table[i], _mm512_loadu_si512(high), in[2]);
+      if (R == 4) table[i] = _mm512_mask_blend_ps(0xff00, table[i], _mm512_permutex2var_ps(in[2], at, in[3]));
+    }
+  }
+
+  template <bool kClosed, int R>
+  static void few_ranks(const T* t, T shift, const T* d, int n, int32_t* rank) {
+    constexpr int kCompare = kClosed ? _CMP_LE_OQ : _CMP_LT_OQ;
+    V table[R];
+    put_in_lanes<R>(t, table);
+    const V s = set1(shift), middle = set1(t[R * 7 + R - 1]);
+    const __m512i one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2);
+    by_threes(n, [&](int j, auto width) {
+      constexpr int U = decltype(width)::value;
+      V v[U];
+      __m512i at[U];
+      __mmask16 below[U];
+      const auto each = [](auto what) {
+#pragma GCC unroll 3
+        for (int u = 0; u < U; ++u) what(u);
+      };
+      const auto ask = [&](V of) {
+        each([&](int u) { below[u] = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(at[u], of), v[u], kCompare); });
+      };
+      each([&](int u) {
+        v[u] = load(d + j + u * W) - s;
+        at[u] =
+            _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(middle, v[u], kCompare), _mm512_set1_epi32(3), _mm512_set1_epi32(11));
+      });
+      ask(table[R - 1]);
+      each([&](int u) { at[u] = _mm512_mask_add_epi32(_mm512_sub_epi32(at[u], two), below[u], at[u], two); });
+      ask(table[R - 1]);
+      each([&](int u) { at[u] = _mm512_mask_add_epi32(_mm512_sub_epi32(at[u], one), below[u], at[u], one); });
+      ask(table[R - 1]);
+      each([&](int u) { at[u] = _mm512_mask_add_epi32(at[u], below[u], at[u], one); });
+      __m512i found[U];
+      each([&](int u) {
+        found[u] = R == 1 ? at[u] : _mm512_slli_epi32(at[u], R == 4 ? 2 : 1);
+        if (R == 3) found[u] = _mm512_add_epi32(found[u], at[u]);
+      });
+#pragma GCC unroll 3
+      for (int i = 0; i + 1 < R; ++i) {
+        ask(table[i]);
+        each([&](int u) { found[u] = _mm512_mask_add_epi32(found[u], below[u], found[u], one); });
+      }
+      each([&](int u) { _mm512_storeu_si512(rank + j + u * W, found[u]); });
+    });
+  }
+
+  template <bool kClosed>
+  static void many_ranks(const T* t, int K, T shift, const T* d, int n, int32_t* rank) {
     constexpr int kCompare = kClosed ? _CMP_LE_OQ : _CMP_LT_OQ;
     int stride = 1;
     while (stride * 64 <= K) stride *= 2;
     T steps[64];
-    if (stride > 1)
-      for (int i = 0; i < 64; ++i)
-        steps[i] = (i + 1) * stride <= K ? t[(i + 1) * stride - 1] : std::numeric_limits<T>::infinity();
-    const auto part = [&](int i) {  // an anchor's slots end with the vector that holds entry K
-      return stride > 1 ? load(steps + i) : i <= K ? load(t + i) : set1(std::numeric_limits<T>::infinity());
-    };
-    const V a0 = part(0), a1 = part(16), a2 = part(32), a3 = part(48), s = set1(shift);
-    const V middle = set1(stride > 1 ? steps[31] : t[K < 31 ? K : 31]);
+    for (int i = 0; i < 64; ++i)
+      steps[i] = (i + 1) * stride <= K ? t[(i + 1) * stride - 1] : std::numeric_limits<T>::infinity();
+    const V a0 = load(steps), a1 = load(steps + 16), a2 = load(steps + 32), a3 = load(steps + 48), s = set1(shift);
+    const V middle = set1(steps[31]);
     const auto step = [](__m512i at, __mmask16 above, int by) {
       return _mm512_mask_add_epi32(at, above, at, _mm512_set1_epi32(by));
     };
     const __m512i last = _mm512_set1_epi32(K);  // t[K] is +inf
-    // U vectors side by side: each is one chain of some 70 cycles.
-    const auto some = [&](int j, auto width) {
+    by_threes(n, [&](int j, auto width) {
       constexpr int U = decltype(width)::value;
       V v[U];
       __m512i at[U];  // the entries 0 .. at are below
+      __mmask16 upper[U];
       const auto each = [](auto what) {
 #pragma GCC unroll 3
         for (int u = 0; u < U; ++u) what(u);
       };
       each([&](int u) {
         v[u] = load(d + j + u * W) - s;
-        at[u] = _mm512_set1_epi32(-1);
+        upper[u] = _mm512_cmp_ps_mask(middle, v[u], kCompare);
+        at[u] = step(_mm512_set1_epi32(-1), upper[u], 32);
       });
-      if (K < 32) {
 #pragma GCC unroll 5
-        for (int by = 16; by > 0; by /= 2)
-          each([&](int u) {
-            const V probe = _mm512_permutex2var_ps(a0, _mm512_add_epi32(at[u], _mm512_set1_epi32(by)), a1);
-            at[u] = step(at[u], _mm512_cmp_ps_mask(probe, v[u], kCompare), by);
-          });
-      } else {
-        __mmask16 upper[U];
+      for (int by = 16; by > 0; by /= 2)
         each([&](int u) {
-          upper[u] = _mm512_cmp_ps_mask(middle, v[u], kCompare);
-          at[u] = step(at[u], upper[u], 32);
+          const __m512i next = _mm512_add_epi32(at[u], _mm512_set1_epi32(by));  // five bits of it count
+          const V probe =
+              _mm512_mask_blend_ps(upper[u], _mm512_permutex2var_ps(a0, next, a1), _mm512_permutex2var_ps(a2, next, a3));
+          at[u] = step(at[u], _mm512_cmp_ps_mask(probe, v[u], kCompare), by);
         });
-#pragma GCC unroll 5
-        for (int by = 16; by > 0; by /= 2)
-          each([&](int u) {
-            const __m512i next = _mm512_add_epi32(at[u], _mm512_set1_epi32(by));  // five bits of it count
-            const V probe =
-                _mm512_mask_blend_ps(upper[u], _mm512_permutex2var_ps(a0, next, a1), _mm512_permutex2var_ps(a2, next, a3));
-            at[u] = step(at[u], _mm512_cmp_ps_mask(probe, v[u], kCompare), by);
-          });
-      }
-      each([&](int u) { at[u] = _mm512_add_epi32(at[u], _mm512_set1_epi32(1)); });
-      if (stride > 1) {
-        each([&](int u) { at[u] = _mm512_mullo_epi32(at[u], _mm512_set1_epi32(stride)); });
-        for (int by = stride / 2; by > 0; by /= 2)
-          each([&](int u) {
-            const __m512i probe = _mm512_min_epi32(_mm512_add_epi32(at[u], _mm512_set1_epi32(by - 1)), last);
-            at[u] = step(at[u], _mm512_cmp_ps_mask(_mm512_i32gather_ps(probe, t, 4), v[u], kCompare), by);
-          });
-      }
+      each([&](int u) {
+        at[u] = _mm512_mullo_epi32(_mm512_add_epi32(at[u], _mm512_set1_epi32(1)), _mm512_set1_epi32(stride));
+      });
+      for (int by = stride / 2; by > 0; by /= 2)
+        each([&](int u) {
+          const __m512i probe = _mm512_min_epi32(_mm512_add_epi32(at[u], _mm512_set1_epi32(by - 1)), last);
+          at[u] = step(at[u], _mm512_cmp_ps_mask(_mm512_i32gather_ps(probe, t, 4), v[u], kCompare), by);
+        });
       each([&](int u) { _mm512_storeu_si512(rank + j + u * W, at[u]); });
-    };
-    int j = 0;
-    for (; j + 3 * W <= n; j += 3 * W) some(j, std::integral_constant<int, 3>{});
-    for (; j < n; j += W) some(j, std::integral_constant<int, 1>{});
+    });
   }
 
   // One register block in 8 bits: a bit for each vector of [MR, NR / W] that holds a pair which one of its two rows may want.
   // See screen.h. The products take one factor without a sign, so columns are moved up by 128 and `level` takes that back.
-  static bool can_screen() { return has_byte_products(); }
+  static bool multiplies_bytes() { return has_byte_products(); }
   static uint32_t screen(const int8_t* a,  // [quads, NR, 4], from the first row on
                          const int8_t* b,  // [quads, NR, 4]
                          int64_t quads,
@@ -374,6 +441,69 @@ struct Avx512 {
       }
     }
     return near;
+  }
+
+  // A histogram's counter waits for its last sum, and each range has two of them. Ranges in bytes, a whole row of a tile in
+  // three registers, are asked for every rank instead: about 5 cycles a rank, whatever the data.
+  static constexpr int kCountable = 120;
+  static void count_covers(const int32_t* from, const int32_t* to, int n, int K, uint32_t* count) {
+    constexpr int kVectors = kTile<T> / 64;
+    uint8_t first[kTile<T>], length[kTile<T>];
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(length + 64 * v, _mm512_setzero_si512());
+    const auto put = [](uint8_t* out, __m512i v) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(v));
+    };
+    for (int j = 0; j < n; j += W) {
+      const __m512i begin = _mm512_loadu_si512(from + j), end = _mm512_loadu_si512(to + j);
+      put(first + j, begin);
+      put(length + j, _mm512_max_epi32(_mm512_sub_epi32(end, begin), _mm512_setzero_si512()));
+    }
+    __m512i begins[kVectors], lengths[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      begins[v] = _mm512_loadu_si512(first + 64 * v);
+      lengths[v] = _mm512_loadu_si512(length + 64 * v);
+    }
+    for (int r = 0; r < K; ++r) {
+      const __m512i here = _mm512_set1_epi8(static_cast<char>(r));
+      int64_t found = 0;
+      for (int v = 0; v < kVectors; ++v)  // r - from, less than 0 a large number
+        found += __builtin_popcountll(_mm512_cmplt_epu8_mask(_mm512_sub_epi8(here, begins[v]), lengths[v]));
+      count[r] += static_cast<uint32_t>(found);
+    }
+  }
+
+  // out[MR, 16] = unit * sum over k < 4 quads of u[row, k] x[k]: weights in bytes, four of a row side by side, times whole
+  // numbers of three digits, four rows of x side by side. Three products of bytes cost 3/4 of one of float32, and are exact.
+  __attribute__((noinline))  // inlined, GCC 12 keeps the sums in memory
+  static void weigh_bytes(const uint8_t* u,  // row i, weights 4 k ..: u + i row_step + k quad_step
+                          int64_t row_step, int64_t quad_step, int64_t quads,
+                          const int8_t* digits,  // [quads] x digit_step, of which [3, 16, 4]
+                          int64_t digit_step, T unit, T* out) {
+    __m512i sum[MR][3];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 3
+      for (int digit = 0; digit < 3; ++digit) sum[i][digit] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < quads; ++k) {
+      __m512i x[3];
+#pragma GCC unroll 3
+      for (int digit = 0; digit < 3; ++digit) x[digit] = _mm512_loadu_si512(digits + k * digit_step + digit * 64);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        int32_t four;
+        __builtin_memcpy(&four, u + i * row_step + k * quad_step, sizeof four);
+        const __m512i weights = _mm512_set1_epi32(four);
+#pragma GCC unroll 3
+        for (int digit = 0; digit < 3; ++digit) add_byte_products(sum[i][digit], weights, x[digit]);
+      }
+    }
+    const V one = set1(unit), more = set1(unit * 256), most = set1(unit * 65536);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const V low = _mm512_cvtepi32_ps(sum[i][0]), middle = _mm512_cvtepi32_ps(sum[i][1]),
+              high = _mm512_cvtepi32_ps(sum[i][2]);
+      store(out + i * W, madd(most, high, madd(more, middle, one * low)));
+    }
   }
 
   static void transpose(const T* tile, int64_t stride, int rows, T* out) {

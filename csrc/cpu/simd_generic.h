@@ -34,7 +34,8 @@ struct Generic {
 #else
   static constexpr int MR = 4, NR = 2 * W;
 #endif
-  static bool can_screen() { return false; }  // no fast products of bytes
+  static bool multiplies_bytes() { return false; }  // no fast products of bytes
+  static void weigh_bytes(const uint8_t*, int64_t, int64_t, int64_t, const int8_t*, int64_t, T, T*) {}
   static uint32_t screen(...) { return ~uint32_t{0}; }
   static constexpr bool kStrided = false;  // no permutation by variable: buckets stay in order and are searched one by one
 
@@ -117,6 +118,13 @@ struct Generic {
       }
       rank[j] = at;
     }
+  }
+
+  static constexpr int kCountable = 0;  // up to so many ranks count_covers() is worth it
+  // count[r] += #{ j < n : from[j] <= r < to[j] } for r < K <= kCountable; n is a multiple of W, at most a tile's.
+  static void count_covers(const int32_t* from, const int32_t* to, int n, int K, uint32_t* count) {
+    for (int j = 0; j < n; ++j)
+      for (int r = from[j]; r < to[j] && r < K; ++r) ++count[r];
   }
 
   // out[c * rows + r] = tile[r * stride + c] for W columns; rows is a multiple of W.

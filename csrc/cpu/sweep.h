@@ -35,7 +35,7 @@ void take_rows(const Call<S>& c, int64_t row, int count, const typename S::T* d,
     for (int i = 0; i < wanted; ++i) {
       const uint32_t g = queue[i] >> 26, at = queue[i] >> 16 & 0x3ff, column = queue[i] & 0xffff;
       const int64_t slot = w.rows[row + g0 + g].slot + at;
-      improve(w.key + slot, w.upper + slot, d[(g0 + g) * stride + column], index[column]);
+      improve(w.key + slot, make_key(d[(g0 + g) * stride + column], static_cast<uint32_t>(index[column])));
     }
     for (int g = 0; g < group; ++g) c.buckets(row + g0 + g).look_for_top(d + (g0 + g) * stride, n, index, c.limit);
   }
@@ -64,8 +64,8 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
   if (c.screening && I != J) {
     wanted = screened_distances(c, r0, row0, rows, c0, cols, both, begin, end, std::numeric_limits<T>::quiet_NaN(), tile);
   } else {
-    squared_distances<S>(w.ax + (r0 + row0) * c.Dp, c.Dp, w.anorm + r0 + row0, w.panels + c0 / S::NR * c.panel_size,
-                       c.panel_size, w.norm + c0, c.D, rows - row0, cols, I == J && both, tile + row0 * kT, kT);
+    squared_distances<S>(w.ax + (r0 + row0) * c.Dp, c.Dp, w.anorm + r0 + row0, w.panels, c.panel_size, c0, w.norm, c.D,
+                         rows - row0, cols, I == J && both, tile + row0 * kT, kT);
   }
   const T nan = std::numeric_limits<T>::quiet_NaN();
   const int real_rows = static_cast<int>(r0 + rows < c.A ? rows : c.A - r0);

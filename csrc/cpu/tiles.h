@@ -99,11 +99,10 @@ void find_near(const Call<S>& c, const Tile& tile, int64_t row, int cols, typena
   const auto& w = c.w;
   const NearBits<S> near(c, row);
   near.clear();
-  const typename S::V share = S::set1(-kNear<T>), own = S::set1(w.anorm[row]);
-  typename S::V least = S::zero();
-  for (int j = 0; j < cols; j += S::W)
-    least = S::smaller(S::madd(share, own + S::load(w.norm + tile.c0 + j), S::load(d + j)), least);
-  if (S::sum(least) == 0) return;
+  const typename S::V bound = S::set1(kNear<T> * (w.anorm[row] + c.longest));  // of the longest candidate
+  typename S::V least = bound;
+  for (int j = 0; j < cols; j += S::W) least = S::smaller(S::load(d + j), least);
+  if (S::sum(least - bound) == 0) return;
   for (int64_t j = tile.c0; j < tile.c1; ++j) {
     if (w.class_of[j] == w.aclass[row] || !is_near(c, d[j - tile.c0], row, j)) continue;
     d[j - tile.c0] = direct_distance(c, row, j);
@@ -126,8 +125,8 @@ void tile_distances(const Call<S>& c, const Tile& tile, int64_t begin, int64_t e
     screened_distances(c, top, static_cast<int>(low), static_cast<int>(low) + rows, tile.c0, cols, tile.both, begin, end,
                        kNoNegative<T>, out);
   else
-    squared_distances<S>(w.ax + (top + low) * c.Dp, c.Dp, w.anorm + top + low, w.panels + tile.c0 / S::NR * c.panel_size,
-                         c.panel_size, w.norm + tile.c0, c.D, rows, cols, false, out + low * kT, kT);
+    squared_distances<S>(w.ax + (top + low) * c.Dp, c.Dp, w.anorm + top + low, w.panels, c.panel_size, tile.c0, w.norm, c.D,
+                         rows, cols, false, out + low * kT, kT);
   out += low * kT;
   if (counts_all(c.args))
     for (int64_t row = top + low; row < bottom; ++row) find_near(c, tile, row, cols, out + (row - top - low) * kT);

@@ -69,6 +69,7 @@ inline __m512 _mm512_loadu_ps(const float* p) { return from_memory<__m512>(p); }
 inline __m512i _mm512_loadu_si512(const void* p) { return from_memory<__m512i>(p); }
 inline void _mm512_storeu_ps(float* p, __m512 v) { std::memcpy(p, &v, sizeof v); }
 inline void _mm512_storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, sizeof v); }
+inline __m512 _mm512_castsi512_ps(__m512i v) { return reinterpret_cast<__m512>(v); }
 inline __m512d _mm512_castps_pd(__m512 v) { return reinterpret_cast<__m512d>(v); }
 inline __m256 _mm256_castpd_ps(__m256d v) { return reinterpret_cast<__m256>(v); }
 inline __m256 _mm512_castps512_ps256(__m512 v) { return from_memory<__m256>(&v); }
@@ -117,7 +118,24 @@ inline __m512i _mm512_min_epi32(__m512i a, __m512i b) {
   return int_lanes([&](int i) { return ints(a)[i] < ints(b)[i] ? ints(a)[i] : ints(b)[i]; });
 }
 
+inline __m512i _mm512_max_epi32(__m512i a, __m512i b) {
+  return int_lanes([&](int i) { return ints(a)[i] > ints(b)[i] ? ints(a)[i] : ints(b)[i]; });
+}
+typedef uint8_t Byte64 __attribute__((vector_size(64)));
+inline Byte64 bytes(__m512i v) { return reinterpret_cast<Byte64>(v); }
+inline __m512i _mm512_sub_epi8(__m512i a, __m512i b) { return reinterpret_cast<__m512i>(bytes(a) - bytes(b)); }
+inline __m128i _mm512_cvtepi32_epi8(__m512i a) {  // the low byte of each lane
+  uint8_t low[16];
+  for (int i = 0; i < 16; ++i) low[i] = static_cast<uint8_t>(words(a)[i]);
+  return from_memory<__m128i>(low);
+}
+
 // ---- comparisons and masks ----
+inline __mmask64 _mm512_cmplt_epu8_mask(__m512i a, __m512i b) {
+  __mmask64 mask = 0;
+  for (int i = 0; i < 64; ++i) mask |= static_cast<__mmask64>(bytes(a)[i] < bytes(b)[i]) << i;
+  return mask;
+}
 inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   unsigned mask = 0;
   for (int i = 0; i < 16; ++i) {
@@ -159,6 +177,9 @@ inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b) {  // bi
     const uint32_t at = words(index)[i];
     return at & 16 ? b[at & 15] : a[at & 15];
   });
+}
+inline __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b) {
+  return reinterpret_cast<__m512i>(_mm512_permutex2var_ps(reinterpret_cast<__m512>(a), index, reinterpret_cast<__m512>(b)));
 }
 inline __m512 _mm512_i32gather_ps(__m512i index, const void* base, int scale) {
   return lanes<__m512>([&](int i) {

@@ -3,7 +3,9 @@
 #include UNIT_HEADER
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -126,15 +128,21 @@ void search() {
     const int n = static_cast<int>(1 + draw() % (kTile<T> / W)) * W;
     const auto size = static_cast<size_t>(R * W);
     std::vector<T> sorted(static_cast<size_t>(K)), t(size, kInf), upper(size), d(static_cast<size_t>(n));
+    std::vector<uint64_t> key(size);
     for (T& e : sorted) e = draw() % 5 ? uniform() : T(0.5);
     std::sort(sorted.begin(), sorted.end());
     for (int r = 0; r < K; ++r) t[static_cast<size_t>(r % R * W + r / R)] = sorted[static_cast<size_t>(r)];
     for (T& e : upper) e = draw() % 4 ? uniform() * 2 - T(0.5) : std::numeric_limits<T>::max();
+    for (size_t i = 0; i < size; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &upper[i], sizeof bits);
+      key[i] = uint64_t{bits} << 32 | static_cast<uint32_t>(draw());
+    }
     for (T& e : d) e = draw() % 8 == 0 ? value() : draw() % 8 == 0 ? sorted[draw() % sorted.size()] : uniform() * T(1.2);
     const T ceiling = draw() % 2 ? std::numeric_limits<T>::max() : uniform() * T(0.2);
     const auto tag = static_cast<uint32_t>(draw() % 64) << 26;
     std::vector<uint32_t> queue(static_cast<size_t>(n) + W, 0xABCDEFu);  // whole vectors are stored, up to W beyond the last
-    const int found = S::search(t.data(), upper.data(), R, ceiling, d.data(), n, tag, queue.data());
+    const int found = S::search(t.data(), key.data(), R, ceiling, d.data(), n, tag, queue.data());
     check(found >= 0 && found <= n, "search: count");
     int at = 0;
     for (int j = 0; j < n; ++j) {
@@ -162,9 +170,56 @@ void transpose() {
       check(out[static_cast<size_t>(c * rows + r)] == tile[static_cast<size_t>(r * stride + c)], "transpose");
 }
 
+void count_covers() {
+  if (S::kCountable == 0) return;
+  const int K = static_cast<int>(1 + draw() % static_cast<uint64_t>(S::kCountable));
+  const int n = static_cast<int>(1 + draw() % (kTile<T> / W)) * W;
+  std::vector<int32_t> from(static_cast<size_t>(n)), to(from.size());
+  for (size_t j = 0; j < from.size(); ++j) {
+    from[j] = static_cast<int32_t>(draw() % static_cast<uint64_t>(K + 1));
+    to[j] = draw() % 3 ? static_cast<int32_t>(draw() % static_cast<uint64_t>(K + 1)) : K;
+  }
+  std::vector<uint32_t> count(static_cast<size_t>(K) + 1, 7);
+  S::count_covers(from.data(), to.data(), n, K, count.data());
+  for (int r = 0; r < K; ++r) {
+    uint32_t want = 7;
+    for (size_t j = 0; j < from.size(); ++j) want += from[j] <= r && r < to[j];
+    check(count[static_cast<size_t>(r)] == want, "count_covers");
+  }
+  check(count[static_cast<size_t>(K)] == 7, "count_covers: beyond K");
+}
+
+void weigh_bytes() {
+  if (!S::multiplies_bytes()) return;
+  constexpr int MR = S::MR;
+  const int64_t quads = 1 + static_cast<int64_t>(draw() % 48), digit_step = 192 * (1 + static_cast<int64_t>(draw() % 3));
+  const bool by_rows = draw() % 2;
+  const int64_t row_step = by_rows ? 4 * quads : 4, quad_step = by_rows ? 4 : 4 * MR;
+  std::vector<uint8_t> u(static_cast<size_t>(4 * quads * MR));
+  std::vector<int8_t> digits(static_cast<size_t>(quads * digit_step));
+  for (uint8_t& e : u) e = static_cast<uint8_t>(draw());
+  for (int8_t& e : digits) e = static_cast<int8_t>(draw());
+  T out[MR * W];
+  S::weigh_bytes(u.data(), row_step, quad_step, quads, digits.data(), digit_step, T(1) / 1024, out);
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < W; ++j) {
+      int64_t want = 0, size = 0;
+      for (int64_t k = 0; k < quads; ++k)
+        for (int row = 0; row < 4; ++row) {
+          const int8_t* x = digits.data() + k * digit_step + 4 * j + row;
+          const int64_t product =
+              u[static_cast<size_t>(i * row_step + k * quad_step + row)] * (x[0] + 256 * x[64] + 65536 * x[128]);
+          want += product;
+          size += product < 0 ? -product : product;
+        }
+      const double error = std::fabs(static_cast<double>(out[i * W + j]) * 1024 - static_cast<double>(want));
+      check(error <= 2e-7 * static_cast<double>(size), "weigh_bytes");
+    }
+}
+
 // A vector is handed on where one of its pairs may be wanted: the least a pair can be apart is not above both ceilings.
 void screen() {
-  if (!S::can_screen()) return;
+  if (!S::multiplies_bytes()) return;
   constexpr int MR = S::MR, NR = S::NR;
   const int64_t quads = 1 + static_cast<int64_t>(draw() % 9);
   std::vector<int8_t> a(static_cast<size_t>(quads * NR * 4)), b(a.size());
@@ -185,8 +240,7 @@ void screen() {
     reach[j] = draw() % 32 == 0 ? kNan : static_cast<T>(draw() % 16);
     ceiling[j] = draw() % 3 == 0 ? -kInf : static_cast<T>(draw() % 64) - 40;
   }
-  const uint32_t near =
-      S::screen(a.data(), b.data(), quads, row_step, level, row_reach, row_ceiling, step, reach, ceiling);
+  const uint32_t near = S::screen(a.data(), b.data(), quads, row_step, level, row_reach, row_ceiling, step, reach, ceiling);
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < NR / W; ++v) {
       bool wanted = false;
@@ -216,6 +270,8 @@ int main() {
     search<S>();
     transpose();
     if (i % 10 == 0) screen();
+    if (i % 10 == 0) weigh_bytes();
+    if (i % 10 == 0) count_covers();
   }
   std::printf("3000 rounds of %d lanes of %zu bytes, %d failures\n", W, sizeof(T), failures);
   return failures ? 1 : 0;
