@@ -116,20 +116,24 @@ void sweep(Call<S>& c, int64_t begin, int64_t end) {
   const int64_t run = own >= 32 ? 4 : 1;
   int stop = 0;
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic, run)
-  for (int64_t i = 0; i < shared + single; ++i) {
+  for (int64_t n = 0; n < shared + single; ++n) {
     int halted;
 #pragma omp atomic read
     halted = stop;
     if (halted) continue;
+    int64_t i = n;
     if (i < shared) {
+      // Tiles on the diagonal are half as much work: last, where they leave the other threads the least to wait for.
+      if (run == 1) i = i + own < shared ? i + own : i + own - shared;
       // Runs of `run` tiles share their anchors, whose rows then stay in L2.
       const int64_t full = own / 2 / run * run * own, run_index = i / run;
       const int64_t I = i < full ? run_index % own : i % own;
       const int64_t J = (I + (i < full ? run_index / own * run + i % run : i / own)) % own;
       sweep_tile(c, first + (I < J ? I : J), first + (I < J ? J : I), true, begin, end, first);
     } else {
-      const int64_t n = i - shared, I = n % own;
-      int64_t J = c.symmetric ? n / own : (n / own + I) % all;
+      i -= shared;
+      const int64_t I = i % own;
+      int64_t J = c.symmetric ? i / own : (i / own + I) % all;
       if (c.symmetric && J >= first) J += own;
       sweep_tile(c, first + I, J, false, begin, end, first);
     }
