@@ -117,12 +117,11 @@ void thresholds(Call<S>& c, int64_t begin, int64_t end) {
           keep_one(c, scratch.tile + (row - r0) * c.kT - c0, a, b, r, t, w.rank + r.slot);
           continue;
         }
-        for (int64_t j = a; j < b; ++j) {
-          if (j == r.hole) continue;
-          const T d = scratch.tile[(row - r0) * c.kT + (j - c0)];
-          // Nothing is farther than a positive at distance NaN.
-          t[j - own_begin - (j > r.hole)] = d <= kMost ? d : kMost;
-        }
+        const T* const d = scratch.tile + (row - r0) * c.kT - c0;
+        const int64_t hole = r.hole < a ? a : r.hole < b ? r.hole : b;
+        // Nothing is farther than a positive at distance NaN.
+        for (int64_t j = a; j < hole; ++j) t[j - own_begin] = d[j] <= kMost ? d[j] : kMost;
+        for (int64_t j = hole + (hole == r.hole); j < b; ++j) t[j - own_begin - 1] = d[j] <= kMost ? d[j] : kMost;
       }
     }
     for (int64_t row = from; row < to; ++row) {
