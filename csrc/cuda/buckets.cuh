@@ -33,6 +33,7 @@ __device__ __forceinline__ uint64_t pack(uint32_t high, uint32_t low) { return u
 // By one warp. NaN among the distances (mining): every negative goes to `best` at once.
 __device__ __forceinline__ void store_base(const Problem<float>& p, int32_t a, const float* d2_ap, int32_t positives) {
   uint32_t last = 0;
+#pragma unroll 1
   for (int32_t r = thread_index() % 32; r < positives; r += 32) last = max(last, ordered_bits(d2_ap[r]));
   last = warp_max(last);
   if (thread_index() % 32 != 0) return;
@@ -60,9 +61,10 @@ __device__ __forceinline__ void load_order(const Problem<float>& p, const TileSh
   const int side = thread_index() / kSide, i = thread_index() % kSide;
   if (side > 1) return;
   const int32_t c = (side == 0 ? s.cursor->row : s.cursor->column) + i;
-  if ((side == 0 && !p.plain) || c >= p.candidates.count) return;  // rows that are no candidates
-  s.order[side].rank[i] = static_cast<uint32_t>(p.tile_rank[c]);
-  s.order[side].index[i] = p.tile_index[c];
+  if (side == 0 && !p.plain) return;  // rows that are no candidates
+  const bool has = c < p.candidates.count;  // else a rank is still read, with a distance that is not offered
+  s.order[side].rank[i] = has ? static_cast<uint32_t>(p.tile_rank[c]) : 0;
+  s.order[side].index[i] = has ? p.tile_index[c] : 0;
 }
 
 __device__ __forceinline__ void clear_beyond(const Pass& pass, Buckets* buckets) {
@@ -71,19 +73,25 @@ __device__ __forceinline__ void clear_beyond(const Pass& pass, Buckets* buckets)
   }
 }
 
-// Calls body(bucket, row, base) for every bucket of an anchor; bucket < 0: it is not in the pass. Lanes are the kWidth
-// anchors from position `first` on; a thread is called with the same buckets each time.
-template <int kWidth, class Body>
-__device__ __forceinline__ void for_each_bucket(const Problem<float>& p, const Pass& pass, int32_t first, Body body) {
+// What a thread has of the buckets of kWidth anchors from position `first` on: those of one anchor, kStep apart.
+template <int kWidth>
+struct BucketsOf {
   static_assert(kThreads % kWidth == 0, "a thread stays with its anchor");
-  const int32_t a = first + thread_index() % kWidth;
-  const bool has = pass.has(a);
-  const uint32_t base = has ? ordered_bits(p.base[a]) : 0;
-#pragma unroll 10  // loads in flight
-  for (int32_t r = thread_index() / kWidth; r < pass.buckets; r += kThreads / kWidth) {
-    body(has ? a - pass.begin + r * pass.width : -1, r + 1, base);
+  static constexpr int32_t kStep = kThreads / kWidth;
+  int32_t left, bucket, step;  // how many from the first one on, the first in global memory, from one to its next there
+  bool has;  // the anchor is in the pass
+  Buckets* row;
+  int at;
+  __device__ __forceinline__ BucketsOf(const Pass& pass, const TileShared<float>& s, int32_t first, int place) {
+    const int32_t a = first + thread_index() % kWidth, r = thread_index() / kWidth, width = pass.width;
+    left = pass.buckets - r;
+    bucket = a - pass.begin + r * width;
+    step = kStep * width;
+    has = pass.has(a);
+    row = s.buckets + 1 + r;
+    at = place + thread_index() % kWidth;
   }
-}
+};
 
 // A block's first tile finds next to nothing in `best` and begins with empty buckets. What is in a bucket already is loaded
 // as the tag above it: an equally close negative may still have a lower index.
@@ -91,37 +99,77 @@ template <int kWidth>
 __device__ __forceinline__ void load_buckets(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
                                              int32_t first, int place) {
   const bool is_first = s.cursor->is_first;
-  const int at = place + thread_index() % kWidth;
-  for_each_bucket<kWidth>(p, pass, first, [&](int32_t bucket, int32_t row, uint32_t base) {
-    const uint64_t key = bucket < 0 || is_first ? kEmpty : load_relaxed(p.best + bucket);
-    const uint32_t steps = static_cast<uint32_t>(key >> 32) - base + 1;
-    s.buckets[row].threshold[at] = bucket < 0 ? INFINITY : p.threshold[bucket];
-    s.buckets[row].least[at] = key != kEmpty && steps < kTagSteps ? steps * kRanks : kNoTag;
-  });
+  BucketsOf<kWidth> b(pass, s, first, place);
+  const int32_t a = first + thread_index() % kWidth;
+  const float base = b.has ? p.base[a] : 0.f;
+  constexpr int kLoads = 5;  // in flight
+  const auto load = [&](auto load_tag) {
+#pragma unroll 1
+    for (; b.left > 0; b.left -= kLoads * b.kStep, b.bucket += kLoads * b.step, b.row += kLoads * b.kStep) {
+      float threshold[kLoads];
+      uint32_t tag[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const bool has = b.has && i * b.kStep < b.left;
+        threshold[i] = has ? p.threshold[b.bucket + i * b.step] : INFINITY;
+        tag[i] = load_tag(has, b.bucket + i * b.step);
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (i * b.kStep >= b.left) continue;
+        b.row[i * b.kStep].threshold[b.at] = threshold[i];
+        b.row[i * b.kStep].least[b.at] = tag[i];
+      }
+    }
+  };
+  if (is_first) {
+    load([](bool, int32_t) { return kNoTag; });
+  } else {
+    load([&](bool has, int32_t bucket) {
+      const uint64_t key = has ? load_relaxed(p.best + bucket) : kEmpty;
+      const uint32_t steps = static_cast<uint32_t>(key >> 32) - ordered_bits(base) + 1;
+      return key != kEmpty && steps < kTagSteps ? steps * kRanks : kNoTag;
+    });
+  }
   if (thread_index() >= kWidth) return;
-  const int32_t a = first + thread_index();
   int32_t count = 0;
-  if (pass.has(a)) count = count_buckets(p, count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]));
+  if (b.has) count = count_buckets(p, count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]));
   uint32_t far = count > 0 ? kInfinity : 0;
   if (count > 0 && !is_first) {
     const uint64_t last = load_relaxed(p.best + pass.bucket(a) + (count - 1) * pass.bucket_step());
     far = min(far, static_cast<uint32_t>(last >> 32));
   }
-  s.ranges->far[at] = far;
-  s.ranges->base[at] = count > 0 ? p.base[a] : 0.f;
+  s.ranges->far[b.at] = far;
+  s.ranges->last[b.at] = count;
+  s.ranges->base[b.at] = count > 0 ? base : 0.f;
 }
 // What has become better. index: of the candidates, by rank.
 template <int kWidth>
 __device__ __forceinline__ void store_buckets(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
                                               const int32_t* index, int32_t first, int place) {
-  const bool is_first = s.cursor->is_first;  // then there is hardly anything to compare with
-  const int at = place + thread_index() % kWidth;
-  for_each_bucket<kWidth>(p, pass, first, [&](int32_t bucket, int32_t row, uint32_t base) {
-    const uint32_t tag = s.buckets[row].least[at];
-    if (bucket < 0 || tag >= kNoTags) return;
-    const uint64_t key = pack(base + tag / kRanks, static_cast<uint32_t>(index[tag % kRanks]));
-    if (is_first || key < load_relaxed(p.best + bucket)) atomic_min(p.best + bucket, key);
-  });
+  BucketsOf<kWidth> b(pass, s, first, place);
+  if (!b.has) return;
+  const uint32_t base = ordered_bits(p.base[first + thread_index() % kWidth]);
+  constexpr int kLoads = 5;
+  const auto store = [&](auto is_better) {
+#pragma unroll 1
+    for (; b.left > 0; b.left -= kLoads * b.kStep, b.bucket += kLoads * b.step, b.row += kLoads * b.kStep) {
+      uint32_t tag[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) tag[i] = i * b.kStep < b.left ? b.row[i * b.kStep].least[b.at] : kNoTag;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const uint64_t key = pack(base + tag[i] / kRanks, static_cast<uint32_t>(index[tag[i] % kRanks]));
+        uint64_t* best = p.best + b.bucket + i * b.step;
+        if (tag[i] < kNoTags && is_better(key, best)) atomic_min(best, key);
+      }
+    }
+  };
+  if (s.cursor->is_first) {  // there is hardly anything to compare with
+    store([](uint64_t, const uint64_t*) { return true; });
+  } else {
+    store([](uint64_t key, const uint64_t* best) { return key < load_relaxed(best); });
+  }
 }
 
 // ---- offers ---------------------------------------------------------------------------------------------------------
@@ -153,46 +201,63 @@ __device__ __forceinline__ void offer_beyond_tags(const Problem<float>& p, const
   if (key < load_relaxed(best)) atomic_min(best, key);
 }
 
-// Offers count distances, kStep floats apart, to the anchor at position a, entry i of `edge`, whose buckets stand at `place`;
-// index and rank are of the candidates. Several threads may do so for the same anchor.
-template <int kStep>
-__device__ __forceinline__ void offer_in_shared(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
-                                                const Edge<float>& edge, int i, int32_t a, int place, int count,
-                                                const float* distance, const int32_t* index, const uint32_t* rank) {
-  const int32_t range = pass.range, behind = pass.buckets + 1;  // row `behind` is infinite
-  const auto threshold = [&](int32_t row) { return s.buckets[min(row, behind)].threshold[place]; };
-  const float first = threshold(range), second = threshold(2 * range), third = threshold(3 * range),
-              fourth = threshold(4 * range);
-  const uint32_t bytes = range * uint32_t(sizeof(Buckets));
+// Offers a thread's distances (select.cuh) to their anchor. Several threads may do so for the same anchor. Returns the largest
+// tag, of equally far candidates that of the lowest index, with the bits of its rank turned round; 0: no tag holds a distance,
+// or none but the least.
+template <int kRange, class Side>
+__device__ __forceinline__ uint32_t offer_in_range(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
+                                                   const Side& side) {
+  constexpr int kStep = Side::kStep;
+  const int place = side.place;
+  const float* distance = side.distance;
+  const int32_t* index = side.index;
+  const uint32_t* rank = side.order.rank + side.from;
+  const auto stop = *reinterpret_cast<const Vector<int32_t, 4>*>(pass.stop);
+  const auto threshold = [&](int k) { return s.buckets[stop.element[k]].threshold[place]; };
+  const float first = threshold(0), second = threshold(1), third = threshold(2), fourth = threshold(3);
+  constexpr uint32_t kBytes = kRange * uint32_t(sizeof(Buckets));
   const uint32_t base = ordered_bits(s.ranges->base[place]), row0 = shared_address(&s.buckets[0].threshold[place]);
-  const uint32_t row2 = row0 + 2 * bytes, least_behind = shared_address(&s.buckets[0].least[place]) - row0;
+  const uint32_t row2 = row0 + 2 * kBytes, least_behind = shared_address(&s.buckets[0].least[place]) - row0;
   const bool is_first = s.cursor->is_first;
+  uint32_t farthest = 0;
 #pragma unroll 1
-  for (; count > 0; count -= kSearches, distance += kSearches * kStep, index += kSearches, rank += kSearches) {
+  for (int count = side.count; count > 0;
+       count -= kSearches, distance += kSearches * kStep, index += kSearches, rank += kSearches) {
     float d[kSearches];
     uint32_t at[kSearches];  // the row of as many thresholds as are < d; row 0 for kNotOffered and NaN
+    if constexpr (kStep == 1) {
+#pragma unroll
+      for (int j = 0; j < kSearches; j += 4) {
+        const auto four = *reinterpret_cast<const Vector<float, 4>*>(distance + j);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d[j + i] = four.element[i];
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSearches; ++j) d[j] = distance[j * kStep];
+    }
 #pragma unroll
     for (int j = 0; j < kSearches; ++j) {
-      d[j] = distance[j * kStep];
       const bool above = second < d[j];
       at[j] = above ? row2 : row0;
-      add_if_less(at[j], above ? third : first, d[j], bytes);
-      add_if_less(at[j], fourth, d[j], bytes);
+      add_if_less(at[j], above ? third : first, d[j], kBytes);
+      add_if_less(at[j], fourth, d[j], kBytes);
     }
-    if (range > 8) search_rows<8>(d, at);
-    if (range > 4) search_rows<4>(d, at);
-    if (range > 2) search_rows<2>(d, at);
-    if (range > 1) search_rows<1>(d, at);
-    Vector<uint32_t, 4> ranks[kSearches / 4];
+    if constexpr (kRange > 8) search_rows<8>(d, at);
+    if constexpr (kRange > 4) search_rows<4>(d, at);
+    if constexpr (kRange > 2) search_rows<2>(d, at);
+    if constexpr (kRange > 1) search_rows<1>(d, at);
+    using Four = Vector<uint32_t, 4>;
+    Four ranks[kSearches / 4];
 #pragma unroll
     for (int i = 0; i < kSearches / 4; ++i) {
-      ranks[i] = *reinterpret_cast<const Vector<uint32_t, 4>*>(rank + 4 * i);
+      ranks[i] = *reinterpret_cast<const Four*>(rank + 4 * i);
     }
     uint32_t tag[kSearches], most = 0;
 #pragma unroll
     for (int j = 0; j < kSearches; ++j) {
       tag[j] = min(ordered_bits(d[j]) - base, kTagSteps) * kRanks + ranks[j / 4].element[j % 4];
-      most = max(most, tag[j]);
+      most = max(most, tag[j] ^ (kRanks - 1));
     }
 #pragma unroll
     for (int j = 0; j < kSearches; ++j) {
@@ -200,21 +265,27 @@ __device__ __forceinline__ void offer_in_shared(const Problem<float>& p, const P
       // In a first tile nearly everything is better than nothing: no look, no branch.
       if (is_first || tag[j] < load_relaxed(least)) atomicMin(least, tag[j]);
     }
-    if (most < kNoTags) continue;
+    if (most < kNoTags) {
+      farthest = max(farthest, most);
+      continue;
+    }
     const uint32_t far = load_relaxed(&s.ranges->far[place]);  // 0: no anchor of this pass
     uint32_t beyond = 0;  // those that no tag holds
 #pragma unroll
     for (int j = 0; j < kSearches; ++j) {
-      beyond |= tag[j] >= kNoTags && ordered_bits(d[j]) <= far ? 1u << j : 0u;
+      if (tag[j] < kNoTags) farthest = max(farthest, tag[j] ^ (kRanks - 1));
+      else if (ordered_bits(d[j]) <= far) beyond |= 1u << j;
     }
-    const int32_t buckets = count_buckets(p, count_positives(p, edge.mate_begin[i], edge.mate_end[i]));
+    if (beyond == 0) continue;
+    const int32_t buckets = s.ranges->last[place];
 #pragma unroll 1
     while (beyond != 0) {
       const int j = __ffs(static_cast<int>(beyond)) - 1;
       beyond &= beyond - 1;
-      offer_beyond_tags(p, pass, s, buckets, a, place, distance[j * kStep], static_cast<uint32_t>(index[j]));
+      offer_beyond_tags(p, pass, s, buckets, side.a, place, distance[j * kStep], static_cast<uint32_t>(index[j]));
     }
   }
+  return farthest;
 }
 
 // "Farthest" keys are shifted by one so that NaN is the nearest.
@@ -223,40 +294,41 @@ __device__ __forceinline__ auto farthest_bits(Acc d) {
   return d == d ? ordered_bits(d) + 1 : 0;
 }
 
-// Behind all offers of a part: a positive may fall back to the farthest negative while none is known beyond the last
-// threshold. Most anchors know one by then, so a warp looks for those that do not, and goes along the part for each.
-__device__ __forceinline__ void offer_farthest_of_part(const Problem<float>& p, const TileShared<float>& s, int part) {
-  constexpr int kEach = kBucketPitch / kWarps, kColumns = kPart<float>;
-  static_assert(kBucketPitch % kWarps == 0 && kEach <= 32);
-  const int lane = thread_index() % 32, first = thread_index() / 32 * kEach;
-  const int32_t column = s.cursor->column + part * kColumns;
-  const auto position = [&](int place) { return place < kSide ? s.cursor->row + place : column + place - kSide; };
-  bool wants = false;
-  if (lane < kEach && load_relaxed(&s.ranges->far[first + lane]) >= kInfinity) {  // an anchor of this pass, if it is loaded
-    const int place = first + lane, i = place < kSide ? place : part * kColumns + place - kSide;
-    if (place < kSide || serves_columns(p, *s.cursor)) {
-      const Edge<float>& edge = place < kSide ? *s.row : *s.column;
-      const int32_t count = count_buckets(p, count_positives(p, edge.mate_begin[i], edge.mate_end[i]));
-      wants = load_relaxed(&s.buckets[count].least[place]) >= kNoTags;
+template <class Side>
+__device__ __forceinline__ uint32_t offer_in_shared(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
+                                                    const Side& side) {
+  switch (pass.range) {
+    case 1: return offer_in_range<1>(p, pass, s, side);
+    case 2: return offer_in_range<2>(p, pass, s, side);
+    case 4: return offer_in_range<4>(p, pass, s, side);
+    case 8: return offer_in_range<8>(p, pass, s, side);
+    default: return offer_in_range<16>(p, pass, s, side);
+  }
+}
+
+// Behind all offers of a part, with what offer_in_shared() returned: a positive may fall back to the farthest negative while
+// none is known beyond the last threshold.
+template <class Side>
+__device__ __forceinline__ void offer_farthest_in_shared(const Problem<float>& p, const TileShared<float>& s, const Side& side,
+                                                         uint32_t farthest) {
+  const int32_t last = s.ranges->last[side.place];
+  if (last == 0 || load_relaxed(&s.ranges->far[side.place]) < kInfinity) return;
+  if (load_relaxed(&s.buckets[last].least[side.place]) < kNoTags) return;
+  uint64_t key = 0;
+  if (farthest != 0) {
+    const uint32_t rank = (farthest ^ (kRanks - 1)) % kRanks;
+    key = pack(ordered_bits(s.ranges->base[side.place]) + farthest / kRanks + 1,
+               ~static_cast<uint32_t>(side.order.index[rank]));
+  } else {
+#pragma unroll 1
+    for (int j = 0; j < side.count; ++j) {
+      const float d = side.distance[j * Side::kStep];
+      const uint64_t other = pack(farthest_bits(d), ~static_cast<uint32_t>(side.index[j]));
+      key = d != kNotOffered && other > key ? other : key;
     }
   }
-#pragma unroll 1
-  for (uint32_t left = __ballot_sync(kWholeWarp, wants); left != 0; left &= left - 1) {
-    const int place = first + __ffs(static_cast<int>(left)) - 1;
-    const bool is_row = place < kSide;
-    const float* d = s.part + (is_row ? place * kPartPitch<float> : place - kSide);
-    const int32_t* index = is_row ? s.column->index + part * kColumns : s.row->index;
-    uint64_t farthest = 0;
-#pragma unroll 1
-    for (int j = lane; j < (is_row ? kColumns : kSide); j += 32) {
-      const float value = d[is_row ? j : j * kPartPitch<float>];
-      const uint64_t key = pack(farthest_bits(value), ~static_cast<uint32_t>(index[j]));
-      farthest = value != kNotOffered && key > farthest ? key : farthest;
-    }
-    farthest = warp_max(farthest);
-    uint64_t* known = p.farthest + position(place);
-    if (lane == 0 && farthest > load_relaxed(known)) atomic_max(known, farthest);
-  }
+  uint64_t* known = p.farthest + side.a;
+  if (key > load_relaxed(known)) atomic_max(known, key);
 }
 
 }  // namespace facenet_ext::cuda

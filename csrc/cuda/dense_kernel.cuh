@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     grid_sync();  // the copy
     prepare<M, Acc>(p.side[0], scratch);
     grid_sync();  // positions, classes and operands of all rows
-    const Facts facts = gather_facts(p.side[0], scratch);
+    const Facts facts = gather_facts(p.side[0]);
     if (facts.has_nonfinite) {
       write_nan(p.side[0]);
       return;
@@ -121,19 +121,22 @@ int64_t make_dense(const TripletArgs& args, uint8_t* base, DenseProblem<typename
 
 // Bytes of shared memory, with as many thresholds per anchor as a block may have.
 template <Math M>
-int64_t dense_shared_bytes(int32_t* shared_slots) {
+int64_t choose_dense_shared(DenseProblem<typename MathTraits<M>::Acc>& p) {
   using Acc = typename MathTraits<M>::Acc;
-  const auto bytes = [](int32_t slots) {
+  const auto state = [] {
     Carver carver{nullptr, 0, true};
     carver.take<DensePass<Acc>>(1);
+    return carver;
+  };
+  const auto bytes = [&](int32_t slots) {
+    Carver carver = state();
     carve_sweep<Acc>(carver, slots);
     return carver.used;
   };
   const int64_t limit = max_shared_bytes();
-  int32_t slots = 0;
-  while (slots < 64 && bytes(slots + 1) <= limit) ++slots;
-  *shared_slots = slots;
-  return bytes(slots);  // of all phases the sweep takes most
+  p.shared_slots = 0;
+  while (p.shared_slots < 64 && bytes(p.shared_slots + 1) <= limit) ++p.shared_slots;
+  return max(bytes(p.shared_slots), choose_table<M>(p.side[0], state().used, limit));  // other phases take less
 }
 
 template <Math M>
@@ -142,10 +145,8 @@ Status launch_dense_kernel(const TripletArgs& args, const char* name) {
   const int64_t bytes = make_dense<M>(args, static_cast<uint8_t*>(args.workspace), problem);
   if (bytes < 0 || args.workspace_bytes < bytes)
     return {Code::invalid, name, "workspace smaller than triplet_workspace_bytes"};
-  const int64_t shared = dense_shared_bytes<M>(&problem.shared_slots);
-  // One block per multiprocessor: all are resident, as a cooperative launch demands. Small problems take fewer.
-  const int64_t work = divide_up(args.num_candidates + (problem.side[0].plain ? 0 : args.num_anchors), kRowsPerBlock);
-  const int64_t blocks = work < args.multiprocessors ? work : args.multiprocessors;
+  const int64_t shared = choose_dense_shared<M>(problem);
+  const int64_t blocks = share_rows(args, problem.side[0]);
   return launch_cooperative(dense_kernel<M>, name, static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared),
                             args.stream, problem);
 }

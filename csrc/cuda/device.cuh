@@ -98,6 +98,14 @@ __device__ __forceinline__ void count_if_equal(int32_t& count, int64_t a, int64_
 __device__ __forceinline__ void count_if_equal(int32_t& count, int32_t a, int32_t b) {
   asm("{ .reg .pred q; setp.eq.s32 q, %1, %2; @q add.s32 %0, %0, 1; }" : "+r"(count) : "r"(a), "r"(b));
 }
+// Two counts in one word: each += a < b of its half, for numbers of 15 bits below 0x7c00, which order as the half floats that
+// have their bits. Two instructions for two comparisons.
+__device__ __forceinline__ void count_halves_if_less(uint32_t& counts, uint32_t a, uint32_t b) {
+  asm("{ .reg .b32 t; set.lt.f16x2.f16x2 t, %1, %2; add.rn.f16x2 %0, %0, t; }" : "+r"(counts) : "r"(a), "r"(b));
+}
+__device__ __forceinline__ int32_t count_of_half(uint32_t counts, int half) {
+  return __half2int_rz(__ushort_as_half(static_cast<uint16_t>(counts >> 16 * half)));
+}
 // at += bytes if t < d. Two instructions, where compilers would rather select and add.
 __device__ __forceinline__ void add_if_less(uint32_t& at, float t, float d, uint32_t bytes) {
   asm volatile("{ .reg .pred q; setp.lt.f32 q, %1, %2; @q add.u32 %0, %0, %3; }" : "+r"(at) : "f"(t), "f"(d), "r"(bytes));
@@ -224,6 +232,10 @@ __device__ __forceinline__ float widen(Bfloat x) { return float_from_bfloat(x.bi
 // Bits whose unsigned order is the order of values that are >= +0; NaN comes last.
 __device__ __forceinline__ uint32_t ordered_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ uint64_t ordered_bits(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
+__device__ __forceinline__ float from_ordered_bits(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ double from_ordered_bits(uint64_t bits) {
+  return __longlong_as_double(static_cast<long long>(bits));
+}
 
 template <class T>
 __device__ __forceinline__ T
@@ -239,6 +251,18 @@ __device__ __forceinline__ T warp_max(T x) {
   }
   return x;
 }
+#if __CUDA_ARCH__ >= 800 || defined(FACENET_EXT_EMULATED)
+// One instruction for integers.
+__device__ __forceinline__ int32_t warp_sum(int32_t x) { return __reduce_add_sync(kWholeWarp, x); }
+__device__ __forceinline__ uint32_t warp_sum(uint32_t x) { return __reduce_add_sync(kWholeWarp, x); }
+__device__ __forceinline__ int32_t warp_max(int32_t x) { return __reduce_max_sync(kWholeWarp, x); }
+__device__ __forceinline__ uint32_t warp_max(uint32_t x) { return __reduce_max_sync(kWholeWarp, x); }
+__device__ __forceinline__ uint64_t warp_max(uint64_t x) {
+  const uint32_t high = warp_max(static_cast<uint32_t>(x >> 32));
+  const uint32_t low = warp_max(x >> 32 == high ? static_cast<uint32_t>(x) : 0u);
+  return uint64_t(high) << 32 | low;
+}
+#endif
 
 __device__ __forceinline__ uint64_t atomic_min(uint64_t* p, uint64_t x) {
   return atomicMin(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));

@@ -1,9 +1,10 @@
 // Phase 4: from bucket minima to triplets, a warp per anchor, lane = pair.
 //
-//   best     suffix minimum over the buckets; bucket u - 1 then holds the negative of a positive with u thresholds <= its own
+//   best     an empty bucket takes over what the next one that is not holds, which is closer than all behind it; bucket u - 1
+//            then holds the negative of a positive with u thresholds <= its own
 //   d2_ap    becomes the coefficient of (a - p) in the gradient (1, or 1 / d for the euclidean distance; 0: no hinge)
 //   entry    the negative and the coefficient of (a - n); of 32 neighbouring pairs, those with one negative count as one
-//   list     per candidate, the places of the entries that chose it
+//   list     per candidate, the entries that chose it
 //
 // A pair's distances are those of the tiles, unless it is near: one of the two is less than a quarter of the largest
 // |a|^2 + |x|^2, so that the expansion's rounding would show. Such a pair is summed anew in direct form, sum (a - p)^2 and
@@ -70,10 +71,10 @@ struct Winner {  // of a bucket: ordered bits of the distance (all ones: none) a
     return bits < other.bits || (bits == other.bits && index < other.index);
   }
 };
-__device__ __forceinline__ Winner load_winner(const Problem<float>& p, int32_t slot) {
-  const uint64_t key = p.best[slot];
+__device__ __forceinline__ Winner winner_of(uint64_t key) {
   return {key == kEmpty ? kEmpty : key >> 32, static_cast<uint32_t>(key)};
 }
+__device__ __forceinline__ Winner load_winner(const Problem<float>& p, int32_t slot) { return winner_of(p.best[slot]); }
 __device__ __forceinline__ Winner load_winner(const Problem<double>& p, int32_t slot) {
   if (draws(p)) return {p.best[slot], static_cast<uint32_t>(p.best[slot])};
   return {p.best[slot], p.best_index[slot]};
@@ -96,54 +97,92 @@ __device__ __forceinline__ Winner farthest_of(const Problem<double>& p, int32_t 
 // The tiles' distances in the unit of the rows, and which of them are near.
 struct Expanded {
   int32_t exponent;
+  float unit;  // 2^exponent; 0: beyond the range of floats
   float near;  // below it, in the tiles' unit
   __device__ __forceinline__ Expanded(const Problem<float>& p, const Pass& pass, int32_t a)
-      : exponent(2 * pass.max_exponent) {
+      : exponent(2 * pass.max_exponent), unit(exponent >= -126 && exponent <= 127 ? two_to<float>(exponent) : 0.f) {
     const float scale = two_to<float>(p.anchors.exponent[a] - pass.max_exponent);
     const float quarter = 0.25f * (p.anchors.norm[a] * scale * scale + pass.max_norm);
     near = quarter > 1e-24f ? quarter : 1e-24f;  // far from where floats end: scaled norms of tiny rows may have vanished
   }
-  __device__ __forceinline__ Expanded(const Problem<double>&, const Pass&, int32_t) : exponent(0), near(0) {}
+  __device__ __forceinline__ Expanded(const Problem<double>&, const Pass&, int32_t) : exponent(0), unit(1), near(0) {}
   __device__ __forceinline__ bool is_near(float d2) const { return !(d2 >= near); }
-  __device__ __forceinline__ float value(float d2) const { return ldexpf(d2, exponent); }
+  __device__ __forceinline__ float value(float d2) const { return unit != 0 ? d2 * unit : ldexpf(d2, exponent); }
 };
 
-// best[r] = min of best[r ..]: whole warp; a barrier must follow before other lanes read it.
+// An anchor's buckets once empty ones have taken over what the next one that is not holds. What a bucket holds is closer than
+// what any behind it holds, so these are suffix minima.
 template <class Acc>
-__device__ __forceinline__ void suffix_minimum(const Problem<Acc>& p, int32_t bucket, int32_t step, int32_t count) {
-  const int lane = thread_index() % 32;
-  Winner later{kEmpty, ~0u};
-  int32_t base = (count - 1) / 32 * 32;
-  Winner next{kEmpty, ~0u};  // on its way while the buckets behind it are looked at
-  if (base >= 0 && base + lane < count) next = load_winner(p, bucket + (base + lane) * step);
-  for (; base >= 0; base -= 32) {
-    Winner mine = next;
-    if (base > 0) next = load_winner(p, bucket + (base - 32 + lane) * step);
-    for (int by = 1; by < 32; by *= 2) {
-      const Winner other{__shfl_down_sync(kWholeWarp, mine.bits, by), __shfl_down_sync(kWholeWarp, mine.index, by)};
-      if (lane + by < 32 && other < mine) mine = other;
+struct Filled {  // by a warp, in memory; a barrier must follow before other lanes read it
+  int32_t bucket, step;
+  __device__ __forceinline__ Filled(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t count)
+      : bucket(pass.bucket(a)), step(pass.bucket_step()) {
+    if (p.negatives != Negatives::semi_hard) return;
+    const int lane = thread_index() % 32;
+    Winner later{kEmpty, ~0u};
+    int32_t base = (count - 1) / 32 * 32;
+    Winner next{kEmpty, ~0u};  // on its way while the buckets behind it are looked at
+    if (base >= 0 && base + lane < count) next = load_winner(p, bucket + (base + lane) * step);
+#pragma unroll 1
+    for (; base >= 0; base -= 32) {
+      const Winner mine = next;
+      if (base > 0) next = load_winner(p, bucket + (base - 32 + lane) * step);
+      const uint32_t full = __ballot_sync(kWholeWarp, !mine.none()) >> lane;  // from this lane on
+      const int from = lane + __ffs(static_cast<int>(full)) - 1;
+      Winner found{__shfl_sync(kWholeWarp, mine.bits, from), __shfl_sync(kWholeWarp, mine.index, from)};
+      if (full == 0) found = later;
+      if (mine.none() && base + lane < count) store_winner(p, bucket + (base + lane) * step, found);
+      later = Winner{__shfl_sync(kWholeWarp, found.bits, 0), __shfl_sync(kWholeWarp, found.index, 0)};
     }
-    if (later < mine) mine = later;
-    if (base + lane < count) store_winner(p, bucket + (base + lane) * step, mine);
-    later = Winner{__shfl_sync(kWholeWarp, mine.bits, 0), __shfl_sync(kWholeWarp, mine.index, 0)};
   }
-}
+  // The winner of bucket r - 1; none of r = 0.
+  __device__ __forceinline__ Winner operator()(const Problem<Acc>& p, int32_t r) const {
+    return r > 0 ? load_winner(p, bucket + (r - 1) * step) : Winner{kEmpty, ~0u};
+  }
+};
 
-// The same of floats, whose winners are keys that order by themselves. Beyond the warp a shuffle gives the lane its own.
-__device__ __forceinline__ void suffix_minimum(const Problem<float>& p, int32_t bucket, int32_t step, int32_t count) {
-  const int lane = thread_index() % 32;
-  uint64_t later = kEmpty, next = kEmpty;
-  int32_t base = (count - 1) / 32 * 32;
-  if (base >= 0 && base + lane < count) next = p.best[bucket + (base + lane) * step];
-  for (; base >= 0; base -= 32) {
-    uint64_t mine = next;
-    if (base > 0) next = p.best[bucket + (base - 32 + lane) * step];
-    for (int by = 1; by < 32; by *= 2) mine = min(mine, __shfl_down_sync(kWholeWarp, mine, by));
-    mine = min(mine, later);
-    if (base + lane < count) p.best[bucket + (base + lane) * step] = mine;
-    later = __shfl_sync(kWholeWarp, mine, 0);
+// Of floats: keys, which stay with the lanes where they are no more than two for each.
+template <>
+struct Filled<float> {
+  static constexpr int kOwn = 2;
+  int32_t bucket, step;
+  bool in_lanes;
+  uint64_t own[kOwn];  // of buckets lane and lane + 32
+  __device__ __forceinline__ Filled(const Problem<float>& p, const Pass& pass, int32_t a, int32_t count)
+      : bucket(pass.bucket(a)), step(pass.bucket_step()), in_lanes(false), own{kEmpty, kEmpty} {
+    if (p.negatives != Negatives::semi_hard) return;
+    in_lanes = count <= 32 * kOwn;
+    const int lane = thread_index() % 32;
+    uint64_t later = kEmpty;
+    const auto fill = [&](uint64_t mine) {
+      const uint32_t full = __ballot_sync(kWholeWarp, mine != kEmpty) >> lane;  // from this lane on
+      uint64_t found = __shfl_sync(kWholeWarp, mine, lane + __ffs(static_cast<int>(full)) - 1);
+      if (full == 0) found = later;
+      later = __shfl_sync(kWholeWarp, found, 0);
+      return found;
+    };
+    if (in_lanes) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if (lane + 32 * i < count) own[i] = p.best[bucket + (lane + 32 * i) * step];
+      }
+#pragma unroll
+      for (int i = kOwn - 1; i >= 0; --i) own[i] = fill(own[i]);
+      return;
+    }
+#pragma unroll 1
+    for (int32_t base = (count - 1) / 32 * 32; base >= 0; base -= 32) {
+      uint64_t* best = p.best + bucket + (base + lane) * step;
+      const uint64_t mine = base + lane < count ? *best : kEmpty, found = fill(mine);
+      if (mine == kEmpty && base + lane < count) *best = found;
+    }
   }
-}
+  __device__ __forceinline__ Winner operator()(const Problem<float>& p, int32_t r) const {
+    if (!in_lanes) return r > 0 ? load_winner(p, bucket + (r - 1) * step) : Winner{kEmpty, ~0u};
+    const uint64_t low = __shfl_sync(kWholeWarp, own[0], r - 1), high = __shfl_sync(kWholeWarp, own[1], r - 1);
+    return r > 0 ? winner_of(r > 32 ? high : low) : Winner{kEmpty, ~0u};
+  }
+};
 
 // A pair's place in the loss.
 template <class Acc>
@@ -173,8 +212,9 @@ __device__ __forceinline__ Term<Acc> term_of(const Problem<Acc>& p, Acc d2_ap, A
   return term;
 }
 
-struct FinishShared {
-  uint64_t counts[5], max_d2_ap;
+struct FinishShared {  // of a block; its pairs are fewer than 2^32
+  uint64_t max_d2_ap;
+  uint32_t counts[5];
 };
 
 // What is known of a lane's pair before the sweep ends.
@@ -187,19 +227,21 @@ struct Pair {
 template <class Acc>
 struct Anchor {
   int32_t count, index, begin, own;
+  int32_t place;  // of the lane's pair in `entry`
   Pair<Acc> pair;  // of the first 32
 
-  __device__ __forceinline__ Anchor() : count(0), index(0), begin(0), own(-1), pair{0, 0, 0} {}
+  __device__ __forceinline__ Anchor() : count(0), index(0), begin(0), own(-1), place(0), pair{0, 0, 0} {}
   __device__ __forceinline__ Anchor(const Problem<Acc>& p, const Pass& pass, int32_t a)
       : count(count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a])),
         index(sorted_index(p, p.anchors)[a]),
         begin(p.anchors.mate_begin[a]),
         own(own_position(p, a)),
-        pair(load(p, pass, a, thread_index() % 32)) {}
-  __device__ __forceinline__ Pair<Acc> load(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t at) const {
+        place(pass.entry(a, thread_index() % 32)),
+        pair(load(p, pass.slot(a), thread_index() % 32, place)) {}
+  __device__ __forceinline__ Pair<Acc> load(const Problem<Acc>& p, int32_t slot, int32_t at, int32_t its_place) const {
     if (at >= count) return {0, 0, 0};
     const int32_t c = begin + at + (own >= 0 && begin + at >= own ? 1 : 0);
-    return {p.entry[pass.entry(a, at)].row, sorted_index(p, p.candidates)[c], p.d2_ap[pass.slot(a) + at]};
+    return {p.entry[its_place].row, sorted_index(p, p.candidates)[c], p.d2_ap[slot + at]};
   }
 };
 
@@ -217,17 +259,15 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* 
 
   uint32_t counts[5] = {};  // of this lane's pairs, as stat_counts
   Acc max_d2_ap = 0;
+  const bool has_stats = p.stat_counts != nullptr;  // else nobody asks for most of what is counted
 
 #pragma unroll 1
   for (int32_t a = first; a < pass.end; a += grid_size() * kWarps) {
     if (a != first) anchor = Anchor<Acc>(p, pass, a);
     const int32_t count = anchor.count, anchor_index = anchor.index;
-    const int32_t slot = pass.slot(a), bucket = pass.bucket(a), step = pass.bucket_step();
+    const int32_t slot = pass.slot(a);
     double loss = 0, sum_ap = 0, sum_an = 0;
     const Expanded expanded(p, pass, a);
-    const auto load_negative = [&](const Pair<Acc>& pair) -> Winner {
-      return pair.not_farther > 0 ? load_winner(p, bucket + (pair.not_farther - 1) * step) : Winner{kEmpty, ~0u};
-    };
     // An atomic's answer takes long: the entry goes to its place in the list a turn later.
     int32_t waiting_place = 0, waiting_list = -1, waiting_entry = 0;
     const auto enter_list = [&] {
@@ -239,12 +279,14 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* 
       }
     };
     Pair<Acc> next = anchor.pair;
-    if (p.negatives == Negatives::semi_hard) suffix_minimum(p, bucket, step, count);
+    const Filled<Acc> filled(p, pass, a, count);
     __syncwarp();  // minima, which all lanes read
-    Winner next_winner = load_negative(next);
+    Winner next_winner = filled(p, next.not_farther);
     int64_t pair = p.mining ? p.pair_begin[anchor_index] : 0;  // place of the next one in the list
+    const int32_t entry_step = pass.entry_step();
+    int32_t place = anchor.place;
 #pragma unroll 1
-    for (int32_t base = 0; base < count; base += 32) {
+    for (int32_t base = 0; base < count; base += 32, place += entry_step) {
       // lane = pair: its negative
       const int32_t mine = base + lane, positive = next.positive;
       int32_t negative = positive;  // any row, where there is no pair
@@ -253,7 +295,7 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* 
       Acc d2_ap = 0, d2_an = 0;
       const Pair<Acc> pair_here = next;
       const Winner winner_here = next_winner;
-      next = anchor.load(p, pass, a, mine + 32);  // on its way meanwhile
+      next = anchor.load(p, slot, mine + 32, place + entry_step);  // on its way meanwhile
       if (is_pair) {
         Winner winner = winner_here;
         is_fallback = winner.none() && p.negatives != Negatives::hard;
@@ -271,11 +313,10 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* 
         d2_an = expanded.value(d2_an);
       }
       // group = pair: the distances of near pairs
-      const uint32_t direct = __ballot_sync(kWholeWarp, is_direct);
 #pragma unroll 1
-      for (int turn = 0; turn < kGroupLanes && base + kGroups * turn < count; ++turn) {
-        if ((direct >> kGroups * turn & ((1 << kGroups) - 1)) == 0) continue;
-        const int i = kGroups * turn + group;
+      for (uint32_t direct = __ballot_sync(kWholeWarp, is_direct); direct != 0;) {
+        const int turn = (__ffs(static_cast<int>(direct)) - 1) / kGroups, i = kGroups * turn + group;
+        direct &= ~(((1u << kGroups) - 1) << kGroups * turn);
         const int32_t its_positive = __shfl_sync(kWholeWarp, positive, i),
                       its_negative = __shfl_sync(kWholeWarp, negative, i);
         Acc sum_ap2 = 0, sum_an2 = 0;
@@ -312,15 +353,17 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* 
         c_an = term.c_an;
         ++counts[0];
         counts[1] += p.soft_margin || term.loss != 0 ? 1 : 0;  // NaN is; a soft term is above 0, if only in exact arithmetic
-        counts[3] += term.hard ? 1 : 0;
-        counts[4] += term.semi_hard ? 1 : 0;
         loss += term.loss;
-        sum_ap += d2_ap;
-        sum_an += d2_an;
-        max_d2_ap = d2_ap > max_d2_ap ? d2_ap : max_d2_ap;
+        if (has_stats) {
+          counts[3] += term.hard ? 1 : 0;
+          counts[4] += term.semi_hard ? 1 : 0;
+          sum_ap += d2_ap;
+          sum_an += d2_an;
+          max_d2_ap = d2_ap > max_d2_ap ? d2_ap : max_d2_ap;
+        }
       }
       counts[2] += is_fallback ? 1 : 0;
-      next_winner = load_negative(next);
+      next_winner = filled(p, next.not_farther);
       if (p.mining) {
         const uint32_t pairs = __ballot_sync(kWholeWarp, is_pair);
         const int64_t place = pair + __popc(pairs & ((1u << lane) - 1));
@@ -347,39 +390,44 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* 
       }
       if (mine < count) {
         p.d2_ap[slot + mine] = c_ap;
-        p.entry[pass.entry(a, mine)] = {speaks || !p.plain ? negative : anchor_index, speaks ? sum : Acc(0)};
+        p.entry[place] = {speaks || !p.plain ? negative : anchor_index, speaks ? sum : Acc(0)};
       } else if (mine == count && count % 2 == 1 && pass.sliced) {
-        p.entry[pass.entry(a, mine)] = {anchor_index, Acc(0)};  // entries are read in pairs
+        p.entry[place] = {anchor_index, Acc(0)};  // entries are read in pairs
       }
       enter_list();
       waiting_list = -1;
       if (speaks) {
         waiting_list = negative;
-        waiting_entry = pass.entry(a, mine);
+        waiting_entry = pass.listed(a, mine, place);
         waiting_place = atomicAdd(&p.times_chosen[negative], 1);
       }
     }
     loss = warp_sum(loss);
-    sum_ap = warp_sum(sum_ap);
-    sum_an = warp_sum(sum_an);
-    if (lane == 0) {
-      p.loss_of_anchor[a] = loss;
-      p.sum_d2_ap[a] = sum_ap;
-      p.sum_d2_an[a] = sum_an;
+    if (lane == 0) p.loss_of_anchor[a] = loss;
+    if (has_stats) {
+      sum_ap = warp_sum(sum_ap);
+      sum_an = warp_sum(sum_an);
+      if (lane == 0) {
+        p.sum_d2_ap[a] = sum_ap;
+        p.sum_d2_an[a] = sum_an;
+      }
     }
     enter_list();
   }
-  max_d2_ap = warp_max(max_d2_ap);
 #pragma unroll
   for (int i = 0; i < 5; ++i) {
+    if (i >= 2 && !has_stats) break;
     const uint32_t count = warp_sum(counts[i]);
-    if (lane == 0) atomic_add(&totals.counts[i], uint64_t(count));
+    if (lane == 0) atomicAdd(&totals.counts[i], count);
   }
-  if (lane == 0) atomic_max(&totals.max_d2_ap, ordered_bits(double(max_d2_ap)));
+  if (has_stats) {
+    max_d2_ap = warp_max(max_d2_ap);
+    if (lane == 0) atomic_max(&totals.max_d2_ap, ordered_bits(double(max_d2_ap)));
+  }
   __syncthreads();  // the totals
   if (thread_index() == 0) {  // integers: their sum does not depend on the order
-    for (int i = 0; i < 5; ++i) atomic_add(&p.counters->counts[i], totals.counts[i]);
-    atomic_max(&p.counters->max_d2_ap, totals.max_d2_ap);
+    for (int i = 0; i < (has_stats ? 5 : 2); ++i) atomic_add(&p.counters->counts[i], uint64_t(totals.counts[i]));
+    if (has_stats) atomic_max(&p.counters->max_d2_ap, totals.max_d2_ap);
   }
 }
 

@@ -268,6 +268,7 @@ __device__ void sum_anchors(const Problem<Acc>& p, double* of_warp, double (&sum
   for (int i = 0; i < 3; ++i) sum[i] = 0;
   for (int32_t a = thread_index(); a < p.anchors.count; a += kThreads) {
     sum[0] += p.loss_of_anchor[a];
+    if (p.stat_counts == nullptr) continue;
     sum[1] += p.sum_d2_ap[a];
     sum[2] += p.sum_d2_an[a];
   }

@@ -4,8 +4,10 @@
 //   label    ->  how many labels are smaller, equal, equal and before  ->  position, mate_begin, mate_end
 //   row [D]  ->  largest |x|, norm  ->  operand [pitch], exponent, inverse_norm  ->  norm: its product with itself
 //
-// Up to kSortChunk rows a row counts all labels, as 32-bit keys where they allow it: N^2 / 32 comparisons by warps. Beyond,
-// chunks are counted and merged (sort.cuh) first. Reads X once, writes N * pitch bytes.
+// Up to kSortChunk rows every block counts how many rows have each label, in a hash table, and a row adds up what is smaller.
+// Where there is no table (two sets of rows, doubles, CUDA cores, little shared memory) or no 32 bits tell the labels apart, they
+// are compared with each other, N^2 / 32 comparisons by warps; so are chunks of longer inputs, which are merged (sort.cuh) then.
+// Reads X once, writes N * pitch bytes.
 //
 // Each row has a power-of-two scale of its own, so no finite range of inputs is lost in half precision: an element that
 // underflows is 2^-28 of its row's largest, far below float32's own error in a product of rows. Distances are computed in
@@ -18,34 +20,55 @@ namespace facenet_ext::cuda {
 
 // ---- operands -------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ int32_t log2_of(double x) { return ilogb(x); }
+__device__ __forceinline__ int32_t log2_of(float x) {
+  const uint32_t bits = ordered_bits(x);
+  return bits >= 1u << 23 ? static_cast<int32_t>(bits >> 23) - 127 : ilogb(x);
+}
+
 // The exponent e with row * 2^-e in [2^13, 2^14): 2^14 leaves room in a half for lo * 2^11 and for sums in float32.
 template <Math M>
 __device__ __forceinline__ int32_t row_exponent(typename MathTraits<M>::Acc largest) {
   if (M == Math::simt64) return 0;
   if (!(largest > 0)) return kNoExponent;
-  const int32_t e = ilogb(largest) - 13;
+  const int32_t e = log2_of(largest) - 13;
   return M == Math::half && e > 0 ? 0 : e;  // halves may be scaled up without loss, not down
 }
 
-// Element d of a row of `operand`.
+// Elements of a row as `operand` holds them.
 template <Math M>
-__device__ __forceinline__ void store_operand(uint8_t* row, int32_t d, typename MathTraits<M>::Acc x, int32_t exponent) {
-  const int32_t e = exponent == kNoExponent ? 0 : exponent;
-  if constexpr (M == Math::split) {
-    const float scaled = ldexpf(x, -e);
-    const uint16_t hi = half_from_float(scaled);
-    const uint16_t lo = half_from_float((scaled - float_from_half(hi)) * 2048.f);
-    reinterpret_cast<uint32_t*>(row)[d] = hi | uint32_t(lo) << 16;
-  } else if constexpr (M == Math::half) {
-    reinterpret_cast<uint16_t*>(row)[d] = half_from_float(ldexpf(x, -e));
-  } else if constexpr (M == Math::bfloat) {
-    reinterpret_cast<uint16_t*>(row)[d] = bfloat_from_float(ldexpf(x, -e));
-  } else if constexpr (M == Math::simt32) {
-    reinterpret_cast<float*>(row)[d] = ldexpf(x, -e);
-  } else {
-    reinterpret_cast<double*>(row)[d] = x;
+struct Operand {
+  using Acc = typename MathTraits<M>::Acc;
+  using Word = std::conditional_t<M == Math::simt64, double,
+                                  std::conditional_t<M == Math::simt32, float,
+                                                     std::conditional_t<M == Math::split, uint32_t, uint16_t>>>;
+  // 2^-exponent. In two factors, each of them a float; only what rounds to zero in the end is rounded on the way.
+  Acc factor[2];
+
+  __device__ __forceinline__ explicit Operand(int32_t exponent) : factor{1, 1} {
+    if (M == Math::simt64 || exponent == kNoExponent) return;
+    factor[0] = __uint_as_float(static_cast<uint32_t>(127 - exponent / 2) << 23);
+    factor[1] = __uint_as_float(static_cast<uint32_t>(127 - (exponent - exponent / 2)) << 23);
   }
-}
+  __device__ __forceinline__ Word of(Acc x) const {
+    if constexpr (M == Math::simt64) {
+      return x;
+    } else {
+      const float scaled = x * factor[0] * factor[1];
+      if constexpr (M == Math::split) {
+        const uint16_t hi = half_from_float(scaled);
+        const uint16_t lo = half_from_float((scaled - float_from_half(hi)) * 2048.f);
+        return hi | uint32_t(lo) << 16;
+      } else if constexpr (M == Math::half) {
+        return half_from_float(scaled);
+      } else if constexpr (M == Math::bfloat) {
+        return bfloat_from_float(scaled);
+      } else {
+        return scaled;
+      }
+    }
+  }
+};
 
 // Four (split) or eight (half, bfloat) neighbouring elements of two rows of A and one of B, and their products. Which k a
 // lane holds does not matter as long as A and B agree, so a lane takes 16 contiguous bytes of a row: one vector load, no
@@ -99,8 +122,8 @@ struct Fragments {
 __device__ __forceinline__ float combine(float hh, float hl) { return fmaf(hl, 1.f / 2048, hh); }
 
 // The products of 16 rows with 8 columns, by one warp and straight from global memory: row(i) and column(i) point to
-// operands. Calls body(row, column, product) for each, in the lane that has it; between() before the first. By the very operations, in the same order of
-// k, that a tile (tile.cuh) spends on an element: rows with equal bits have equal products here and there.
+// operands. Calls body(row, column, product) for each, in the lane that has it; between() before the first. By the very
+// operations, in the same order of k, that a tile (tile.cuh) spends on an element: rows with equal bits have equal products here and there.
 struct Nothing {
   __device__ __forceinline__ void operator()() const {}
 };
@@ -134,32 +157,85 @@ __device__ __forceinline__ void strip_products(int32_t pitch, Row row, Column co
   }
 }
 
+// The product of a row with itself, by one warp. operand: not in the memory that other lanes are writing.
+template <Math M, class Acc>
+__device__ __forceinline__ Acc product_with_itself(int32_t pitch, const uint8_t* operand) {
+  Acc product = 0;  // lane 0's
+  if constexpr (M == Math::simt32 || M == Math::simt64) {
+    const auto itself = [&](int) { return operand; };
+    strip_products<M, Acc>(pitch, itself, itself, [&](int i, int j, Acc x) { product = i == 0 && j == 0 ? x : product; });
+  } else {  // as strip_products() does, where eight of the 16 rows are zero
+    const uint8_t* row = operand + 16 * (thread_index() % 4);
+    float hh[4] = {}, hl[4] = {};
+#pragma unroll 4
+    for (int32_t k = 0; k < pitch; k += kStageBytes) {
+      const uint4 x = *reinterpret_cast<const uint4*>(row + k);
+      Fragments<M>::of(x, uint4{0, 0, 0, 0}).multiply(x, hh, hl);
+    }
+    product = M == Math::split ? combine(hh[0], hl[0]) : hh[0];
+  }
+  return product;
+}
+
+// Neighbouring elements of a row that a lane has: 16 bytes of Acc.
+template <class Acc>
+constexpr int kLaneElements = 16 / int(sizeof(Acc));
+template <class In, class Acc>
+__device__ __forceinline__ Vector<Acc, kLaneElements<Acc>> load_elements(const Problem<Acc>& p, const Rows<Acc>& rows,
+                                                                         int32_t index, int32_t d) {
+  constexpr int kEach = kLaneElements<Acc>;
+  const In* x = static_cast<const In*>(rows.x) + int64_t(index) * rows.stride + d;
+  Vector<In, kEach> in{};
+  if (rows.aligned) {
+    if (d < p.dim) in = *reinterpret_cast<const Vector<In, kEach>*>(x);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (d + i < p.dim) in.element[i] = x[i];
+    }
+  }
+  Vector<Acc, kEach> out;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) out.element[i] = widen(in.element[i]);
+  return out;
+}
+
 constexpr int32_t kStagedPitch = 512;  // bytes of an operand that a warp keeps beside it, in shared memory
 
 // One warp turns row `index` into the operand at `position`, and takes its norm: the diagonal of its product with itself.
-// staged: [kStagedPitch], this warp's.
+// x: the lane's first elements. staged: [kStagedPitch], this warp's.
 template <Math M, class In, class Acc>
-__device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t index, int32_t position, uint8_t* staged,
-                          Facts& facts) {
+__device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t index, int32_t position,
+                          const Vector<Acc, kLaneElements<Acc>>& x, uint8_t* staged, Facts& facts) {
+  constexpr int kEach = kLaneElements<Acc>;
   const int lane = thread_index() % 32;
-  const In* x = static_cast<const In*>(rows.x) + int64_t(index) * rows.stride;
-  Acc largest = 0;
+  // Calls body(d, elements) for all that the lane has. Doubles leave no register where the first ones could wait.
+  constexpr int32_t kWaiting = sizeof(Acc) == 4 ? 32 * kEach : 0;
+  const auto for_each = [&](int32_t end, auto body) {
+    if (kWaiting > 0) body(lane * kEach, x);
+#pragma unroll 1
+    for (int32_t d = kWaiting + lane * kEach; d < end; d += 32 * kEach) body(d, load_elements<In>(p, rows, index, d));
+  };
+  auto largest_bits = ordered_bits(Acc(0));
   bool finite = true;
-  for (int32_t d = lane; d < p.dim; d += 32) {
-    const Acc value = fabs(widen(x[d]));
-    const bool is_finite = value <= (sizeof(Acc) == 4 ? Acc(3.402823466e38) : Acc(1.7976931348623157e308));
-    finite &= is_finite;
-    largest = is_finite && value > largest ? value : largest;
-  }
-  largest = warp_max(largest);
+  for_each(p.dim, [&](int32_t, const auto& v) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const auto bits = ordered_bits(Acc(fabs(v.element[i])));
+      const bool is_finite = bits < ordered_bits(Acc(INFINITY));
+      finite &= is_finite;
+      largest_bits = max(largest_bits, is_finite ? bits : decltype(bits)(0));
+    }
+  });
+  largest_bits = warp_max(largest_bits);
   finite = __ballot_sync(kWholeWarp, !finite) == 0;
+  Acc largest = from_ordered_bits(largest_bits), inverse = 1;
 
-  Acc inverse = 1;
   if (p.normalize) {  // squares of elements scaled to at most 1 neither overflow nor vanish
     const int32_t e = largest > 0 ? ilogb(largest) + 1 : 0;
     Acc sum = 0;
     for (int32_t d = lane; d < p.dim; d += 32) {
-      const Acc scaled = ldexp(widen(x[d]), -e);
+      const Acc scaled = ldexp(widen(static_cast<const In*>(rows.x)[int64_t(index) * rows.stride + d]), -e);
       sum = fma(scaled, scaled, sum);
     }
     const Acc norm = ldexp(sqrt(warp_sum(sum)), e);
@@ -168,23 +244,24 @@ __device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t 
   }
 
   const int32_t exponent = row_exponent<M>(largest);
+  const Operand<M> operand(exponent);
+  using Words = Vector<typename Operand<M>::Word, kEach>;
   uint8_t* row = rows.operand + int64_t(position) * p.pitch;
-  constexpr int kBytes = MathTraits<M>::kElementBytes;
   const bool is_staged = sizeof(Acc) == 4 && p.pitch <= kStagedPitch;
   __syncwarp();  // the row before has been read
-  for (int32_t d = lane; d < p.pitch / kBytes; d += 32) {
-    const Acc value = d < p.dim ? widen(x[d]) * inverse : Acc(0);
-    store_operand<M>(row, d, value, exponent);
-    if (is_staged) store_operand<M>(staged, d, value, exponent);
-  }
-  __syncwarp();  // the row is there for all lanes
-  const auto itself = [&](int) -> const uint8_t* { return is_staged ? staged : row; };
-  Acc norm = 0;  // lane 0's
-  strip_products<M, Acc>(p.pitch, itself, itself, [&](int i, int j, Acc product) {
-    if (i == 0 && j == 0) rows.norm[position] = norm = product;
+  for_each(p.pitch / int32_t(sizeof(typename Operand<M>::Word)), [&](int32_t d, const auto& v) {
+    Words words;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) words.element[i] = operand.of(v.element[i] * inverse);
+    if (d * int32_t(sizeof(typename Operand<M>::Word)) >= p.pitch) return;
+    reinterpret_cast<Words*>(row)[d / kEach] = words;
+    if (is_staged) reinterpret_cast<Words*>(staged)[d / kEach] = words;
   });
+  __syncwarp();  // the row is there for all lanes
+  const Acc norm = product_with_itself<M, Acc>(p.pitch, is_staged ? staged : row);
   if (lane == 0) {
-    rows.inverse_norm[index] = inverse;
+    rows.norm[position] = norm;
+    if (p.normalize) rows.inverse_norm[index] = inverse;
     rows.exponent[position] = exponent;
     atomicMax(&facts.max_exponent, exponent);
     atomicMax(&facts.max_norm, norm_order(norm, exponent));
@@ -216,20 +293,25 @@ __device__ __forceinline__ Among count_labels(const int64_t* labels, int32_t beg
   return {warp_sum(less), before + behind, before};
 }
 
-// The labels of one chunk as 32-bit differences from the first one, where all differ by less than 2^31: half the comparisons,
-// a load for four of them.
-struct LabelKeys {
-  int32_t key[kSortChunk];
+constexpr int32_t kNoKey = INT32_MIN;
+
+// How many rows of one chunk have each label, where all labels differ from the first one by less than 2^31. (Differences may
+// wrap: labels then have another order, in all blocks the same.)
+struct LabelTable {
+  int32_t key[kSortChunk];     // by index: the label, less the first one
+  int32_t slot[kSortChunk];    // a key, found by hashing it and then going on, or kNoKey; `slots` of them are in use
+  uint32_t count[kSortChunk];  // by slot: rows with its key; in the upper half those before the block's first row
+  int32_t full[kSortChunk];    // slots that have a key, in no order
+  int32_t fulls;
   uint32_t are_wide;  // they do not
 };
-// By a block, between barriers; are_wide is 0.
-__device__ __forceinline__ void load_keys(const int64_t* labels, int32_t count, LabelKeys& keys) {
-  static_assert(kSortChunk % 64 == 0 && kSortChunk <= 1 << 15, "keys are read by fours, counts are added by pairs");
+// By a block, between barriers; are_wide and fulls are 0.
+__device__ __forceinline__ void load_keys(const int64_t* labels, int32_t count, LabelTable& table) {
+  static_assert(kSortChunk < 1 << 16, "counts are halves of a word");
   const int64_t first = labels[0];
-  const int32_t end = (count + 3) / 4 * 4;
   constexpr int kInFlight = 4;
 #pragma unroll 1
-  for (int32_t from = thread_index(); from < end; from += kInFlight * kThreads) {
+  for (int32_t from = thread_index(); from < count; from += kInFlight * kThreads) {
     int64_t label[kInFlight];
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) label[k] = labels[min(from + k * kThreads, count - 1)];
@@ -237,49 +319,98 @@ __device__ __forceinline__ void load_keys(const int64_t* labels, int32_t count, 
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       const int32_t i = from + k * kThreads;
-      constexpr uint64_t kQuarter = uint64_t(1) << 62;  // differences of labels within it do not overflow
-      const uint64_t difference = static_cast<uint64_t>(label[k]) - static_cast<uint64_t>(first);
-      are_wide |= static_cast<uint64_t>(label[k]) + kQuarter >= 2 * kQuarter || difference + INT32_MAX >= 2u * INT32_MAX;
-      if (i < end) keys.key[i] = i < count ? static_cast<int32_t>(difference) : INT32_MAX;
+      const int64_t difference = static_cast<int64_t>(static_cast<uint64_t>(label[k]) - static_cast<uint64_t>(first));
+      are_wide |= difference != static_cast<int32_t>(difference) || static_cast<int32_t>(difference) == kNoKey;
+      if (i < count) table.key[i] = static_cast<int32_t>(difference);
     }
-    if (are_wide) store_relaxed(&keys.are_wide, 1u);
+    if (are_wide) store_relaxed(&table.are_wide, 1u);
   }
 }
-// By one warp: the same in every lane.
-__device__ __forceinline__ Among count_keys(const LabelKeys& keys, int32_t count, int32_t index) {
-  const int32_t mine = keys.key[index];
-  int32_t less = 0, equal = 0, before = 0;
-#pragma unroll 4
-  for (int32_t j = thread_index() % 32 * 4; j < count; j += 128) {
-    const auto four = *reinterpret_cast<const Vector<int32_t, 4>*>(keys.key + j);
-    if (j / 128 == index / 128) {  // few iterations ask where the row itself stands
-      before = equal;
+// Bits of a slot's number: two slots for each row, one where there are many.
+__device__ __forceinline__ int slot_bits(int32_t count) {
+  static_assert((kSortChunk & (kSortChunk - 1)) == 0 && kSortChunk >= 64, "slots are a power of two");
+  return 31 - __clz(min(max(4 * count - 1, 64), kSortChunk));
+}
+__device__ __forceinline__ void empty_slots(int bits, LabelTable& table) {
+  using Slots = Vector<int32_t, 4>;
+#pragma unroll 1
+  for (int32_t i = thread_index(); i < (1 << bits) / 4; i += kThreads) {
+    reinterpret_cast<Slots*>(table.slot)[i] = {kNoKey, kNoKey, kNoKey, kNoKey};
+    reinterpret_cast<Slots*>(table.count)[i] = {};
+  }
+}
+// By a block, between barriers. Lanes take rows that are far apart: neighbours often have one label, and would wait for each
+// other. first: the block's first row.
+__device__ __forceinline__ void count_keys(int bits, int32_t count, int32_t first, LabelTable& table) {
+  const int32_t apart = (count + 31) / 32 | 1;  // odd: no bank conflict
+  constexpr int kInFlight = 4;
+#pragma unroll 1
+  for (int32_t q = thread_index() / 32; q < apart; q += kInFlight * kWarps) {
+    int32_t key[kInFlight], there[kInFlight];
+    uint32_t at[kInFlight], rows[kInFlight];
+    const auto take_slot = [&](int k) {
+      there[k] = atomicCAS(&table.slot[at[k]], kNoKey, key[k]);
+      if (there[k] == kNoKey && rows[k] != 0) table.full[atomicAdd(&table.fulls, 1)] = static_cast<int32_t>(at[k]);
+    };
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (j + i < index) count_if_equal(before, four.element[i], mine);
-      }
+    for (int k = 0; k < kInFlight; ++k) {
+      const int32_t from = q + k * kWarps, i = thread_index() % 32 * apart + from;
+      const bool has = from < apart && i < count;
+      key[k] = has ? table.key[i] : kNoKey;
+      rows[k] = !has ? 0 : i < first ? 0x10001 : 1;
+      at[k] = static_cast<uint32_t>(key[k]) * 0x9e3779b1u >> (32 - bits);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      count_if_less(less, four.element[i], mine);
-      count_if_equal(equal, four.element[i], mine);
+    for (int k = 0; k < kInFlight; ++k) take_slot(k);
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      while (rows[k] != 0 && there[k] != kNoKey && there[k] != key[k]) {
+        at[k] = (at[k] + 1) % (1u << bits);
+        take_slot(k);
+      }
+      atomicAdd(&table.count[at[k]], rows[k]);
     }
   }
-  if (thread_index() % 32 * 4 + index / 128 * 128 >= count) before = equal;  // the lane has nothing behind
-  const int32_t both = warp_sum(less | equal << 16);
-  return {both & 0xffff, both >> 16, warp_sum(before)};
+}
+// By one warp: the same in every lane. `index` is one of the block's rows.
+__device__ __forceinline__ Among find_among(const LabelTable& table, int32_t first, int32_t index) {
+  const int lane = thread_index() % 32;
+  const int32_t mine = table.key[index];
+  const int32_t fulls = table.fulls;
+  int32_t less = 0, equal = 0, before = 0;
+#pragma unroll 1
+  for (int32_t i = lane; i < fulls; i += 32) {
+    const int32_t at = table.full[i], key = table.slot[at];
+    const int32_t count = static_cast<int32_t>(table.count[at]);
+    less += key < mine ? count & 0xffff : 0;
+    equal = key == mine ? count : equal;
+  }
+#pragma unroll 1
+  for (int32_t i = first + lane; i < index; i += 32) count_if_equal(before, table.key[i], mine);
+  equal = warp_sum(equal);  // one lane has it
+  return {warp_sum(less), equal & 0xffff, warp_sum(before) + (equal >> 16)};
 }
 
-// Calls body(rows, others, are_anchors, i) for i in 0 .. rows.count of both sets, a warp each.
-template <class Acc, class Body>
-__device__ __forceinline__ void for_each_row(const Problem<Acc>& p, Body body) {
-  const int64_t rows = int64_t(p.candidates.count) + (p.plain ? 0 : p.anchors.count);
-  for (int64_t i = int64_t(block_index()) * kWarps + thread_index() / 32; i < rows; i += int64_t(grid_size()) * kWarps) {
-    const bool second = i >= p.candidates.count;
-    body(second ? p.anchors : p.candidates, second ? p.candidates : p.anchors, second || p.plain,
-         static_cast<int32_t>(second ? i - p.candidates.count : i));
+// The block's rows of both sets, candidates first: neighbours.
+struct RowsOfBlock {
+  int32_t begin, end;
+  template <class Acc>
+  __device__ __forceinline__ explicit RowsOfBlock(const Problem<Acc>& p) {
+    const int32_t rows = p.candidates.count + (p.plain ? 0 : p.anchors.count);
+    begin = min(block_index() * p.rows_per_block, rows);
+    end = min(begin + p.rows_per_block, rows);
   }
-}
+  // Calls body(rows, others, are_anchors, i) for each of them, a warp each.
+  template <class Acc, class Body>
+  __device__ __forceinline__ void for_each(const Problem<Acc>& p, Body body) const {
+#pragma unroll 1
+    for (int32_t i = begin + thread_index() / 32; i < end; i += kWarps) {
+      const bool second = i >= p.candidates.count;
+      body(second ? p.anchors : p.candidates, second ? p.candidates : p.anchors, second || p.plain,
+           second ? i - p.candidates.count : i);
+    }
+  }
+};
 
 // Merges the sorted chunks, one grid barrier per pass: an element finds its place by binary search in the sibling run.
 template <class Acc>
@@ -301,49 +432,86 @@ __device__ void merge_chunks(const Problem<Acc>& p) {
   grid_sync();  // the order is complete
 }
 
+// Kernels on doubles have no register to spare for a table, nor would it show on CUDA cores.
+template <Math M>
+constexpr bool kHasTable = M != Math::simt32 && M != Math::simt64;
+
+struct PrepareShared {
+  Facts* facts;
+  LabelTable* table;  // or none
+  uint8_t* staged;  // [kWarps][kStagedPitch]
+};
+__host__ __device__ inline PrepareShared carve_prepare(Carver& carver, bool has_table) {
+  PrepareShared s;
+  s.facts = carver.take<Facts>(1);
+  s.table = carver.take<LabelTable>(has_table ? 1 : 0);
+  s.staged = carver.take<uint8_t>(kWarps * kStagedPitch);
+  return s;
+}
+
+// Whether there is a table, and the bytes of shared memory behind `before` of them.
+template <Math M, class Acc>
+int64_t choose_table(Problem<Acc>& p, int64_t before, int64_t limit) {
+  const auto bytes = [&](bool has_table) {
+    Carver carver{nullptr, before, true};
+    carve_prepare(carver, has_table);
+    return carver.used;
+  };
+  p.has_table = kHasTable<M> && p.plain && p.merges == 0 && bytes(true) <= limit;
+  return bytes(p.has_table);
+}
+
 template <Math M, class In, class Acc>
 __device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
-  Facts& facts = *carver.take<Facts>(1);
+  const PrepareShared s = carve_prepare(carver, kHasTable<M> && p.has_table);
+  Facts& facts = *s.facts;
   const int lane = thread_index() % 32;
-  LabelKeys& keys = *carver.take<LabelKeys>(1);
-  uint8_t* const staged = carver.take<uint8_t>(kWarps * kStagedPitch);
+  const bool one_chunk = p.merges == 0;
+  bool has_table = kHasTable<M> && p.has_table && p.candidates.count > 0;
   if (thread_index() == 0) {
     facts = Facts{0, kNoExponent, INT32_MIN, 0};
-    keys.are_wide = 0;
+    if (has_table) s.table->fulls = s.table->are_wide = 0;
   }
   if (block_index() == 0 && thread_index() == 0) *p.counters = Counters{};
   for (int64_t c = int64_t(block_index()) * kThreads + thread_index(); c < p.candidates.count;
        c += int64_t(grid_size()) * kThreads) {
     p.times_chosen[c] = 0;
   }
-  __syncthreads();  // zero facts
+  const RowsOfBlock mine(p);
+  const int bits = slot_bits(p.candidates.count);
+  // Rows of the first turn, which are on their way while labels are counted.
+  const int32_t ahead = mine.begin + thread_index() / 32;
+  if (has_table && ahead < mine.end && lane * 32 < p.dim * int32_t(sizeof(In))) {
+    prefetch(static_cast<const In*>(p.candidates.x) + int64_t(ahead) * p.candidates.stride + lane * (32 / int32_t(sizeof(In))));
+  }
+  if (has_table) empty_slots(bits, *s.table);
+  __syncthreads();  // zero facts, empty slots
 
-  const auto store = [&](const Rows<Acc>& rows, bool are_anchors, int32_t index, int32_t place, int32_t begin, int32_t end) {
+  if (has_table) {
+    load_keys(p.candidates.labels, p.candidates.count, *s.table);
+    __syncthreads();  // all keys
+    has_table = load_relaxed(&s.table->are_wide) == 0;
+    if (has_table) count_keys(bits, p.candidates.count, mine.begin, *s.table);
+    __syncthreads();  // all counts
+  }
+  const auto store = [&](const Rows<Acc>& rows, bool are_anchors, int32_t index, int32_t place, int32_t begin, int32_t end,
+                         const Vector<Acc, kLaneElements<Acc>>& x) {
     if (lane == 0) {
       rows.position[index] = place;
       rows.mate_begin[place] = begin;
       rows.mate_end[place] = end;
       if (are_anchors) atomicMax(&facts.max_positives, count_positives(p, begin, end));
     }
-    store_row<M, In>(p, rows, index, place, staged + thread_index() / 32 * kStagedPitch, facts);
+    store_row<M, In>(p, rows, index, place, x, s.staged + thread_index() / 32 * kStagedPitch, facts);
   };
-  const bool one_chunk = p.merges == 0;
-  // Kernels on doubles have no register to spare for either way of counting, nor would it show.
-  bool has_keys = sizeof(Acc) == 4 && one_chunk && p.plain;
-  if (has_keys) {
-    load_keys(p.candidates.labels, p.candidates.count, keys);
-    __syncthreads();  // all keys
-    has_keys = load_relaxed(&keys.are_wide) == 0;
-  }
-  for_each_row(p, [&](const Rows<Acc>& rows, const Rows<Acc>& others, bool are_anchors, int32_t row) {
-    if (one_chunk && lane * 32 < p.dim * int32_t(sizeof(In))) {  // store_row() will need it
-      prefetch(static_cast<const In*>(rows.x) + int64_t(row) * rows.stride + lane * (32 / int32_t(sizeof(In))));
-    }
+  mine.for_each(p, [&](const Rows<Acc>& rows, const Rows<Acc>& others, bool are_anchors, int32_t row) {
+    Vector<Acc, kLaneElements<Acc>> x{};
+    if (one_chunk) x = load_elements<In>(p, rows, row, lane * kLaneElements<Acc>);
     const int64_t label = rows.labels[row];
     const int32_t first = row / kSortChunk * kSortChunk;
-    const Among own = has_keys ? count_keys(keys, rows.count, row)
-                               : count_labels(rows.labels, first, min(first + kSortChunk, rows.count), label, row);
+    const Among own = has_table ? find_among(*s.table, mine.begin, row)
+                                : count_labels(rows.labels, first, min(first + kSortChunk, rows.count), label, row);
     const int32_t place = first + own.less + own.before;
     if (lane == 0) {
       rows.sorted_label[0][place] = label;
@@ -351,40 +519,36 @@ __device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
     }
     if (!one_chunk) return;
     const Among mates = p.plain ? own : count_labels(others.labels, 0, others.count, label, 0);
-    store(rows, are_anchors, row, place, mates.less, mates.less + mates.equal);
+    store(rows, are_anchors, row, place, mates.less, mates.less + mates.equal, x);
   });
   if (!one_chunk) {
     merge_chunks(p);
-    for_each_row(p, [&](const Rows<Acc>& rows, const Rows<Acc>& others, bool are_anchors, int32_t place) {
+    mine.for_each(p, [&](const Rows<Acc>& rows, const Rows<Acc>& others, bool are_anchors, int32_t place) {
       const int64_t label = rows.sorted_label[p.merges & 1][place];
       const int64_t* labels = others.sorted_label[p.merges & 1];
-      store(rows, are_anchors, sorted_index(p, rows)[place], place, count_below<false>(labels, others.count, label),
-            count_below<true>(labels, others.count, label));
+      const int32_t index = sorted_index(p, rows)[place];
+      store(rows, are_anchors, index, place, count_below<false>(labels, others.count, label),
+            count_below<true>(labels, others.count, label),
+            load_elements<In>(p, rows, index, lane * kLaneElements<Acc>));
     });
   }
   __syncthreads();  // the facts of all warps
   if (thread_index() == 0) p.facts[block_index()] = facts;
 }
 
-// The facts of all rows, in every thread. Behind the grid barrier that ends prepare().
+// The facts of all rows, by one warp or more. Behind the grid barrier that ends prepare().
 template <class Acc>
-__device__ Facts gather_facts(const Problem<Acc>& p, uint8_t* shared_memory) {
-  Carver carver{shared_memory, 0, true};
-  Facts& s = *carver.take<Facts>(1);
-  __syncthreads();  // prepare() has read its own facts, which stand in the same place
-  if (thread_index() == 0) s = Facts{0, kNoExponent, INT32_MIN, 0};
-  __syncthreads();
-  for (int32_t block = thread_index(); block < grid_size(); block += kThreads) {
+__device__ Facts gather_facts(const Problem<Acc>& p) {
+  Facts all{0, kNoExponent, INT32_MIN, 0};
+#pragma unroll 5  // loads in flight
+  for (int32_t block = thread_index() % 32; block < grid_size(); block += 32) {
     const Facts facts = p.facts[block];
-    atomicMax(&s.max_positives, facts.max_positives);
-    atomicMax(&s.max_exponent, facts.max_exponent);
-    atomicMax(&s.max_norm, facts.max_norm);
-    atomicMax(&s.has_nonfinite, facts.has_nonfinite);
+    all.max_positives = max(all.max_positives, facts.max_positives);
+    all.max_exponent = max(all.max_exponent, facts.max_exponent);
+    all.max_norm = max(all.max_norm, facts.max_norm);
+    all.has_nonfinite = max(all.has_nonfinite, facts.has_nonfinite);
   }
-  __syncthreads();
-  const Facts all = s;
-  __syncthreads();  // every thread has read it before the memory is used anew
-  return all;
+  return {warp_max(all.max_positives), warp_max(all.max_exponent), warp_max(all.max_norm), warp_max(all.has_nonfinite)};
 }
 
 }  // namespace facenet_ext::cuda

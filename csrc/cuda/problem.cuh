@@ -84,7 +84,7 @@ struct alignas(2 * sizeof(Acc)) Entry {
   Acc coefficient;  // in the gradient; 0: no term, or an earlier pair of the anchor has the same negative and speaks for both
 };
 
-struct Facts {  // of a block's rows, of all rows in the end
+struct alignas(16) Facts {  // of a block's rows, of all rows in the end
   int32_t max_positives;
   int32_t max_exponent;
   int32_t max_norm;  // norm_order()
@@ -126,9 +126,12 @@ struct Problem {
   int32_t anchor_offset;
   int32_t dim;
   int32_t pitch;  // bytes of a row in `operand`, a multiple of kStageBytes
+  int32_t rows_per_block;  // that a block prepares, of both sets
+  bool has_table;  // of labels, in shared memory: prepare.cuh
   int32_t merges;  // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
   int32_t shared_slots;  // an anchor's buckets that fit in shared memory
-  int32_t slice_lanes;  // slices.cuh; 0: the gradient is not gathered from slices
+  int32_t slice_lanes;  // of 16 bytes, that a slice of a row takes; 0: the gradient is not gathered from slices (slices.cuh)
+  int32_t slices, group_rows, slice_items;  // slices of a row, rows of a group, pairs of a slice and a group
   Acc margin;
   Acc width;  // random rules: eligible is t > d - width, or t >= d - width if `closed`
   bool closed;
@@ -142,7 +145,7 @@ struct Problem {
   uint32_t* best_index;  // [slots] double only: its index
   Entry<Acc>* entry;  // [slots] the pair's negative
   int32_t list_places;  // places of `list` that each candidate has before it overflows; if plain in pairs, of whole fours of rows
-  int32_t* list;  // [slots] per candidate the places of the entries that chose it
+  int32_t* list;  // [slots] per candidate the entries that chose it: Pass::listed()
   int32_t* sorted_list;  // [slots] in the memory of `best`: the same, ascending
   int32_t* list_scratch;  // [slots] in the memory of `best`
   float* base;  // [A] by position, where buckets are in shared memory: buckets.cuh
@@ -171,6 +174,15 @@ struct Problem {
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of a grid: one per multiprocessor, so that all are resident, as a cooperative launch demands. Small problems take fewer.
+template <class Acc>
+int64_t share_rows(const TripletArgs& args, Problem<Acc>& p) {
+  const int64_t rows = args.num_candidates + (p.plain ? 0 : args.num_anchors), most = divide_up(rows, kRowsPerBlock);
+  const int64_t blocks = most < args.multiprocessors ? most : args.multiprocessors;
+  p.rows_per_block = blocks > 0 ? static_cast<int32_t>(divide_up(rows, blocks)) : 0;
+  return blocks;
+}
 
 // Half precision that leaves its format is widened to floats first, in the workspace (widen.cuh).
 template <Math M>
@@ -222,6 +234,8 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.pitch = static_cast<int32_t>(divide_up(args.dim * MathTraits<M>::kElementBytes, kStageBytes) * kStageBytes);
   p.margin = static_cast<Acc>(args.margin);
   const int64_t longest = args.num_anchors > args.num_candidates ? args.num_anchors : args.num_candidates;
+  p.has_table = false;  // choose_table()
+  p.rows_per_block = p.slice_lanes = p.slices = p.group_rows = p.slice_items = 0;  // share_rows(), choose_slice()
   p.merges = 0;
   while ((int64_t(kSortChunk) << p.merges) < longest) ++p.merges;
 }
@@ -359,8 +373,12 @@ __device__ __forceinline__ int32_t positive_rank(int32_t begin, int32_t own, int
   return c - begin - (own >= 0 && c > own ? 1 : 0);
 }
 
+constexpr int kPairBits = 8;  // of pairs of an anchor whose lists are gathered from slices
+static_assert(kWarpSort <= 1 << kPairBits);
+
 // The anchors of one pass and what is done with them. All blocks see the same facts, so all make the same passes.
-struct Pass {
+struct alignas(16) Pass {
+  int32_t stop[4];  // buckets where ranges end, or the one behind all of them
   int32_t begin, end;  // positions of anchors
   int32_t width;  // anchors whose slots fit
   int32_t stride;  // slots of each
@@ -375,13 +393,18 @@ struct Pass {
   // Places of an anchor's entries, an even number, and of the weights of its class, from a multiple of 4 on.
   __device__ __forceinline__ int32_t entry_places() const { return stride + stride % 2; }
   __device__ __forceinline__ int32_t weight_places() const { return (stride + 7) / 4 * 4; }
-  // Place of pair r of the anchor at position a in `entry`, and the way back to the anchor.
+  // Place of pair r of the anchor at position a in `entry`, from there to that of pair r + 32, and the way back to the anchor.
   __device__ __forceinline__ int32_t entry(int32_t a, int32_t r) const {
     return sliced ? side_by_side<2>(a, entry_places(), r) : slot(a) + r;
   }
+  __device__ __forceinline__ int32_t entry_step() const { return sliced ? 4 * 32 : 32; }
   __device__ __forceinline__ int32_t anchor(int32_t place) const {
     if (!sliced) return begin + place / stride;
     return place / (4 * entry_places()) * 4 + place / 2 % 4;
+  }
+  // What finish() enters in lists: if they are gathered from slices what slices.cuh takes apart, else places.
+  __device__ __forceinline__ int32_t listed(int32_t a, int32_t r, int32_t place) const {
+    return sliced ? a << kPairBits | r : place;
   }
   // An anchor's first bucket and the way to its next. Where they fit in shared memory, those of neighbouring anchors are
   // neighbours: lanes that are anchors then touch contiguous global memory and different banks.
@@ -398,30 +421,32 @@ struct Pass {
 struct BlockState {  // what every phase finds at the beginning of shared memory
   Pass pass;
   uint32_t ticket;  // of the grid barrier that this block has arrived at and not waited for
+  bool is_nan;  // some element is not finite, and so is all that comes out
 };
 
 template <class Acc>
 __device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, const Facts& facts) {
   const int32_t stride = max(facts.max_positives, 1);
   const int32_t buckets = count_buckets(p, stride);
-  Pass pass{0,
+  Pass pass{{},
             0,
-            min(p.slots / stride, p.anchors.count),
+            0,
+            int64_t(p.anchors.count) * stride <= p.slots ? p.anchors.count : p.slots / stride,
             stride,
             buckets,
-            1,
+            1 << (32 - __clz(buckets / 5)),
             facts.max_exponent,
             norm_of_order(facts.max_norm, facts.max_exponent),
             buckets <= p.shared_slots && !draws(p),
             false};
   pass.advance(p.anchors.count);
-  while (5 * pass.range <= buckets) pass.range *= 2;
-  // All anchors at once, in whole fours; lists in pairs; no difference of rows that overflows, so that a coefficient of 0 may
-  // meet any row.
+  for (int i = 0; i < 4; ++i) pass.stop[i] = min((i + 1) * pass.range, buckets + 1);
+  // All anchors at once, in whole fours; lists in pairs, their entries told apart by 15 bits; no difference of rows that
+  // overflows, so that a coefficient of 0 may meet any row.
   const int32_t places = max(pass.entry_places(), pass.weight_places());
   pass.sliced = p.slice_lanes > 0 && pass.is_last(p.anchors.count) && stride <= kWarpSort &&
                       int64_t(p.anchors.count + 3) / 4 * 4 * places <= p.slots &&
-                      facts.max_exponent <= 100;
+                      int64_t(p.anchors.count) * ((stride + 31) / 32) < 0x7bff && facts.max_exponent <= 100;
   return pass;
 }
 

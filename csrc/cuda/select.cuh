@@ -20,13 +20,13 @@ constexpr int32_t kShortStride = 64;  // two positives a lane
 template <class Acc>
 struct StripShared {
   Edge<Acc> row, column;
-  Acc d2_ap[kStrip][kShortStride];  // where no anchor has more positives
+  Acc d2_ap[kStrip][kShortStride];  // where no anchor has more positives, and none that a block sorts
 };
 
 // By one warp: ascending thresholds, and how many of them are not farther than each positive.
 template <class Acc>
-__device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t positives) {
-  const Acc* d2_ap = p.d2_ap + pass.slot(a);
+__device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t positives,
+                                                const Acc* d2_ap) {
   Acc* threshold = p.threshold + pass.bucket(a);
   const int32_t step = pass.bucket_step();
   for (int32_t r = thread_index() % 32; r < positives; r += 32) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Pas
   }
 }
 
-// The same for kShortStride positives at most, whose distances stand in shared memory.
+// The same for kShortStride positives at most, whose distances stand in shared memory alone, as yet.
 template <class Acc>
 __device__ __forceinline__ void sort_few_thresholds(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t positives,
                                                     const Acc* d2_ap) {
@@ -59,9 +59,12 @@ __device__ __forceinline__ void sort_few_thresholds(const Problem<Acc>& p, const
   Acc own[kOwn];
   int32_t below[kOwn] = {};
 #pragma unroll
-  for (int k = 0; k < kOwn; ++k) own[k] = d2_ap[min(lane + 32 * k, max(positives - 1, 0))];
+  for (int k = 0; k < kOwn; ++k) {
+    own[k] = d2_ap[min(lane + 32 * k, max(positives - 1, 0))];
+    if (lane + 32 * k < positives) p.d2_ap[pass.slot(a) + lane + 32 * k] = own[k];
+  }
 #pragma unroll 8
-  for (int32_t j = 0; j < positives; ++j) {
+  for (int32_t j = 0; j < (p.negatives == Negatives::hard ? 0 : positives); ++j) {
     const auto other = sort_order(d2_ap[j]);
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) count_if_less(below[k], other, sort_order(own[k]));
@@ -69,15 +72,17 @@ __device__ __forceinline__ void sort_few_thresholds(const Problem<Acc>& p, const
   int32_t sum = 0;
 #pragma unroll
   for (int k = 0; k < kOwn; ++k) sum += lane + 32 * k < positives ? below[k] : 0;
-  if (warp_sum(sum) != positives * (positives - 1) / 2) {  // some are equally far
-    sort_thresholds(p, pass, a, positives);
+  // Not where some are equally far.
+  if (p.negatives == Negatives::hard || warp_sum(sum) != positives * (positives - 1) / 2) {
+    sort_thresholds(p, pass, a, positives, d2_ap);
     return;
   }
+  const int32_t place = pass.entry(a, lane), bucket = pass.bucket(a), step = pass.bucket_step();
 #pragma unroll
   for (int k = 0; k < kOwn; ++k) {
     if (lane + 32 * k >= positives) continue;
-    p.threshold[pass.bucket(a) + below[k] * pass.bucket_step()] = own[k];
-    p.entry[pass.entry(a, lane + 32 * k)].row = below[k] + 1;
+    p.threshold[bucket + below[k] * step] = own[k];
+    p.entry[place + k * pass.entry_step()].row = below[k] + 1;
   }
 }
 
@@ -113,7 +118,8 @@ __device__ void drop_pairs(const Problem<Acc>& p, const Pass& pass, const Edge<A
   }
 }
 
-// Rows of the first strip of all are on their way before the pass is known, and stand in shared memory when it begins.
+// Rows of the first strip of all are on their way before the pass is known, and stand in shared memory when it begins. By the
+// first warp, as long as it has kStrip lanes.
 template <class Acc>
 __device__ __forceinline__ EdgeRow<Acc> load_first_row(const Problem<Acc>& p) {
   return {p, p.anchors, block_index() * kStrip + min(thread_index(), kStrip), true};
@@ -133,7 +139,7 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
   Carver carver{shared_memory, 0, true};
   StripShared<Acc>& s = *carver.take<StripShared<Acc>>(1);
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
-  const bool is_short = pass.stride <= kShortStride;
+  const bool is_short = pass.stride <= min(kShortStride, kWarpSort);
   if (block_index() == 0 && thread == 0) p.counters->list_end = p.counters->list_overflows = 0;
   if constexpr (sizeof(Acc) == 4) {
     if (pass.is_first() && pass.in_shared) order_tiles(p);
@@ -156,18 +162,29 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
       const auto operand = [&](const Rows<Acc>& rows, int32_t position) -> const uint8_t* {
         return rows.operand + int64_t(min(position, rows.count - 1)) * p.pitch;
       };
+      Acc d2[4];
+      int32_t anchor[4], rank[4];  // rank < 0: no pair
+      int found = 0;
       strip_products<M, Acc>(
-          p.pitch, [&](int i) { return operand(p.anchors, first + i); },
+          column + 8 * warp < band_end ? p.pitch : 0, [&](int i) { return operand(p.anchors, first + i); },
           [&](int i) { return operand(p.candidates, column + 8 * warp + i); },
           [&](int i, int j, Acc product) {
-            const int32_t c = column + 8 * warp + j, begin = s.row.mate_begin[i], end = s.row.mate_end[i], own = s.row.own[i];
-            if (i >= count || c < begin || c >= end || c == own || count_positives(p, begin, end) == 0) return;
-            const int32_t r = positive_rank(begin, own, c);
-            const Acc d2 = squared_distance(s.row, i, s.column, 8 * warp + j, product);
-            p.d2_ap[pass.slot(first + i) + r] = d2;
-            if (is_short) s.d2_ap[i][r] = d2;
+            const int32_t c = column + 8 * warp + j, begin = s.row.mate_begin[i], own = s.row.own[i];
+            const int32_t size = s.row.mate_end[i] - begin;
+            const bool is_pair = (static_cast<uint32_t>(c - begin) < static_cast<uint32_t>(size)) & (i < count) & (c != own) &
+                                 (size != p.candidates.count);
+            d2[found] = squared_distance(s.row, i, s.column, 8 * warp + j, product);
+            anchor[found] = i;
+            rank[found] = is_pair ? positive_rank(begin, own, c) : -1;
+            ++found;
           },
           [] { __syncthreads(); });  // the columns' edge
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (rank[k] < 0) continue;
+        if (is_short) s.d2_ap[anchor[k]][rank[k]] = d2[k];
+        else p.d2_ap[pass.slot(first + anchor[k]) + rank[k]] = d2[k];
+      }
     }
     __syncthreads();  // d2_ap of the strip
     const auto empty_bucket = [&](int32_t bucket, bool has_threshold) {
@@ -175,19 +192,20 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
       p.best[bucket] = kEmpty;
       if (sizeof(Acc) == 8) p.best_index[bucket] = ~0u;
     };
-    if (pass.in_shared) {
-      for (int32_t i = thread; i < kStrip * pass.buckets; i += kThreads) {
-        const int32_t anchor = i % kStrip, r = i / kStrip;
-        if (anchor >= count) continue;
-        const int32_t positives = count_positives(p, s.row.mate_begin[anchor], s.row.mate_end[anchor]);
-        empty_bucket(pass.bucket(first + anchor) + r * pass.bucket_step(), r < count_buckets(p, positives));
-      }
+    const auto positives_of = [&](int i) { return count_positives(p, s.row.mate_begin[i], s.row.mate_end[i]); };
+    if (pass.in_shared && thread % kStrip < count) {
+      const int32_t a = first + thread % kStrip, buckets = pass.buckets, step = pass.bucket_step();
+      const int32_t full = count_buckets(p, positives_of(thread % kStrip));
+      constexpr int32_t kStep = kThreads / kStrip;
+      int32_t bucket = pass.bucket(a) + thread / kStrip * step;
+#pragma unroll 2
+      for (int32_t r = thread / kStrip; r < buckets; r += kStep, bucket += kStep * step) empty_bucket(bucket, r < full);
     }
+    if (p.negatives != Negatives::hard && pass.stride > kWarpSort) {  // lists that a block sorts
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      const int32_t positives = count_positives(p, s.row.mate_begin[i], s.row.mate_end[i]);
-      const int32_t slot = pass.slot(first + i);
-      if (p.negatives != Negatives::hard && positives > kWarpSort) {
+      for (int i = 0; i < count; ++i) {
+        const int32_t positives = positives_of(i), slot = pass.slot(first + i);
+        if (positives <= kWarpSort) continue;
         // A copy is sorted: d2_ap stays in order of the positive. `best` is free until the buckets are emptied, `entry`
         // until finish().
         Acc* keys = reinterpret_cast<Acc*>(p.best + slot);
@@ -199,16 +217,23 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
         for (int32_t r = thread; r < positives; r += kThreads) {
           p.entry[slot + r].row = count_below<true>(p.threshold + slot, positives, p.d2_ap[slot + r]);
         }
-      } else if (i % kWarps == warp) {
-        if (is_short && p.negatives != Negatives::hard) {
-          sort_few_thresholds(p, pass, first + i, positives, s.d2_ap[i]);
-        } else {
-          sort_thresholds(p, pass, first + i, positives);
+      }
+    }
+#pragma unroll 1
+    for (int i = warp; i < count; i += kWarps) {
+      const int32_t positives = positives_of(i), slot = pass.slot(first + i);
+      if (p.negatives != Negatives::hard && positives > kWarpSort) continue;
+      if (is_short) {
+        sort_few_thresholds(p, pass, first + i, positives, s.d2_ap[i]);
+      } else {
+        sort_thresholds(p, pass, first + i, positives, p.d2_ap + slot);
+      }
+      if (pass.in_shared) {
+        if constexpr (sizeof(Acc) == 4) {
+          if (is_short) store_base(p, first + i, s.d2_ap[i], positives);
+          else store_base(p, first + i, p.d2_ap + slot, positives);
         }
-        if (pass.in_shared) {
-          if constexpr (sizeof(Acc) == 4) store_base(p, first + i, p.d2_ap + slot, positives);
-          continue;
-        }
+      } else {
         for (int32_t r = lane; r < pass.buckets; r += 32) empty_bucket(slot + r, r < count_buckets(p, positives));
       }
     }
@@ -332,42 +357,59 @@ struct Draw {
 
 // ---- phase 3 --------------------------------------------------------------------------------------------------------
 
-// Offers count distances, kStep apart, to one anchor: at position a, entry i of `edge`, `place` among the buckets in shared
-// memory. index and rank are of the candidates.
-template <int kStep, class Acc>
-__device__ __forceinline__ void offer_side(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s,
-                                           const Edge<Acc>& edge, int i, int32_t a, int place, int round, int count,
-                                           const Acc* distance, const int32_t* index, const uint32_t* rank) {
-  if constexpr (sizeof(Acc) == 4) {
-    if (pass.in_shared) {
-      offer_in_shared<kStep>(p, pass, s, edge, i, a, place, count, distance, index, rank);
-      return;
-    }
-  }
+// What a thread has of a part: count distances, kStep apart, of one anchor, at position a, entry i of `edge`, `place` among the
+// buckets in shared memory, to candidates with these indices and, from `from` on, ranks in `order`.
+template <int kStep_, class Acc>
+struct Side {
+  static constexpr int kStep = kStep_;
+  const Edge<Acc>& edge;
+  int i;
+  int32_t a;
+  int place, count;
+  const Acc* distance;
+  const int32_t* index;
+  const Order& order;
+  int from;
+};
+
+template <class Acc, class Side>
+__device__ __forceinline__ void offer_in_global(const Problem<Acc>& p, const Pass& pass, int round, const Side& side) {
   Searcher<Acc> anchor;
-  anchor.a = a;
-  anchor.count = pass.has(a) ? count_buckets(p, count_positives(p, edge.mate_begin[i], edge.mate_end[i])) : 0;
+  anchor.a = side.a;
+  const int32_t begin = side.edge.mate_begin[side.i], end = side.edge.mate_end[side.i];
+  anchor.count = pass.has(side.a) ? count_buckets(p, count_positives(p, begin, end)) : 0;
   if (anchor.count == 0) return;
-  anchor.bucket = pass.bucket(a);
+  anchor.bucket = pass.bucket(side.a);
   if (draws(p)) {
     if (round > 0) return;
-    const Draw<Acc> draw(p, pass, anchor, edge.index[i]);
+    const Draw<Acc> draw(p, pass, anchor, side.edge.index[side.i]);
 #pragma unroll 1
-    for (int j = 0; j < count; ++j) {
-      const Acc d = distance[j * kStep];
-      if (d != kNotOffered) draw.offer(d, static_cast<uint32_t>(index[j]));
+    for (int j = 0; j < side.count; ++j) {
+      const Acc d = side.distance[j * Side::kStep];
+      if (d != kNotOffered) draw.offer(d, static_cast<uint32_t>(side.index[j]));
     }
     return;
   }
   anchor.want_farthest = !p.without_negative && load_relaxed(p.best + anchor.bucket + anchor.count - 1) == kEmpty;
 #pragma unroll 1
-  for (int j = 0; j < count; ++j) {
-    const Acc d = distance[j * kStep];
+  for (int j = 0; j < side.count; ++j) {
+    const Acc d = side.distance[j * Side::kStep];
     if (d == kNotOffered) continue;
-    offer(p, anchor, d, static_cast<uint32_t>(index[j]), round);
-    if (anchor.want_farthest) offer_farthest(p, anchor, d, static_cast<uint32_t>(index[j]), round);
+    offer(p, anchor, d, static_cast<uint32_t>(side.index[j]), round);
+    if (anchor.want_farthest) offer_farthest(p, anchor, d, static_cast<uint32_t>(side.index[j]), round);
   }
   if (anchor.want_farthest) store_farthest(p, anchor, round);
+}
+
+// What offer_in_shared() returns, where the buckets are there.
+template <class Acc, class Side>
+__device__ __forceinline__ uint32_t offer_side(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s, int round,
+                                               const Side& side) {
+  if constexpr (sizeof(Acc) == 4) {
+    if (pass.in_shared) return offer_in_shared(p, pass, s, side);
+  }
+  offer_in_global(p, pass, round, side);
+  return 0;
 }
 
 // Moves the cursor to this block's next tile of a sweep.
@@ -390,51 +432,58 @@ __device__ void next_tile(const Problem<Acc>& p, const Pass& pass, Cursor& c) {
   const int32_t pass_begin = pass.begin / kSide, pass_end = tiles_of(pass.end);
   const int32_t group = tiles_of(p.anchors.count) <= 4 * kTileGroup ? 1 : kTileGroup;
   c.is_first = c.row < 0;
-  if (c.is_first) {
-    c.top = p.plain ? 0 : pass_begin;
-    c.next = block_index();
+  int32_t top = c.is_first ? (p.plain ? 0 : pass_begin) : c.top, next = c.is_first ? block_index() : c.next;
+  c.row = -1;
+  const auto take = [&](int32_t i, int32_t j) {
+    c.row = i * kSide;
+    c.column = j * kSide;
+    c.top = top;
+    c.next = next + grid_size();
+  };
+  if (p.plain && group == 1 && pass.is_first() && pass.is_last(p.anchors.count)) {
+    // All tiles from the diagonal on, a row after the other: everybody waits for this, so it takes no more steps than it must.
+    int32_t width = pass_end - top;
+    if (next >= width * (width + 1) / 2) return;
+    for (; next >= width; ++top, --width) next -= width;
+    take(top, top + next);
+    return;
   }
-  for (; c.top < pass_end; c.top += group) {
-    const int32_t height = min(group, pass_end - c.top);
+  for (; top < pass_end; top += group) {
+    const int32_t height = min(group, pass_end - top);
     // Columns that any row of the group needs. A row above the pass needs those of the pass alone.
-    const bool above = p.plain && c.top + height <= pass_begin;
-    const int32_t left = above ? pass_begin : p.plain ? c.top : 0;
+    const bool above = p.plain && top + height <= pass_begin;
+    const int32_t left = above ? pass_begin : p.plain ? top : 0;
     const int32_t tiles = height * ((above ? pass_end : tiles_of(p.candidates.count)) - left);
-    while (c.next < tiles) {
-      const int32_t i = c.top + c.next % height, j = left + c.next / height;
-      c.next += grid_size();
+    for (; next < tiles; next += grid_size()) {
+      const int32_t i = top + next % height, j = left + next / height;
       const bool i_in = i >= pass_begin, j_in = j >= pass_begin && j < pass_end;
       if (p.plain && (i > j || !(i_in || j_in))) continue;
-      c.row = i * kSide;
-      c.column = j * kSide;
+      take(i, j);
       return;
     }
-    c.next -= tiles;
+    next -= tiles;
   }
-  c.row = -1;
 }
 
-// Offers the negatives of a part to the anchors of its rows and, where the tile serves both sides, of its columns.
-template <class Acc>
-__device__ __forceinline__ void offer_part(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s, int part,
-                                           int round) {
+// Calls body(side) with what this thread has of a part: of its rows and, where the tile serves both sides, of its columns.
+template <class Acc, class Body>
+__device__ __forceinline__ auto with_side(const Problem<Acc>& p, const TileShared<Acc>& s, int part, Body body) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   // Where both sides are served, half of the warps serve the rows: fewer anchors for each warp, more distances for each of
   // them. So many warps share 32 rows or columns:
   const bool both = serves_columns(p, *s.cursor);
-  const int row_warps = both ? kWarps / 2 : kWarps;
+  const int row_warps = both ? kWarps / 2 : kWarps, first = part * kPart<Acc>;
   if (warp < row_warps) {  // rows as anchors, lane = row
     const int each = kPart<Acc> * kWarpsPerSide / row_warps;
     const int row = warp % kWarpsPerSide * 32 + lane, from = warp / kWarpsPerSide * each;
-    offer_side<1>(p, pass, s, *s.row, row, s.cursor->row + row, row, round, each, s.part + row * kPartPitch<Acc> + from,
-                  s.column->index + part * kPart<Acc> + from, s.order[1].rank + part * kPart<Acc> + from);
-  } else {  // columns as anchors, lane = column
-    constexpr int kEach = kSide * kPartWarps<Acc> / (kWarps / 2);
-    const int column = warp % kPartWarps<Acc> * 32 + lane, from = (warp - row_warps) / kPartWarps<Acc> * kEach;
-    offer_side<kPartPitch<Acc>>(p, pass, s, *s.column, part * kPart<Acc> + column,
-                                s.cursor->column + part * kPart<Acc> + column, kSide + column, round, kEach,
-                                s.part + from * kPartPitch<Acc> + column, s.row->index + from, s.order[0].rank + from);
+    return body(Side<1, Acc>{*s.row, row, s.cursor->row + row, row, each, s.part + row * kPartPitch<Acc> + from,
+                             s.column->index + first + from, s.order[1], first + from});
   }
+  // columns as anchors, lane = column
+  constexpr int kEach = kSide * kPartWarps<Acc> / (kWarps / 2);
+  const int column = warp % kPartWarps<Acc> * 32 + lane, from = (warp - row_warps) / kPartWarps<Acc> * kEach;
+  return body(Side<kPartPitch<Acc>, Acc>{*s.column, first + column, s.cursor->column + first + column, kSide + column, kEach,
+                                         s.part + from * kPartPitch<Acc> + column, s.row->index + from, s.order[0], from});
 }
 
 // All tiles of the pass that are this block's. grid_arrive() stands behind phase 2: its results are waited for when the first
@@ -484,12 +533,13 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
             load_all();
             __syncthreads();  // the buckets
           }
-          offer_part(p, pass, s, part, round);
+          [[maybe_unused]] const uint32_t farthest =
+              with_side(p, s, part, [&](const auto& side) { return offer_side(p, pass, s, round, side); });
           if constexpr (sizeof(Acc) == 4) {
             if (!pass.in_shared) return;
             __syncthreads();  // all offers are made
             if (!p.without_negative) {
-              offer_farthest_of_part(p, s, part);
+              with_side(p, s, part, [&](const auto& side) { offer_farthest_in_shared(p, s, side, farthest); });
               __syncthreads();  // the buckets have been looked at
             }
             // A thread loads what it has stored itself; barriers stand between that and the next offer.

@@ -1,7 +1,7 @@
 // Phase 5 where a slice of the columns of all rows fits in shared memory: the gradient from there, not from L2. Float rows
 // that are anchors and candidates alike, not normalised, in one pass, with no list too long; gradient.cuh does the rest.
 //
-//   5a lists    a warp per row:  list, ascending by place  ->  chosen: anchors and their coefficients
+//   5a lists    a warp per row:  list, ascending by anchor and pair  ->  chosen: anchors and their coefficients
 //                                coefficients of the class, both directions added  ->  weight, in the memory of `threshold`
 //   5b gather   a block per slice and group of rows; it reads its rows' partners from the slice, which holds every row
 //
@@ -34,32 +34,38 @@ __host__ __device__ inline SliceShared carve_slice(Carver& carver, int64_t count
   return s;
 }
 
-// Which slices and groups there are. A block takes items block_index(), + grid_size(), …
-struct SliceGrid {
-  int32_t slices, groups;
-  __device__ __forceinline__ explicit SliceGrid(const Problem<float>& p)
-      : slices((p.dim + 4 * p.slice_lanes - 1) / (4 * p.slice_lanes)), groups(max(grid_size() / slices, 1)) {}
-  __device__ __forceinline__ int32_t items() const { return slices * groups; }
-  __device__ __forceinline__ int32_t column(const Problem<float>& p, int32_t item) const {  // of this lane
-    return item % slices * 4 * p.slice_lanes + thread_index() % p.slice_lanes * 4;
-  }
-  // First position of a group of rows: whole fours.
-  __device__ __forceinline__ int32_t row(const Problem<float>& p, int32_t group) const {
-    return group == groups ? p.candidates.count : static_cast<int32_t>(int64_t(p.candidates.count) * group / groups / 4 * 4);
+// A slice of the columns and a group of the rows. A block takes items block_index(), + grid_size(), …
+template <int kLanes>
+struct SliceItem {
+  int32_t column;  // this lane's first
+  int32_t row, end;  // positions
+  __device__ __forceinline__ SliceItem(const Problem<float>& p, int32_t item) {
+    const uint32_t group = static_cast<uint32_t>(item) / static_cast<uint32_t>(p.slices);
+    column = (item - static_cast<int32_t>(group) * p.slices) * (4 * kLanes) + thread_index() % kLanes * 4;
+    row = static_cast<int32_t>(group) * p.group_rows;
+    end = min(row + p.group_rows, p.candidates.count);
   }
 };
 
 // Sends for an item's slice. Nobody may be reading that memory.
+template <int kLanes>
 __device__ __forceinline__ void fetch_slice(const Problem<float>& p, int32_t item, float* slice) {
-  const SliceGrid grid(p);
-  const int32_t lanes = p.slice_lanes, column = grid.column(p, item);
-  const float* x = static_cast<const float*>(p.candidates.x) + column;
-  if (item < grid.items() && column < p.dim) {
-    for (int32_t row = thread_index() / lanes; row < p.candidates.count; row += kThreads / lanes) {
-      cp_async_16(slice + (row * lanes + thread_index() % lanes) * 4, x + int64_t(row) * p.candidates.stride);
-    }
+  const int32_t column = SliceItem<kLanes>(p, item).column, count = p.candidates.count;
+  if (item < p.slice_items && column < p.dim) {
+    constexpr int32_t kRows = kThreads / kLanes;  // that a block copies at a time
+    int32_t row = thread_index() / kLanes;
+    const int64_t stride = p.candidates.stride;
+    const float* from = static_cast<const float*>(p.candidates.x) + column + row * stride;
+    float* to = slice + thread_index() * 4;
+#pragma unroll 4
+    for (; row < count; row += kRows, from += kRows * stride, to += kThreads * 4) cp_async_16(to, from);
   }
   cp_async_commit();
+}
+__device__ __forceinline__ void fetch_first_slice(const Problem<float>& p, float* slice) {
+  if (p.slice_lanes == 8) fetch_slice<8>(p, block_index(), slice);
+  else if (p.slice_lanes == 4) fetch_slice<4>(p, block_index(), slice);
+  else fetch_slice<2>(p, block_index(), slice);
 }
 
 // What chose the rows, four of them side by side; in the memory of `best`.
@@ -93,53 +99,56 @@ __device__ __forceinline__ void order_lists(const Problem<float>& p, const Pass&
     const int32_t index = row.index, begin = row.begin, end = row.end;
     const int32_t length = p.times_chosen[index];
     const int32_t* list = p.list + int64_t(index) * p.list_places;
-    // Two entries a lane; longer lists are read again and again.
-    constexpr int kOwn = 2;
-    int32_t place[kOwn], rank[kOwn] = {};
-    Entry<float> entry[kOwn];
+    const auto entry_of = [&](int32_t listed) -> Entry<float> {
+      const int32_t a = listed >> kPairBits, r = listed % (1 << kPairBits);
+      return {sorted_index(p, p.anchors)[a], p.entry[pass.entry(a, r)].coefficient};
+    };
     const auto write = [&](int32_t e, const Entry<float>& x) {
       chosen(p)[side_by_side<2>(position, p.list_places, e)] = x;
     };
+    // Two entries a lane; longer lists are read again and again.
+    constexpr int kOwn = 2;
+    Vector<int32_t, kOwn> own{};  // on its way with the length
+    if (kOwn * lane < p.list_places) own = reinterpret_cast<const Vector<int32_t, kOwn>*>(list)[lane];
+    Entry<float> entry[kOwn];
+    uint32_t keys = 0;  // of this lane's entries: an anchor speaks once in 32 pairs
+    const int32_t turns = (pass.stride + 31) / 32;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      place[i] = lane + 32 * i < length ? list[lane + 32 * i] : INT32_MAX;
-    }
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (place[i] != INT32_MAX) entry[i] = {sorted_index(p, p.anchors)[pass.anchor(place[i])], p.entry[place[i]].coefficient};
+      const bool has = kOwn * lane + i < length;
+      if (has) entry[i] = entry_of(own.element[i]);
+      const int32_t key = (own.element[i] >> kPairBits) * turns + own.element[i] % (1 << kPairBits) / 32;
+      keys |= static_cast<uint32_t>(has ? key : 0x7bff) << 16 * i;
     }
     // weight(row, mate) = weight(mate, row), 0 for the row itself and outside of the class
     const Mates mates(p, begin, end);
-    for (int32_t e = lane; e < (mates.size + 3) / 4 * 4; e += 32) {
+    int32_t place = side_by_side<4>(position, pass.weight_places(), lane);
+#pragma unroll 1
+    for (int32_t e = lane; e < (mates.size + 3) / 4 * 4; e += 32, place += 4 * 32) {
       const int32_t other = mates.from + e;
       float weight = 0;
       if (other >= begin && other < end && other != position) {
         weight = p.d2_ap[pass.slot(position) + positive_rank(begin, position, other)] +
                  p.d2_ap[pass.slot(other) + positive_rank(begin, other, position)];
       }
-      p.threshold[side_by_side<4>(position, pass.weight_places(), e)] = weight;
+      p.threshold[place] = weight;
     }
     if (length % 2 == 1 && lane == 0) write(length, {index, 0.f});  // entries are read in pairs
     if (length <= 32 * kOwn) {
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const int32_t others = min(length - 32 * i, 32);
-#pragma unroll 8
-        for (int32_t j = 0; j < others; ++j) {
-          const int32_t other = __shfl_sync(kWholeWarp, place[i], j);
-#pragma unroll
-          for (int k = 0; k < kOwn; ++k) count_if_less(rank[k], other, place[k]);
-        }
+      uint32_t ranks = 0;
+#pragma unroll 4
+      for (int32_t j = 0; j < (length + 1) / 2; ++j) {
+        const uint32_t others = __shfl_sync(kWholeWarp, keys, j);
+        count_halves_if_less(ranks, __byte_perm(others, others, 0x1010), keys);
+        count_halves_if_less(ranks, __byte_perm(others, others, 0x3232), keys);
       }
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        if (place[i] != INT32_MAX) write(rank[i], entry[i]);
+        if (kOwn * lane + i < length) write(count_of_half(ranks, i), entry[i]);
       }
       continue;
     }
-    for (int32_t e = lane; e < length; e += 32) {
-      write(counted_place(list, 0, length, e), {sorted_index(p, p.anchors)[pass.anchor(list[e])], p.entry[list[e]].coefficient});
-    }
+    for (int32_t e = lane; e < length; e += 32) write(counted_place(list, 0, length, e), entry_of(list[e]));
   }
 }
 
@@ -227,22 +236,22 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
                                               const SliceShared& s) {
   constexpr int kRows = 32 / kLanes;  // that a warp has at a time
   const float scale = static_cast<float>((p.euclidean || p.cosine ? 1 : 2) / divisor(p));
-  const SliceGrid grid(p);
   const int32_t warp = thread_index() / 32, group = thread_index() % 32 / kLanes;
   const uint32_t slice = shared_address(s.x + thread_index() % kLanes * 4);
   const Rows<float>& rows = p.candidates;
   bool is_waiting = true;  // the lists of other blocks may not be there yet
 #pragma unroll 1
-  for (int32_t item = block_index(); item < grid.items(); item += grid_size()) {
+  for (int32_t item = block_index(); item < p.slice_items; item += grid_size()) {
     if (item != block_index()) {
       __syncthreads();  // the slice before has been read
-      fetch_slice(p, item, s.x);
+      fetch_slice<kLanes>(p, item, s.x);
     }
     cp_async_wait<0>();
     __syncthreads();  // everybody's part of the slice has landed
-    const int32_t end = grid.row(p, item / grid.slices + 1), column = grid.column(p, item);
+    const SliceItem<kLanes> here(p, item);
+    const int32_t end = here.end, column = here.column;
 #pragma unroll 1
-    for (int32_t top = grid.row(p, item / grid.slices); top < end; top += kWarps * kRows) {
+    for (int32_t top = here.row; top < end; top += kWarps * kRows) {
       const int32_t position = top + warp * kRows + group;
       const bool has = position < end;
       const int32_t index = has ? sorted_index(p, rows)[position] : 0;
@@ -269,22 +278,26 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
   }
 }
 
-// Lanes of 16 bytes that a slice of each row takes, and the block's shared memory with it; 0: no slice fits, or the rows are
-// not of the kind above.
-inline int32_t choose_slice(const TripletArgs& args, const Problem<float>& p, int64_t limit, int64_t* bytes) {
+// How wide slices are and which items there are, and the block's shared memory with one; slice_lanes stays 0 where none fits,
+// or the rows are not of the kind above.
+inline void choose_slice(const TripletArgs& args, Problem<float>& p, int64_t blocks, int64_t limit, int64_t* bytes) {
   const bool aligned = p.candidates.aligned && reinterpret_cast<uintptr_t>(p.candidates.gradient_out) % 16 == 0;
-  if (!p.plain || p.normalize || !aligned || p.candidates.gradient_out == nullptr) return 0;
+  if (!p.plain || p.normalize || !aligned || p.candidates.gradient_out == nullptr || blocks == 0) return;
   int32_t lanes = 8;
   while (lanes > 2 && 2 * lanes >= p.dim) lanes /= 2;  // fewer have all columns
   for (; lanes >= 2; lanes /= 2) {  // narrower slices would read the lists too often
     Carver carver{nullptr, 0, true};
     carver.take<BlockState>(1);
     carve_slice(carver, args.num_candidates, lanes);
+    if (carver.used > limit) continue;
     *bytes = carver.used;
-    if (carver.used <= limit) return lanes;
+    p.slice_lanes = lanes;
+    p.slices = static_cast<int32_t>(divide_up(p.dim, 4 * lanes));
+    const int64_t groups = max(blocks / p.slices, int64_t(1));
+    p.group_rows = static_cast<int32_t>(divide_up(args.num_candidates, 4 * groups) * 4);  // whole fours
+    p.slice_items = static_cast<int32_t>(divide_up(args.num_candidates, p.group_rows)) * p.slices;
+    return;
   }
-  *bytes = 0;
-  return 0;
 }
 
 }  // namespace facenet_ext::cuda

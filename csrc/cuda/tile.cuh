@@ -22,9 +22,10 @@ template <class Acc>
 constexpr int kPartWarps = sizeof(Acc) == 4 ? kWarpsPerSide / 2 : 1;
 template <class Acc>
 constexpr int kPart = 32 * kPartWarps<Acc>;
-// Floats from row to row: a column is read without a bank conflict, and products are written with no more than two at a bank.
+// Floats from row to row: rows are read by fours and columns one by one without a bank conflict, and products are written by
+// twos with no more than two at a bank.
 template <class Acc>
-constexpr int kPartPitch = kPart<Acc> + (sizeof(Acc) == 4 ? 9 : 1);
+constexpr int kPartPitch = kPart<Acc> + (sizeof(Acc) == 4 ? 12 : 1);
 template <class Acc>
 constexpr int kParts = kWarpsPerSide / kPartWarps<Acc>;
 
@@ -66,6 +67,7 @@ struct Buckets {  // row r of [shared_slots + 1 + kBeyond]
 };
 struct Ranges {  // of distances that tags tell apart
   float base[kBucketPitch];    // the lowest
+  int32_t last[kBucketPitch];  // the row of the last bucket; 0: no anchor of the pass, or without positives
   uint32_t
       far[kBucketPitch];  // bits: no farther negative than this is wanted; infinite: none beyond the last threshold is known
 };
@@ -108,9 +110,10 @@ __host__ __device__ TileShared<Acc> carve_tile(Carver& carver, int32_t shared_sl
   return s;
 }
 
+// 2^e, e <= 127, and not below the least normal float.
 template <class Acc>
 __device__ __forceinline__ Acc two_to(int32_t e) {
-  return ldexp(Acc(1), e < -126 ? -126 : e);
+  return __uint_as_float(static_cast<uint32_t>(max(e, -126) + 127) << 23);
 }
 
 // What an edge knows of the row at a position, the last one for positions behind it. are_anchors: the rows are anchors, whose
@@ -163,6 +166,7 @@ __device__ __forceinline__ Acc squared_distance(const Edge<Acc>& rows, int row, 
 template <Math M>
 struct Products {  // on tensor cores
   static constexpr bool kSplit = M == Math::split;
+  static constexpr bool kByTwos = true;  // products 2j and 2j + 1 of a lane are neighbours in a row
   float hh[2][4][4];
   float hl[kSplit ? 2 : 1][kSplit ? 4 : 1][4];
 
@@ -207,6 +211,7 @@ struct Products {  // on tensor cores
 
 template <class Acc>
 struct CoreProducts {  // on CUDA cores: one chain of fused multiply-adds in order of k, so d(a, b) = d(b, a) here too
+  static constexpr bool kByTwos = false;
   Acc sum[4][8];
 
   __device__ __forceinline__ void clear() {
@@ -244,22 +249,6 @@ template <>
 struct Products<Math::simt32> : CoreProducts<float> {};
 template <>
 struct Products<Math::simt64> : CoreProducts<double> {};
-
-// Pairs of a part that are no anchor and negative: its first column stands at position first_column. A thread has a piece of
-// a row.
-template <int kPitch, class Acc>
-__device__ __forceinline__ void make_holes(const Problem<Acc>& p, const TileShared<Acc>& s, int32_t first_column) {
-  constexpr int kThreadsEach = kThreads / kSide, kColumns = kPart<Acc> / kThreadsEach;
-  const int row = thread_index() / kThreadsEach, piece = thread_index() % kThreadsEach * kColumns;
-  const int32_t first = first_column + piece;
-  Acc* d = s.part + row * kPitch + piece;
-  const bool inside = s.cursor->row + row < p.anchors.count;
-  const int32_t begin = inside ? s.row->mate_begin[row] : first, end = inside ? s.row->mate_end[row] : first + kColumns;
-#pragma unroll 1
-  for (int32_t c = max(begin, first); c < min(end, first + kColumns); ++c) d[c - first] = kNotOffered;
-#pragma unroll 1
-  for (int32_t c = max(p.candidates.count, first); c < first + kColumns; ++c) d[c - first] = kNotOffered;
-}
 
 // Computes the cursor's tile and calls body(part) for each part in s.part, between barriers: body may read s.part, the edges
 // and the cursor freely and must not wait for anything but this block. meanwhile() runs while the first rows are on their
@@ -319,19 +308,16 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& 
   products.for_each(after % 32, [&](int i, int r, int c, Acc product) {
     d2[i] = squared_distance(*s.row, 32 * m + r, *s.column, 32 * n + c, product);
   });
-  const int32_t first_row = s.cursor->row, first_column = s.cursor->column;
-  // Classes ascend with the positions: those of all rows lie between the first one's begin and the last one's end.
-  const bool has_holes = first_row + kSide > p.anchors.count || first_column + kSide > p.candidates.count ||
-                         (s.row->mate_begin[0] < first_column + kSide && s.row->mate_end[kSide - 1] > first_column);
-  constexpr bool kHolesInPart = sizeof(Acc) == 4;  // doubles leave no register for the way to them
-  if (!kHolesInPart && has_holes) {
+  // Pairs that are no anchor and negative. Classes ascend with the positions: those of 32 rows lie between the first one's
+  // begin and the last one's end.
+  const int32_t first_row = s.cursor->row + 32 * m, first_column = s.cursor->column + 32 * n;
+  if (first_row + 32 > p.anchors.count || first_column + 32 > p.candidates.count ||
+      (s.row->mate_begin[32 * m] < first_column + 32 && s.row->mate_end[32 * m + 31] > first_column)) {
     products.for_each(after % 32, [&](int i, int r, int c, Acc) {
       const int row = 32 * m + r;
-      const int32_t position = first_column + 32 * n + c;
-      if (first_row + row >= p.anchors.count || position >= p.candidates.count ||
-          (position >= s.row->mate_begin[row] && position < s.row->mate_end[row])) {
-        d2[i] = kNotOffered;
-      }
+      const int32_t position = first_column + c, begin = s.row->mate_begin[row], size = s.row->mate_end[row] - begin;
+      const bool in_class = static_cast<uint32_t>(position - begin) < static_cast<uint32_t>(size);
+      d2[i] = in_class | (position >= p.candidates.count) | (first_row + r >= p.anchors.count) ? kNotOffered : d2[i];
     });
   }
 #pragma unroll 1
@@ -339,12 +325,13 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& 
     __syncthreads();  // the ring, or the part before, has been read
     if (n / kPartWarps<Acc> == part) {
       products.for_each(after % 32, [&](int i, int r, int c, Acc) {
-        s.part[(32 * m + r) * kPitch + 32 * n + c - part * kPart<Acc>] = d2[i];
+        Acc* to = s.part + (32 * m + r) * kPitch + 32 * n + c - part * kPart<Acc>;
+        if constexpr (Products<M>::kByTwos && kPitch % 2 == 0) {
+          if (i % 2 == 0) *reinterpret_cast<Vector<Acc, 2>*>(to) = {d2[i], d2[i + 1]};
+        } else {
+          *to = d2[i];
+        }
       });
-    }
-    if (kHolesInPart && has_holes) {
-      __syncthreads();  // the distances of the part
-      make_holes<kPitch>(p, s, first_column + part * kPart<Acc>);
     }
     __syncthreads();  // the part is complete
     body(part);

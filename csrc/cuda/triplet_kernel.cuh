@@ -28,18 +28,23 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
 
   prepare<M, In>(p, scratch);
   grid_sync();  // positions, classes and operands of all rows
-  const EdgeRow<Acc> row = load_first_row(p);
-  const Facts facts = gather_facts(p, scratch);
-  if (facts.has_nonfinite && !p.mining) {
+  if (thread_index() < 32) {
+    const EdgeRow<Acc> row = load_first_row(p);
+    const Facts facts = gather_facts(p);
+    if (thread_index() == 0) {
+      pass = first_pass(p, facts);
+      block.is_nan = facts.has_nonfinite && !p.mining;
+    }
+    store_first_row(row, facts.max_exponent, scratch);
+  }
+  __syncthreads();  // the pass stands
+  if (block.is_nan) {
     write_nan(p);
     return;
   }
-  if (thread_index() == 0) pass = first_pass(p, facts);
-  store_first_row(row, facts.max_exponent, scratch);
 
 #pragma unroll 1
   for (;;) {
-    __syncthreads();  // the pass stands
     find_thresholds<M>(p, pass, scratch);
     grid_arrive(&block.ticket);  // d2_ap, thresholds, empty buckets; the sweep waits once it has products to compare
 #pragma unroll 1
@@ -54,7 +59,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
     Carver later{scratch, 0, true};
     const SliceShared slice = carve_slice(later, p.candidates.count, p.slice_lanes);
     if constexpr (kSlices) {
-      if (pass.sliced) fetch_slice(p, block_index(), slice.x);
+      if (pass.sliced) fetch_first_slice(p, slice.x);
     }
     finish<In>(p, pass, &block.ticket, scratch);
     grid_arrive(&block.ticket);  // coefficients, lists, the counters that scale the gradient, loss_of_anchor
@@ -89,6 +94,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
     if (is_last) return;
     grid_sync();  // all are done with the slots, and the block with the pass
     if (thread_index() == 0) pass.advance(p.anchors.count);
+    __syncthreads();  // the next pass stands
   }
 }
 
@@ -100,21 +106,24 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // Bytes of shared memory, with as many buckets per anchor as a block may have.
 template <Math M>
-int64_t shared_bytes(int32_t* shared_slots) {
+int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p) {
   using Acc = typename MathTraits<M>::Acc;
-  const auto bytes = [](int32_t slots) {
+  const auto state = [] {
     Carver carver{nullptr, 0, true};
     carver.take<BlockState>(1);
+    return carver;
+  };
+  const auto bytes = [&](int32_t slots) {
+    Carver carver = state();
     carve_tile<Acc, sizeof(Acc) == 4>(carver, slots);
     return carver.used;
   };
   const int64_t limit = max_shared_bytes();
-  int32_t slots = 0;
+  p.shared_slots = 0;
   if (M != Math::simt64) {
-    while (slots < min(kMaxSharedSlots, kWarpSort) && bytes(slots + 1) <= limit) ++slots;
+    while (p.shared_slots < min(kMaxSharedSlots, kWarpSort) && bytes(p.shared_slots + 1) <= limit) ++p.shared_slots;
   }
-  *shared_slots = slots;
-  return bytes(slots);  // of all phases the tiles take most, checked below for what comes next
+  return max(bytes(p.shared_slots), choose_table<M>(p, state().used, limit));  // other phases take less; for slices see below
 }
 
 template <Math M, class In>
@@ -122,16 +131,13 @@ Status launch_kernel(const TripletArgs& args, const char* name) {
   Problem<typename MathTraits<M>::Acc> problem;
   const int64_t bytes = make_problem<M>(args, static_cast<uint8_t*>(args.workspace), problem);
   if (args.workspace_bytes < bytes) return {Code::invalid, name, "workspace smaller than triplet_workspace_bytes"};
-  int64_t shared = shared_bytes<M>(&problem.shared_slots);
-  problem.slice_lanes = 0;
+  int64_t shared = choose_shared<M>(problem);
+  const int64_t blocks = share_rows(args, problem);
   if constexpr (std::is_same<In, float>::value) {
     int64_t slice_bytes = 0;
-    problem.slice_lanes = choose_slice(args, problem, max_shared_bytes(), &slice_bytes);
+    choose_slice(args, problem, blocks, max_shared_bytes(), &slice_bytes);
     if (slice_bytes > shared) shared = slice_bytes;
   }
-  // One block per multiprocessor: all are resident, as a cooperative launch demands. Small problems take fewer.
-  const int64_t work = divide_up(args.num_candidates + (problem.plain ? 0 : args.num_anchors), kRowsPerBlock);
-  const int64_t blocks = work < args.multiprocessors ? work : args.multiprocessors;
   return launch_cooperative(triplet_kernel<M, In>, name, static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared),
                             args.stream, problem);
 }

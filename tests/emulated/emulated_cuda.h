@@ -12,6 +12,7 @@
 
 #include <math.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -153,6 +154,24 @@ inline uint32_t __ballot_sync(uint32_t mask, bool predicate, EMU_WHERE) {
   return votes;
 }
 
+template <class T>
+T __reduce_add_sync(uint32_t mask, T x, EMU_WHERE) {
+  const uint64_t word = emu::to_word(x);
+  const auto all = emu::exchange(mask, &word, 1, EMU_SITE("__reduce_add_sync"));
+  uint32_t sum = 0;
+  for (int lane = 0; lane < 32; ++lane) sum += mask >> lane & 1 ? uint32_t(all[lane][0]) : 0;
+  return T(sum);
+}
+template <class T>
+T __reduce_max_sync(uint32_t mask, T x, EMU_WHERE) {
+  const uint64_t word = emu::to_word(x);
+  const auto all = emu::exchange(mask, &word, 1, EMU_SITE("__reduce_max_sync"));
+  for (int lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1) x = std::max(x, emu::from_word<T>(all[lane][0]));
+  }
+  return x;
+}
+
 inline uint32_t __match_any_sync(uint32_t mask, int value, EMU_WHERE) {
   const uint64_t word = uint32_t(value);
   const auto all = emu::exchange(mask, &word, 1, EMU_SITE("__match_any_sync"));
@@ -174,11 +193,16 @@ T atomicMax(T* p, T x) {
   return emu::atomic_update(p, [&](T old) { return old < x ? x : old; });
 }
 
+inline int atomicCAS(int* p, int expected, int x) {
+  return emu::atomic_update(p, [&](int old) { return old == expected ? x : old; });
+}
+
 inline uint32_t __float_as_uint(float x) { return emu::from_word<uint32_t>(emu::to_word(x)); }
 inline float __uint_as_float(uint32_t x) { return emu::from_word<float>(emu::to_word(x)); }
 inline long long __double_as_longlong(double x) { return emu::from_word<long long>(emu::to_word(x)); }
 inline double __longlong_as_double(long long x) { return emu::from_word<double>(emu::to_word(x)); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = uint64_t(y) << 32 | x;
@@ -248,6 +272,10 @@ template <class T>
 void count_if_equal(int32_t& count, T a, T b) {
   count += a == b ? 1 : 0;
 }
+inline void count_halves_if_less(uint32_t& counts, uint32_t a, uint32_t b) {
+  counts += ((a & 0xffff) < (b & 0xffff) ? 1 : 0) + (a >> 16 < b >> 16 ? 0x10000 : 0);
+}
+inline int32_t count_of_half(uint32_t counts, int half) { return counts >> 16 * half & 0xffff; }
 inline void add_if_less(uint32_t& at, float t, float d, uint32_t bytes) { at += t < d ? bytes : 0; }
 inline float at_least_zero(float x) { return x < 0 ? 0 : x; }
 template <int kBytes>

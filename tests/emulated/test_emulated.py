@@ -118,6 +118,17 @@ def test_buckets_under_sanitizers(programs, tmp_path, sanitizer):
     check(programs(sanitizer), bucket_cases((3, 8, 17, 33)), tmp_path)
 
 
+def test_labels_fill_the_hash_table(programs, tmp_path):
+    """As many labels as slots, and one class; labels that 32-bit differences tell apart, just so and not quite."""
+    base = [simple(n, 5, classes) for n, classes in ((64, 64), (64, 63), (63, 40), (64, 1), (50, 7))]
+    cases = [with_schedule(case, SCHEDULES[i % 4], i + 1) for i, case in enumerate(base)]
+    for step in (2**31 - 2, 2**31 - 1, 2**31, 2**40):
+        cases.append(replace(base[4], labels=np.where(base[4].labels % 2 == 0, -5, step - 5) + base[4].labels // 2 % 2))
+    extreme = np.array([-(2**63), 2**63 - 1, 0], np.int64)
+    cases.append(replace(base[4], labels=extreme[base[4].labels % 3]))
+    check(programs(), cases, tmp_path)
+
+
 def slice_cases() -> list:
     """Slices of 2, 4 and 8 vectors (by D, and by what fits), ragged ones, more of them than blocks; then gradients that
     are gathered from memory after all: a list is too long, several passes."""
