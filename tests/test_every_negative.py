@@ -136,7 +136,9 @@ def test_short_rows_among_long_ones(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("sizes", [(15,), (16,), (47,), (60,), (62,), (64,), (65,), (121,), (122,), (128, 128), (129, 129)])
+@pytest.mark.parametrize(
+    "sizes", [(15,), (16,), (47,), (60,), (62,), (64,), (65,), (121,), (122,), (128, 128), (129, 129)]
+)
 def test_classes_of_every_width(rule, sizes):
     """Where ranks leave the registers (64), counts a byte of one sign (60, 120), two anchors' weights one byte (128).
     Distances are whole numbers: no term is within rounding of its edge."""

@@ -22,6 +22,12 @@ void gather_runs(const Call<S>& c, int64_t row, const Gather<S>& gather) {
   gather.add(r.runs, [=](int64_t i) { return int64_t{runs[i].candidate}; }, [=](int64_t i) { return -runs[i].weight; });
 }
 
+template <class S>
+void prefetch_runs(const Call<S>& c, int64_t row) {
+  const Row<typename S::T>& r = c.w.rows[row];
+  for (uint32_t i = 0; i < r.runs; i += 64 / sizeof(*c.w.key)) __builtin_prefetch(c.w.key + r.slot + i);
+}
+
 // The gradient of an anchor that is no candidate, unscaled (see gradient.h for the formula): its positives and its negatives,
 // beside what a dense rule has summed there already.
 template <class S>

@@ -63,7 +63,6 @@ struct Takers {
   void clear() const {
     for (int bin = 0; bin < bins; ++bin) fill(ends(bin), c.C, int32_t{0});
   }
-  // A list that comes from afar is waited for before the first row it names can be asked for.
   void prefetch(int64_t candidate) const {
     for (int bin = 0; bin < bins; ++bin) {
       const int32_t* next = ends(bin);
@@ -182,12 +181,9 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
       for (int64_t j = j0; j < j1; ++j) {
         const Gather<S> gather = gather_for(j);
         if (end > begin) {
-          if (j + 1 < c.C) {
+          if (j + 1 < c.C) {  // a list that comes from afar is waited for before the first row it names can be asked for
             takers.prefetch(j + 1);
-            if (inside && in_pass(w.row_of[j + 1])) {
-              const Row<T>& row = w.rows[w.row_of[j + 1]];
-              for (uint32_t i = 0; i < row.runs; i += 8) __builtin_prefetch(w.key + row.slot + i);
-            }
+            if (inside && in_pass(w.row_of[j + 1])) prefetch_runs(c, w.row_of[j + 1]);
           }
           if (inside && in_pass(w.row_of[j])) gather_runs(c, w.row_of[j], gather);
           takers.gather(j, gather);
