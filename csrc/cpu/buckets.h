@@ -283,11 +283,11 @@ struct Buckets {
     __atomic_store(&row.ceiling, &ceiling, __ATOMIC_RELAXED);
   }
   void close(const Limit<T>& limit) {
-    const int K = static_cast<int>(row.positives), R = row.radix ? radix() : 1;
     if (!row.radix) {
-      for (int b = 1; b <= K; ++b) improve(key + b, make_key(limit(t[b - 1]), kNobody));
+      for (uint32_t b = 1; b <= row.positives; ++b) improve(key + b, make_key(limit(t[b - 1]), kNobody));
       return;
     }
+    const int R = radix();
     T end[kMaxStrided + S::W];
     for (int at = 0; at < R * S::W; at += S::W) S::store(end + at, limit.template of<S>(S::load(t + at)));
     for (int at = S::W; at < R * S::W; ++at) improve(key + at, make_key(end[at - S::W], kNobody));

@@ -136,6 +136,31 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_permutex2var_epi32(_mm512_loadu_si512(key), odd, _mm512_loadu_si512(key + W / 2)));
   }
 
+  // How many of the first 15 in `last` are below each of U vectors of distances, or what kCompare asks: `lane` is the next to
+  // ask, then one 4, 2, 1 away. middle: the eighth.
+  template <int kCompare, int U>
+  static void find_lanes(V last, V middle, const V (&v)[U], __m512i (&lane)[U]) {
+    const __m512i one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2);
+    __mmask16 below[U];
+    const auto each = [](auto what) {
+#pragma GCC unroll 3
+      for (int u = 0; u < U; ++u) what(u);
+    };
+    const auto ask = [&] {
+      each([&](int u) { below[u] = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(lane[u], last), v[u], kCompare); });
+    };
+    each([&](int u) {
+      lane[u] =
+          _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(middle, v[u], kCompare), _mm512_set1_epi32(3), _mm512_set1_epi32(11));
+    });
+    ask();
+    each([&](int u) { lane[u] = _mm512_mask_add_epi32(_mm512_sub_epi32(lane[u], two), below[u], lane[u], two); });
+    ask();
+    each([&](int u) { lane[u] = _mm512_mask_add_epi32(_mm512_sub_epi32(lane[u], one), below[u], lane[u], one); });
+    ask();
+    each([&](int u) { lane[u] = _mm512_mask_add_epi32(lane[u], below[u], lane[u], one); });
+  }
+
   // The bucket of each of U vectors of distances. R > 0: thresholds and bounds stay in registers; 0: `radix` of each, from
   // L1.
   template <int R>
@@ -159,7 +184,7 @@ struct Avx512 {
 
     template <int U>
     int put(const V (&v)[U], const __m512i (&columns)[U], uint32_t* queue, int count) const {
-      const __m512i one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2), step = _mm512_set1_epi32(W << 16);
+      const __m512i step = _mm512_set1_epi32(W << 16);
       __m512i lane[U], place[U];
       V wanted[U];
       __mmask16 below[U];
@@ -170,18 +195,8 @@ struct Avx512 {
       const auto ask = [&](V table) {
         each([&](int u) { below[u] = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(lane[u], table), v[u], _CMP_LT_OQ); });
       };
-      // The lane: how many of the first 15 in `last` are below v. `lane` is the next to ask, then one 4, 2, 1 away.
+      find_lanes<_CMP_LT_OQ>(last, middle, v, lane);
       each([&](int u) {
-        lane[u] = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(middle, v[u], _CMP_LT_OQ), _mm512_set1_epi32(3),
-                                          _mm512_set1_epi32(11));
-      });
-      ask(last);
-      each([&](int u) { lane[u] = _mm512_mask_add_epi32(_mm512_sub_epi32(lane[u], two), below[u], lane[u], two); });
-      ask(last);
-      each([&](int u) { lane[u] = _mm512_mask_add_epi32(_mm512_sub_epi32(lane[u], one), below[u], lane[u], one); });
-      ask(last);
-      each([&](int u) {
-        lane[u] = _mm512_mask_add_epi32(lane[u], below[u], lane[u], one);
         place[u] = _mm512_add_epi32(_mm512_slli_epi32(lane[u], 16), columns[u]);
         wanted[u] = _mm512_permutexvar_ps(lane[u], R > 0 ? bound[0] : load(upper));
       });
@@ -308,11 +323,11 @@ struct Avx512 {
     V table[R];
     put_in_lanes<R>(t, table);
     const V s = set1(shift), middle = set1(t[R * 7 + R - 1]);
-    const __m512i one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2);
+    const __m512i one = _mm512_set1_epi32(1);
     by_threes(n, [&](int j, auto width) {
       constexpr int U = decltype(width)::value;
       V v[U];
-      __m512i at[U];
+      __m512i at[U], found[U];
       __mmask16 below[U];
       const auto each = [](auto what) {
 #pragma GCC unroll 3
@@ -321,18 +336,8 @@ struct Avx512 {
       const auto ask = [&](V of) {
         each([&](int u) { below[u] = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(at[u], of), v[u], kCompare); });
       };
-      each([&](int u) {
-        v[u] = load(d + j + u * W) - s;
-        at[u] =
-            _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(middle, v[u], kCompare), _mm512_set1_epi32(3), _mm512_set1_epi32(11));
-      });
-      ask(table[R - 1]);
-      each([&](int u) { at[u] = _mm512_mask_add_epi32(_mm512_sub_epi32(at[u], two), below[u], at[u], two); });
-      ask(table[R - 1]);
-      each([&](int u) { at[u] = _mm512_mask_add_epi32(_mm512_sub_epi32(at[u], one), below[u], at[u], one); });
-      ask(table[R - 1]);
-      each([&](int u) { at[u] = _mm512_mask_add_epi32(at[u], below[u], at[u], one); });
-      __m512i found[U];
+      each([&](int u) { v[u] = load(d + j + u * W) - s; });
+      find_lanes<kCompare>(table[R - 1], middle, v, at);
       each([&](int u) {
         found[u] = R == 1 ? at[u] : _mm512_slli_epi32(at[u], R == 4 ? 2 : 1);
         if (R == 3) found[u] = _mm512_add_epi32(found[u], at[u]);
