@@ -115,16 +115,33 @@ void strip_distances(const typename S::T* a,  // [rows, lda]
   }
 }
 
+// The square of NV W columns on the diagonal from `at` on: what lies below its W x W blocks is left out.
+template <class S, int NV>
+void corner_distances(const typename S::T* a, int64_t lda, const typename S::T* anorm, const typename S::T* panels,
+                      int64_t panel_size, int64_t column, const typename S::T* norm, int64_t dim, int at, int rows,
+                      typename S::T* out, int64_t ldo) {
+  if (at >= rows) return;
+  strip_distances<S, NV>(a + at * lda, lda, anorm + at, panels, panel_size, column, norm, dim, S::W, out + at * ldo, ldo);
+  if constexpr (NV > 1)
+    corner_distances<S, NV - 1>(a, lda, anorm, panels, panel_size, column + S::W, norm, dim, at + S::W, rows, out + S::W,
+                                ldo);
+}
+
 // The same for cols columns, a multiple of W. FLOPs: 2 rows cols dim. With `upper`, blocks that lie wholly below the diagonal
 // are left out.
 template <class S>
 void squared_distances(const typename S::T* a, int64_t lda, const typename S::T* anorm, const typename S::T* panels,
                        int64_t panel_size, int64_t column, const typename S::T* norm, int64_t dim, int rows, int cols,
                        bool upper, typename S::T* out, int64_t ldo) {
+  constexpr int NV = S::NR / S::W;
+  constexpr bool kCorners = S::W % S::MR == 0;  // rows of a corner are whole blocks
   int c = 0;
-  for (; c + S::NR <= cols; c += S::NR)
-    strip_distances<S, S::NR / S::W>(a, lda, anorm, panels, panel_size, column + c, norm, dim,
-                                     upper && c + S::NR < rows ? c + S::NR : rows, out + c, ldo);
+  for (; c + S::NR <= cols; c += S::NR) {
+    const int end = !upper || rows < c ? rows : kCorners ? c : c + S::NR < rows ? c + S::NR : rows;
+    strip_distances<S, NV>(a, lda, anorm, panels, panel_size, column + c, norm, dim, end, out + c, ldo);
+    if constexpr (kCorners)
+      if (upper) corner_distances<S, NV>(a, lda, anorm, panels, panel_size, column + c, norm, dim, c, rows, out + c, ldo);
+  }
   for (; c < cols; c += S::W)
     strip_distances<S, 1>(a, lda, anorm, panels, panel_size, column + c, norm, dim, rows, out + c, ldo);
 }

@@ -99,19 +99,20 @@ struct Selection {
   // Suffix minimum: the negative of the positive of rank r is the least of the buckets behind it. (Behind a positive that is
   // tied with the next one stands an empty bucket.) Strided buckets are put in order first.
   void nearest_farther() {
-    Key* key = buckets.key;
+    Key best = ~Key{0};
+    const auto less = [&](Key key) { return best = key < best ? key : best; };
     if (buckets.row.radix > 1) {
       const int R = buckets.radix();
-      for (int p = 0, b = 0; p < S::W; ++p)
-        for (int i = 0; i < R; ++i, ++b) {
-          ordered_key[b] = buckets.key[i * S::W + p];
+      for (int p = S::W - 1, b = R * S::W - 1; p >= 0; --p)
+        for (int i = R - 1; i >= 0; --i, --b) {
+          if (b <= K) ordered_key[b] = less(buckets.key[i * S::W + p]);
           ordered_t[b] = buckets.t[i * S::W + p];
         }
-      key = ordered_key;
       threshold = ordered_t;
       chosen = ordered_key + 1;
+    } else {
+      for (int b = K; b > 0; --b) buckets.key[b] = less(buckets.key[b]);
     }
-    for (int r = K - 1; r > 0; --r) key[r] = key[r + 1] < key[r] ? key[r + 1] : key[r];
     if (!buckets.row.track_far) return;
     farthest = buckets.row.far ? c.w.position[~key_index(buckets.row.far)] : c.w.position[first_negative()];
     d2_farthest = key_value<T>(buckets.row.far);
@@ -181,6 +182,59 @@ struct Selection {
     for (int i = 0; i < pairs.again; ++i) pairs.d2_ap[pairs.direct[i]] = again[i];
     direct_distances<S>(x, c.w.x, c.Dp, pairs.again, [&](int i) { return pairs.negative[pairs.direct[i]]; }, again);
     for (int i = 0; i < pairs.again; ++i) pairs.d2_an[pairs.direct[i]] = again[i];
+  }
+
+  // No pair is near, none falls back, and a term is a difference of squares: early in training nearly always. Then a negative
+  // beyond the hinge's reach needs no attention of its own, its term is below 0, and all that choose() and hinge() find out a
+  // pair at a time comes from whole vectors.
+  bool plain() const {
+    return c.far_is_zero && !c.hard && c.args.distance != Distance::euclidean && !buckets.row.top_empty && K > 0 &&
+           threshold[0] >= near;
+  }
+  void plain_hinge(int r0, int n) {
+    constexpr int kSums = 8;  // partial sums, side by side
+    const double unit = c.args.distance == Distance::cosine ? c.unscale / 2 : c.unscale, margin = c.args.margin;
+    double term[kBatch], sums[kSums] = {};
+    uint32_t active[kBatch], index[kBatch];
+    for (int i = 0; i < n; ++i) {
+      const double gap = static_cast<double>(threshold[r0 + i]) - static_cast<double>(key_value<T>(chosen[r0 + i]));
+      term[i] = gap * unit + margin;
+      active[i] = term[i] > 0;
+      index[i] = key_index(chosen[r0 + i]);
+    }
+    for (int i = n; i % kSums != 0; ++i) term[i] = 0;
+    for (int i = 0; i < n; i += kSums)
+      for (int j = 0; j < kSums; ++j) sums[j] += term[i + j] > 0 ? term[i + j] : 0;
+    for (const double part : sums) sum.loss += part;
+    sum.pairs += n;
+    T* const weight = c.w.weight + buckets.row.slot;
+    for (int i = 0; i < n; ++i) weight[rank[r0 + i]] = static_cast<T>(active[i]);
+    uint32_t length[kBatch + 1], of[kBatch + 1];  // runs, by index; the one before the first is nobody's
+    uint32_t end = 0, last = kNobody, so_far = 0;
+    for (int i = 0; i < n; ++i) {
+      const uint32_t begins = active[i] & static_cast<uint32_t>(index[i] != last);
+      end += begins;
+      so_far = (so_far & (begins - 1)) + active[i];
+      last = active[i] ? index[i] : last;
+      length[end] = so_far;
+      of[end] = last;
+    }
+    Run<T>* const out = reinterpret_cast<Run<T>*>(buckets.key);  // in the place of buckets that have been read
+    const int32_t* const position = c.w.position;
+    const uint32_t before = runs;
+    int64_t terms = 0;
+    for (uint32_t i = 1; i <= end; ++i) {
+      out[before + i - 1] = {static_cast<T>(length[i]), static_cast<uint32_t>(position[of[i]])};
+      terms += length[i];
+    }
+    runs += end;
+    sum.active += terms;
+    if (before > 0 && end > 0 &&
+        out[before - 1].candidate == out[before].candidate) {  // it goes on where the last batch ended
+      out[before].weight += out[before - 1].weight;
+      for (uint32_t i = before; i < runs; ++i) out[i - 1] = out[i];
+      --runs;
+    }
   }
 
   void list_none(uint32_t place) const {
@@ -280,8 +334,13 @@ void select(Call<S>& c, int64_t begin, int64_t end) {
     Pairs<typename S::T> pairs;
     if (c.hard) selection.nearest();
     else if (!draws_one(c.args)) selection.nearest_farther();  // what is drawn stands there already (draw.h)
+    const bool plain = selection.plain();
     for (int r0 = 0; r0 < selection.K; r0 += kBatch) {
       const int n = selection.K - r0 < kBatch ? selection.K - r0 : kBatch;
+      if (plain) {
+        selection.plain_hinge(r0, n);
+        continue;
+      }
       if (c.hard) selection.template choose<true>(r0, n, pairs);
       else selection.template choose<false>(r0, n, pairs);
       if (c.mining) selection.list(pairs);

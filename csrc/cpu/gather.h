@@ -89,9 +89,11 @@ struct Gather {
       const int64_t end = i + kList < n ? i + kList : n;
       for (; i < end; ++i) {
         const T w = weight_of(i);
+        typename KeyOf<T>::Bits bits;  // a comparison of numbers asks for NaN too, by a jump
+        __builtin_memcpy(&bits, &w, sizeof bits);
         list[some] = static_cast<int32_t>(row_of(i));
         list_weight[some] = w;
-        some += w != 0;
+        some += (bits << 1) != 0;
       }
       add(some, [=](int64_t j) { return int64_t{list[j]}; }, [=](int64_t j) { return list_weight[j]; });
     }

@@ -51,10 +51,11 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
   const auto scratch = c.scratch(omp_get_thread_num());
   const int64_t r0 = I * kT, c0 = J * kT;
   const int64_t from = r0 > begin ? r0 : begin, to = r0 + kT < end ? r0 + kT : end;  // this pass's anchors among the rows
-  const int cols = static_cast<int>(c0 + kT < c.C ? kT : round_up(c.C - c0, S::NR));
+  // In 16 bits at first, tiles come in whole register blocks.
+  const int cols = static_cast<int>(c0 + kT < c.C ? kT : round_up(c.C - c0, c.screening && I != J ? S::NR : kSlotPad));
   int row0 = 0, rows;
   if (both) {  // every row is a candidate to the columns' anchors; the padding's norm is NaN
-    rows = static_cast<int>(r0 + kT < c.A ? kT : round_up(c.A - r0, kColumnPad));
+    rows = static_cast<int>(r0 + kT < c.A ? kT : round_up(c.A - r0, kSlotPad % S::MR == 0 ? kSlotPad : kColumnPad));
   } else {
     row0 = static_cast<int>((from - r0) / S::MR * S::MR);
     rows = static_cast<int>(round_up(to - r0, S::MR));
