@@ -6,14 +6,6 @@
 namespace facenet_ext::cpu {
 namespace {
 
-// A run: one distinct negative of an anchor and the weight of all positives that took it. Lives where the buckets were.
-template <class T>
-struct Run {
-  T weight;
-  uint32_t candidate;  // sorted position
-};
-static_assert(sizeof(Run<float>) <= sizeof(KeyOf<float>::Key) && sizeof(Run<double>) <= sizeof(KeyOf<double>::Key), "");
-
 // An anchor's negatives.
 template <class S>
 void gather_runs(const Call<S>& c, int64_t row, const Gather<S>& gather) {

@@ -16,11 +16,12 @@ namespace facenet_ext::cpu {
 namespace {
 
 // Candidate -> (anchor, weight) of the anchors that took it, by ascending row: a counting sort of every bin's anchors by
-// itself, bins being ascending ranges of anchors. An anchor that is a candidate goes by its sorted position. Each bin takes
-// the memory of its own anchors' thresholds and ranks, which selection has used up, so that no two threads write to one cache
-// line.
+// itself, bins being ascending ranges of anchors. An anchor that is a candidate goes by its sorted position. The lists stand
+// where thresholds and ranks were, which selection has used up, each bin's at its own anchors' slots: their lines are no
+// other thread's.
 template <class S>
 struct Takers {
+  using T = typename S::T;
   const Call<S>& c;
   const int64_t begin, end;  // the pass's anchors
   const int bins;
@@ -31,6 +32,7 @@ struct Takers {
     for (int bin = 0; bin < bins; ++bin) slot[bin] = end > begin && first(bin) < end ? c.w.rows[first(bin)].slot : 0;
   }
   int64_t first(int bin) const { return begin + (end - begin) * bin / bins; }
+  Run<T>* lists() const { return reinterpret_cast<Run<T>*>(c.w.t); }
   int32_t* ends(int bin) const { return c.w.bins + bin * c.C; }  // [C] of each candidate's list, from the bin's slot on
 
   void list() const {
@@ -55,8 +57,7 @@ struct Takers {
       }
       for_each_run([&](int64_t row, const auto& run) {  // where a list ends in the end is where the next one begins
         const int64_t place = slot[bin] + next[run.candidate]++;
-        w.rank[place] = static_cast<uint32_t>(inside ? w.aself[row] : row);
-        w.t[place] = run.weight;
+        lists()[place] = {run.weight, static_cast<uint32_t>(inside ? w.aself[row] : row)};
       });
     }
   }
@@ -66,29 +67,23 @@ struct Takers {
   void prefetch(int64_t candidate) const {
     for (int bin = 0; bin < bins; ++bin) {
       const int32_t* next = ends(bin);
-      for (int64_t i = candidate > 0 ? next[candidate - 1] : 0; i < next[candidate]; i += kSlotPad) {
-        __builtin_prefetch(c.w.rank + slot[bin] + i);
-        __builtin_prefetch(c.w.t + slot[bin] + i);
-      }
+      for (int64_t i = candidate > 0 ? next[candidate - 1] : 0; i < next[candidate]; i += 64 / sizeof(Run<T>))
+        __builtin_prefetch(lists() + slot[bin] + i);
     }
   }
   // The lists of all bins as one, so that the order of the sum, kList at a time, does not depend on their number.
   void gather(int64_t candidate, const Gather<S>& gather) const {
+    Run<T> list[kList];
     int64_t count = 0;
     const auto flush = [&] {
-      int32_t* const at = gather.at;
-      typename S::T* const weight = gather.weight;
-      gather.add(count, [=](int64_t i) { return int64_t{at[i]}; }, [=](int64_t i) { return -weight[i]; });
+      gather.add(count, [&](int64_t i) { return int64_t{list[i].candidate}; }, [&](int64_t i) { return -list[i].weight; });
       count = 0;
     };
     for (int bin = 0; bin < bins; ++bin) {
       const int64_t from = candidate > 0 ? ends(bin)[candidate - 1] : 0;
       for (int64_t i = slot[bin] + from, end = slot[bin] + ends(bin)[candidate]; i < end;) {
         const int64_t some = end - i < kList - count ? end - i : kList - count;
-        for (int64_t j = 0; j < some; ++j) {
-          gather.at[count + j] = static_cast<int32_t>(c.w.rank[i + j]);
-          gather.weight[count + j] = c.w.t[i + j];
-        }
+        for (int64_t j = 0; j < some; ++j) list[count + j] = lists()[i + j];
         i += some;
         count += some;
         if (count == kList) flush();

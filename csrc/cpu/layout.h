@@ -106,9 +106,9 @@ struct Workspace {
   RowSum* sums;  // [A]
   // slots of the pass in hand: an anchor's K thresholds and K + 1 buckets
   int64_t slots;  // capacity
-  T* t;  // thresholds: sorted distances of the positives; afterwards the reverse lists' weights
+  T* t;  // thresholds: sorted distances of the positives; afterwards, up to the end of `rank`, the reverse lists
+  uint32_t* rank;  // sorted rank -> position inside the class
   typename KeyOf<T>::Key* key;  // least (distance, index) per bucket, see buckets.h; afterwards the anchor's runs
-  uint32_t* rank;  // sorted rank -> position inside the class; afterwards the reverse lists' anchors
   T* weight;  // by place (Row): d loss / d d2_ap; before selection, negatives = hard: the positives' distances
   uint32_t* term;  // per bucket: a histogram of its own where a band limits the terms (dense.h)
   // reverse lists: candidate -> anchors that took it as negative
@@ -127,6 +127,15 @@ struct Workspace {
   int64_t scratch_bytes;
   int64_t total;  // bytes
 };
+
+// A run: one distinct negative of an anchor and the weight of all positives that took it. Lives where the buckets were. In a
+// reverse list (gradient.h) the other way round: an anchor that took a candidate.
+template <class T>
+struct Run {
+  T weight;
+  uint32_t candidate;  // sorted position
+};
+static_assert(sizeof(Run<float>) <= sizeof(KeyOf<float>::Key) && sizeof(Run<double>) <= sizeof(KeyOf<double>::Key), "");
 
 template <class T>
 constexpr int kTile = sizeof(T) == 4 ? 192 : 96;  // anchors and candidates of a tile; its distances stay in L2
@@ -212,14 +221,15 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.sums, A);
 
   using Key = typename KeyOf<T>::Key;
-  const int64_t slot_bytes = 2 * sizeof(T) + sizeof(Key) + sizeof(uint32_t);
+  const int64_t rank_words = sizeof(T) / sizeof(uint32_t);  // a threshold and its rank make room for a Run<T>
+  const int64_t slot_bytes = 2 * sizeof(T) + sizeof(Key) + rank_words * sizeof(uint32_t);
   const int64_t one = slot_pitch(C);  // an anchor's slots at most
   const int64_t bound = (3072 * A + (int64_t{16} << 20)) / slot_bytes * static_cast<int64_t>(sizeof(T) / 4);
   w.slots = A * one < bound ? A * one : (one > bound ? one : bound);
   if (w.slots > INT32_MAX) w.slots = INT32_MAX;  // reverse lists count in 32 bits; one anchor fits all the same
   take(w.t, w.slots + kSlotPad);  // the last anchor's thresholds are read in whole vectors from the second on
+  take(w.rank, w.slots * rank_words);
   take(w.key, w.slots);
-  take(w.rank, w.slots);
   take(w.weight, w.slots);
   take(w.term, counts_all(args) && args.band > 0 ? w.slots : 0);
   take(w.bins, kMaxBins * C);
