@@ -235,6 +235,13 @@ struct Buckets {
     row.ceiling = key_value<T>(key[row.top]);
   }
 
+  // Once a negative beyond all positives is known, nobody needs the fallback, and every bucket closes where the hinge ends.
+  void know_far(const Limit<T>& limit) {
+    row.top_empty = row.track_far = false;
+    if (limit.on) close(limit);
+    lower_ceiling();
+  }
+
   // The distances d[0 .. n) to the candidates index[0 .. n) are taken in two steps, so that the searches of several anchors
   // can run ahead of what they find (sweep.h). NaN marks those that are no negatives. n is a multiple of W.
   bool searchable() const { return S::kStrided && row.radix && !row.fresh; }
@@ -288,14 +295,15 @@ struct Buckets {
     return base + S::count_below(t + base, 32, d);
   }
 
-  // Once a negative beyond all positives is known, nobody needs the fallback, and every bucket closes where the hinge ends.
   void look(const Limit<T>& limit) {
     if (row.top_empty) {
       if (key_index(key[row.top]) == kNobody) return;
-      row.top_empty = row.track_far = false;
-      if (limit.on) close(limit);
+      know_far(limit);
+      return;
     }
-    // Read by threads that screen a tile (screen.h).
+    lower_ceiling();
+  }
+  void lower_ceiling() {  // read by threads that screen a tile (screen.h)
     const T last = key_value<T>(key[row.top]), ceiling = row.farthest_positive > last ? row.farthest_positive : last;
     __atomic_store(&row.ceiling, &ceiling, __ATOMIC_RELAXED);
   }

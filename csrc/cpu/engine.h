@@ -52,7 +52,10 @@ Status run_buckets(const TripletArgs& args) {
       visit_tiles(c, begin, end, [&](const Tile& tile, const typename S::T* d) { draw.visit(tile, d); });
     } else {
       c.screening = worth_screening(c, begin, end);
-      if (c.screening) quantise(c);
+      if (c.screening) {
+        quantise(c);
+        find_far(c, begin, end);
+      }
       sweep(c, begin, end);
     }
     if (c.stopped) return {Code::interrupted, "triplet", "interrupted"};
