@@ -20,22 +20,26 @@ namespace {
 template <class S>
 void take_rows(const Call<S>& c, int64_t row, int count, const typename S::T* d, int64_t stride, int n, const int32_t* index,
                uint32_t* queue) {
-  const auto& w = c.w;
   for (int g0 = 0; g0 < count; g0 += kGroup) {
     const int group = count - g0 < kGroup ? count - g0 : kGroup;
     int wanted = 0;
+    struct {
+      const typename S::T* d;
+      typename KeyOf<typename S::T>::Key* key;
+    } of[kGroup];
     for (int g = 0; g < group; ++g) {
       Buckets<S> buckets = c.buckets(row + g0 + g);
       const typename S::T* from = d + (g0 + g) * stride;
+      of[g] = {from, buckets.key};
       if (buckets.row.radix >= kFarRadix)
         for (int at = 0; at < buckets.radix() * S::W; at += 64 / sizeof(*buckets.key)) __builtin_prefetch(buckets.key + at);
       if (buckets.searchable()) wanted += buckets.search(from, n, static_cast<uint32_t>(g) << 26, queue + wanted);
       else buckets.take(from, n, index, c.limit, queue + wanted);
     }
     for (int i = 0; i < wanted; ++i) {
-      const uint32_t g = queue[i] >> 26, at = queue[i] >> 16 & 0x3ff, column = queue[i] & 0xffff;
-      const int64_t slot = w.rows[row + g0 + g].slot + at;
-      improve(w.key + slot, make_key(d[(g0 + g) * stride + column], static_cast<uint32_t>(index[column])));
+      const auto& anchor = of[queue[i] >> 26];
+      const uint32_t at = queue[i] >> 16 & 0x3ff, column = queue[i] & 0xffff;
+      improve(anchor.key + at, make_key(anchor.d[column], static_cast<uint32_t>(index[column])));
     }
     for (int g = 0; g < group; ++g) c.buckets(row + g0 + g).look_for_top(d + (g0 + g) * stride, n, index, c.limit);
   }
