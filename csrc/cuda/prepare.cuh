@@ -391,6 +391,16 @@ __device__ __forceinline__ Among find_among(const LabelTable& table, int32_t fir
   return {warp_sum(less), equal & 0xffff, warp_sum(before) + (equal >> 16)};
 }
 
+// By one warp: rows of the largest class, the same in every lane.
+__device__ __forceinline__ int32_t largest_class(const LabelTable& table) {
+  int32_t most = 0;
+#pragma unroll 1
+  for (int32_t i = thread_index() % 32; i < table.fulls; i += 32) {
+    most = max(most, static_cast<int32_t>(table.count[table.full[i]] & 0xffff));
+  }
+  return warp_max(most);
+}
+
 // The block's rows of both sets, candidates first: neighbours.
 struct RowsOfBlock {
   int32_t begin, end;
@@ -461,8 +471,9 @@ int64_t choose_table(Problem<Acc>& p, int64_t before, int64_t limit) {
   return bytes(p.has_table);
 }
 
+// Returns the table of all labels, or null.
 template <Math M, class In, class Acc>
-__device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
+__device__ const LabelTable* prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   const PrepareShared s = carve_prepare(carver, kHasTable<M> && p.has_table);
   Facts& facts = *s.facts;
@@ -534,6 +545,7 @@ __device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
   }
   __syncthreads();  // the facts of all warps
   if (thread_index() == 0) p.facts[block_index()] = facts;
+  return has_table ? s.table : nullptr;
 }
 
 // The facts of all rows, by one warp or more. Behind the grid barrier that ends prepare().
