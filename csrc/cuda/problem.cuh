@@ -387,6 +387,7 @@ struct alignas(16) Pass {
   int32_t max_exponent;
   float max_norm;  // of any row, in units of 4^max_exponent
   bool in_shared;  // buckets fit in shared memory while a tile is swept
+  bool by_fours;  // and `width` is a multiple of 4 that holds all anchors: thresholds are loaded by fours
   bool sliced;  // the gradient is gathered from slices (slices.cuh): one pass, whose entries stand side by side
   __device__ __forceinline__ bool has(int32_t a) const { return a >= begin && a < end; }
   __device__ __forceinline__ int32_t slot(int32_t a) const { return (a - begin) * stride; }
@@ -444,8 +445,12 @@ __device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, int32_t max_po
             0,
             0,
             buckets <= p.shared_slots && !draws(p),
+            false,
             false};
   pass.advance(p.anchors.count);
+  const int32_t fours = (p.anchors.count + 3) / 4 * 4;
+  pass.by_fours = pass.in_shared && pass.is_last(p.anchors.count) && int64_t(fours) * stride <= p.slots;
+  if (pass.by_fours) pass.width = fours;
   for (int i = 0; i < 4; ++i) pass.stop[i] = min((i + 1) * pass.range, buckets + 1);
   // All anchors at once, in whole fours; lists in pairs, their entries told apart by 15 bits.
   const int32_t places = max(pass.entry_places(), pass.weight_places());

@@ -197,9 +197,9 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, const T
       if (sizeof(Acc) == 8) p.best_index[bucket] = ~0u;
     };
     const auto positives_of = [&](int i) { return count_positives(p, s.row.mate_begin[i], s.row.mate_end[i]); };
-    if (pass.in_shared && thread % kStrip < count) {
+    if (pass.in_shared && first + thread % kStrip < pass.begin + pass.width) {
       const int32_t a = first + thread % kStrip, buckets = pass.buckets, step = pass.bucket_step();
-      const int32_t full = count_buckets(p, positives_of(thread % kStrip));
+      const int32_t full = a < pass.end ? count_buckets(p, positives_of(thread % kStrip)) : 0;
       constexpr int32_t kStep = kThreads / kStrip;
       int32_t bucket = pass.bucket(a) + thread / kStrip * step;
 #pragma unroll 2
@@ -540,6 +540,7 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
           if (part == 0 && is_waiting()) {
             grid_wait(ticket);  // thresholds, empty buckets, the order of the tiles' rows
             load_all();
+            cp_async_wait<0>();
             __syncthreads();  // the buckets
           }
           [[maybe_unused]] const uint32_t farthest =
@@ -551,11 +552,11 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
               with_side(p, s, part, [&](const auto& side) { offer_farthest_in_shared(p, s, side, farthest); });
               __syncthreads();  // the buckets have been looked at
             }
-            // A thread loads what it has stored itself; barriers stand between that and the next offer.
             if (serves_columns(p, *s.cursor)) {
               store_buckets<kPart<Acc>>(p, pass, s, s.order[0].index, s.cursor->column + part * kPart<Acc>, kSide);
             }
             if (part + 1 < kParts<Acc>) {
+              __syncthreads();  // the columns' buckets have been stored
               load_columns(part + 1);
             } else {
               store_buckets<kSide>(p, pass, s, s.order[1].index, s.cursor->row, 0);

@@ -361,6 +361,7 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const TileSh
         }
       });
     }
+    cp_async_wait<0>();  // what body() has sent for while it had the part before
     __syncthreads();  // the part is complete
     body(part);
   }
