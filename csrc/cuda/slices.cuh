@@ -235,7 +235,7 @@ template <int kLanes>
 __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pass& pass, const uint32_t* ticket,
                                               const SliceShared& s) {
   constexpr int kRows = 32 / kLanes;  // that a warp has at a time
-  const float scale = static_cast<float>((p.euclidean || p.cosine ? 1 : 2) / divisor(p));
+  float scale = 0;
   const int32_t warp = thread_index() / 32, group = thread_index() % 32 / kLanes;
   const uint32_t slice = shared_address(s.x + thread_index() % kLanes * 4);
   const Rows<float>& rows = p.candidates;
@@ -260,8 +260,11 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
       const Four x = *reinterpret_cast<const Four*>(shared_words(slice + static_cast<uint32_t>(index) * (16 * kLanes)));
       Four negatives{}, sum{};
       add_list<kLanes>(slice, p.entry + pass.entry(position, 0), count_positives(p, begin, mates_end), x, negatives);
-      if (is_waiting) grid_wait(ticket);  // 5a of all blocks
-      is_waiting = false;
+      if (is_waiting) {
+        grid_wait(ticket);  // 5a of all blocks
+        scale = static_cast<float>((p.euclidean || p.cosine ? 1 : 2) / divisor(p));
+        is_waiting = false;
+      }
       const Mates mates(p, begin, mates_end);
       add_mates<kLanes>(slice, p.threshold + side_by_side<4>(position, pass.weight_places(), 0),
                         sorted_index(p, rows) + mates.from, mates.size, index, x, sum);

@@ -88,23 +88,26 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
     if constexpr (kSlices) {
       if (pass.sliced) fetch_first_slice(p, slice.x);
     }
-    finish<In>(p, pass, &block.ticket, scratch);
-    grid_arrive(&block.ticket);  // coefficients, lists, the counters that scale the gradient, loss_of_anchor
+    Counted<Acc> counted = finish<In>(p, pass, &block.ticket, *slice.totals);
+    if (!pass.sliced) counted.store(p, *slice.totals);
+    grid_arrive(&block.ticket);  // coefficients and lists; where there is no barrier to come, the counters too
+    if (pass.sliced) counted.store(p, *slice.totals);
     [[maybe_unused]] const auto listed = [&] {
       if constexpr (kSlices) return Listed(p, first_listed());
       else return 0;
     }();
     grid_wait(&block.ticket);
-    if (is_last && !p.mining) write_loss(p, slice.sums);
+    if (is_last && !p.mining && !pass.sliced) write_loss(p, slice.sums);
     if (p.wants_gradient) {
       const bool overflow = p.counters->list_overflows != 0;  // the same for all blocks
       if constexpr (kSlices) {
         if (pass.sliced && !overflow) {
           order_lists(p, pass, listed);
-          grid_arrive(&block.ticket);  // lists and weights, for gather_slices(), which waits where it needs them
+          grid_arrive(&block.ticket);  // lists, weights and counters, for gather_slices(), which waits where it needs them
           if (p.slice_lanes == 8) gather_slices<8>(p, pass, &block.ticket, slice);
           else if (p.slice_lanes == 4) gather_slices<4>(p, pass, &block.ticket, slice);
           else gather_slices<2>(p, pass, &block.ticket, slice);
+          write_loss(p, slice.sums);
           return;
         }
         cp_async_wait<0>();
@@ -115,6 +118,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
         grid_sync();  // list_begin; nobody reads the lists that finish() began
         fill_lists(p, pass);
         grid_sync();  // list
+        if (pass.sliced) write_loss(p, slice.sums);
       }
       gather_gradients<In>(p, pass, overflow, scratch);
     }

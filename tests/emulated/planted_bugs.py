@@ -43,16 +43,42 @@ BUGS = {
         "tsan",
     ),
     "barrier_left_open": (
-        "select.cuh", "      if (is_waiting()) grid_wait(ticket);\n", "", "plain",
+        "select.cuh", "  if (is_waiting()) grid_wait(ticket);  // no tile at all\n", "", "plain",
     ),
     "grid_barrier_after_finish": (
         "triplet_kernel.cuh",
         "    grid_wait(&block.ticket);\n    if (is_last",
-        "    if (is_last && !p.mining) write_loss(p, slice.sums);\n    grid_wait(&block.ticket);\n    if (is_last",
+        "    if (is_last) write_loss(p, slice.sums);\n    grid_wait(&block.ticket);\n    if (is_last",
         "tsan",
     ),
     "grid_barrier_before_lists_are_read": (
-        "slices.cuh", "      if (is_waiting) grid_wait(ticket);  // 5a of all blocks\n", "", "tsan",
+        "slices.cuh",
+        "        grid_wait(ticket);  // 5a of all blocks\n",
+        "",
+        "tsan",
+    ),
+    "counts_stored_behind_the_last_barrier": (
+        "triplet_kernel.cuh",
+        "    if (!pass.sliced) counted.store(p, *slice.totals);\n",
+        "",
+        "plain",
+    ),
+    "first_tile_sent_before_all_rows_are_there": (
+        "triplet_kernel.cuh",
+        "  grid_wait(&block.ticket);\n  is_sent = is_sent && tile.cursor->row >= 0;\n",
+        "  is_sent = is_sent && tile.cursor->row >= 0;\n  if (is_sent) send_tile(p, tile);\n"
+        "  grid_wait(&block.ticket);\n",
+        "tsan",
+    ),
+    "thresholds_not_landed": (
+        "select.cuh", "            cp_async_wait<0>();\n            __syncthreads();  // the buckets\n",
+        "            __syncthreads();  // the buckets\n", "plain",
+    ),
+    "columns_not_stored_before_the_next": (
+        "select.cuh", "              __syncthreads();  // the columns' buckets have been stored\n", "", "tsan",
+    ),
+    "labels_forgotten_while_they_are_read": (
+        "triplet_kernel.cuh", "    __syncthreads();  // the pass stands, the labels have been read\n", "", "tsan",
     ),
     "block_barrier_before_the_slice": (
         "slices.cuh", "    __syncthreads();  // everybody's part of the slice has landed\n", "", "tsan",
