@@ -30,14 +30,18 @@ __device__ __forceinline__ uint64_t pack(uint32_t high, uint32_t low) { return u
 
 // ---- what the tiles need to know, found in phase 2 ------------------------------------------------------------------
 
-// By one warp. NaN among the distances (mining): every negative goes to `best` at once.
+// Of the farthest positive. NaN (mining): every negative goes to `best` at once.
+__device__ __forceinline__ float base_of(const Problem<float>& p, float last) {
+  return p.negatives == Negatives::hard || ordered_bits(last) >= kInfinity ? 0.f : last / 8;
+}
+// By one warp.
 __device__ __forceinline__ void store_base(const Problem<float>& p, int32_t a, const float* d2_ap, int32_t positives) {
   uint32_t last = 0;
 #pragma unroll 1
   for (int32_t r = thread_index() % 32; r < positives; r += 32) last = max(last, ordered_bits(d2_ap[r]));
   last = warp_max(last);
   if (thread_index() % 32 != 0) return;
-  p.base[a] = p.negatives == Negatives::hard || last >= kInfinity ? 0.f : __uint_as_float(last) / 8;
+  p.base[a] = base_of(p, __uint_as_float(last));
 }
 
 // By the whole grid; the last blocks have the least to do otherwise.

@@ -484,11 +484,6 @@ __device__ const LabelTable* prepare(const Problem<Acc>& p, uint8_t* shared_memo
     facts = Facts{0, kNoExponent, INT32_MIN, 0};
     if (has_table) s.table->fulls = s.table->are_wide = 0;
   }
-  if (block_index() == 0 && thread_index() == 0) *p.counters = Counters{};
-  for (int64_t c = int64_t(block_index()) * kThreads + thread_index(); c < p.candidates.count;
-       c += int64_t(grid_size()) * kThreads) {
-    p.times_chosen[c] = 0;
-  }
   const RowsOfBlock mine(p);
   const int bits = slot_bits(p.candidates.count);
   // Rows of the first turn, which are on their way while labels are counted.
@@ -546,6 +541,17 @@ __device__ const LabelTable* prepare(const Problem<Acc>& p, uint8_t* shared_memo
   __syncthreads();  // the facts of all warps
   if (thread_index() == 0) p.facts[block_index()] = facts;
   return has_table ? s.table : nullptr;
+}
+
+// What finish() counts in. Behind prepare(), where nobody waits for it.
+template <class Acc>
+__device__ void clear_counters(const Problem<Acc>& p) {
+  if (block_index() == 0 && thread_index() == 0) *p.counters = Counters{};
+#pragma unroll 1
+  for (int64_t c = int64_t(block_index()) * kThreads + thread_index(); c < p.candidates.count;
+       c += int64_t(grid_size()) * kThreads) {
+    p.times_chosen[c] = 0;
+  }
 }
 
 // The facts of all rows, by one warp or more. Behind the grid barrier that ends prepare().

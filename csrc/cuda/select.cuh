@@ -57,9 +57,10 @@ __device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Pas
   }
 }
 
-// The same for kShortStride positives at most, whose distances stand in shared memory alone, as yet.
+// The same for kShortStride positives at most, whose distances stand in shared memory alone, as yet. Returns whether there are
+// no equally far ones; then the base (buckets.cuh) has been stored too.
 template <class Acc>
-__device__ __forceinline__ void sort_few_thresholds(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t positives,
+__device__ __forceinline__ bool sort_few_thresholds(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t positives,
                                                     const Acc* d2_ap) {
   constexpr int kOwn = kShortStride / 32;
   const int lane = thread_index() % 32;
@@ -82,7 +83,7 @@ __device__ __forceinline__ void sort_few_thresholds(const Problem<Acc>& p, const
   // Not where some are equally far.
   if (p.negatives == Negatives::hard || warp_sum(sum) != positives * (positives - 1) / 2) {
     sort_thresholds(p, pass, a, positives, d2_ap);
-    return;
+    return false;
   }
   const int32_t place = pass.entry(a, lane), bucket = pass.bucket(a), step = pass.bucket_step();
 #pragma unroll
@@ -90,7 +91,11 @@ __device__ __forceinline__ void sort_few_thresholds(const Problem<Acc>& p, const
     if (lane + 32 * k >= positives) continue;
     p.threshold[bucket + below[k] * step] = own[k];
     p.entry[place + k * pass.entry_step()].row = below[k] + 1;
+    if constexpr (sizeof(Acc) == 4) {
+      if (pass.in_shared && below[k] == positives - 1) p.base[a] = base_of(p, own[k]);
+    }
   }
+  return true;
 }
 
 // By one warp: which candidates of the class of anchor i (of the strip) make no pair with it. NaN is the farthest or the
@@ -227,13 +232,12 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, const T
     for (int i = warp; i < count; i += kWarps) {
       const int32_t positives = positives_of(i), slot = pass.slot(first + i);
       if (p.negatives != Negatives::hard && positives > kWarpSort) continue;
-      if (is_short) {
-        sort_few_thresholds(p, pass, first + i, positives, s.d2_ap[i]);
-      } else {
-        sort_thresholds(p, pass, first + i, positives, p.d2_ap + slot);
-      }
+      bool is_done = false;
+      if (is_short) is_done = sort_few_thresholds(p, pass, first + i, positives, s.d2_ap[i]);
+      else sort_thresholds(p, pass, first + i, positives, p.d2_ap + slot);
       if (pass.in_shared) {
         if constexpr (sizeof(Acc) == 4) {
+          if (is_done) continue;
           if (is_short) store_base(p, first + i, s.d2_ap[i], positives);
           else store_base(p, first + i, p.d2_ap + slot, positives);
         }

@@ -28,6 +28,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
 
   const LabelTable* labels = prepare<M, In>(p, scratch);
   grid_arrive(&block.ticket);  // positions, classes and operands of all rows
+  clear_counters(p);
   TileShared<Acc> tile = lay_out_tile(p, scratch);
   // A block that has counted all labels knows the first pass and its own first tile while it waits for the others.
   bool is_sent = kHasTable<M> && labels != nullptr;
