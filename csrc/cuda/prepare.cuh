@@ -74,8 +74,9 @@ struct Operand {
 // lane holds does not matter as long as A and B agree, so a lane takes 16 contiguous bytes of a row: one vector load, no
 // shuffling.
 //
-// split: a register is (hi, lo). hi * hi takes the lower halves of two registers; the cross terms hi * lo + lo * hi pair
-// (hi, lo) with (lo, hi) inside one register. Exchanging A and B then only exchanges two neighbours inside one mma's sum,
+// split: a register is (hi, lo). hi * hi takes the lower halves of two registers; the cross terms lo * hi + hi * lo pair
+// (lo, hi) with (hi, lo) inside one register: B as it is loaded, in neighbouring registers, and A exchanged, which puts its
+// four where the mma wants them. Exchanging A and B then only exchanges two neighbours inside one mma's sum,
 // which the hardware adds without order: d(a, b) = d(b, a) bit for bit (seen under emulation; on hardware gpu_check.sh
 // measures it).
 template <Math M>
@@ -84,18 +85,20 @@ struct Fragments;
 template <>
 struct Fragments<Math::split> {
   uint32_t high[4];         // A: hi
-  uint32_t cross[2][4];     // A: (hi, lo)
+  uint32_t cross[2][4];     // A: (lo, hi)
   __device__ __forceinline__ static Fragments of(uint4 row, uint4 row8) {
+    const auto exchanged = [](uint32_t x) { return __byte_perm(x, 0, 0x1032); };
     return {{__byte_perm(row.x, row.y, 0x5410), __byte_perm(row8.x, row8.y, 0x5410), __byte_perm(row.z, row.w, 0x5410),
              __byte_perm(row8.z, row8.w, 0x5410)},
-            {{row.x, row8.x, row.y, row8.y}, {row.z, row8.z, row.w, row8.w}}};
+            {{exchanged(row.x), exchanged(row8.x), exchanged(row.y), exchanged(row8.y)},
+             {exchanged(row.z), exchanged(row8.z), exchanged(row.w), exchanged(row8.w)}}};
   }
   __device__ __forceinline__ void multiply(uint4 column, float (&hh)[4], float (&hl)[4]) const {
     const uint32_t high_b[2] = {__byte_perm(column.x, column.y, 0x5410), __byte_perm(column.z, column.w, 0x5410)};
     mma_16x8x16_half(hh, high, high_b);
-    const uint32_t first[2] = {__byte_perm(column.x, 0, 0x1032), __byte_perm(column.y, 0, 0x1032)};
+    const uint32_t first[2] = {column.x, column.y};
     mma_16x8x16_half(hl, cross[0], first);
-    const uint32_t second[2] = {__byte_perm(column.z, 0, 0x1032), __byte_perm(column.w, 0, 0x1032)};
+    const uint32_t second[2] = {column.z, column.w};
     mma_16x8x16_half(hl, cross[1], second);
   }
 };
