@@ -165,25 +165,29 @@ __device__ __forceinline__ void load_buckets(const Problem<float>& p, const Pass
   s.ranges->last[at] = count;
   s.ranges->base[at] = count > 0 ? base : 0.f;
 }
-// What has become better. index: of the candidates, by rank.
+// What has become better. index: of the candidates, by rank. A warp has a bucket of all anchors at a time; of those that are not
+// in the pass there is no tag.
 template <int kWidth>
 __device__ __forceinline__ void store_buckets(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
                                               const int32_t* index, int32_t first, int place) {
-  BucketsOf<kWidth> b(pass, s, first, place);
-  if (!b.has) return;
-  const uint32_t base = ordered_bits(p.base[first + thread_index() % kWidth]);
-  uint64_t* best = p.best + b.bucket;
-  constexpr int kLoads = 5;
+  constexpr int kEach = kWidth / 32;
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  uint32_t base[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) base[i] = ordered_bits(s.ranges->base[place + 32 * i + lane]);
+  const uint32_t indices = shared_address(index);
   const auto store = [&](auto merge) {
+    const Buckets* row = s.buckets + 1 + warp;
+    uint64_t* best = p.best + (first + lane - pass.begin) + int64_t(warp) * pass.width;
+    const int64_t step = int64_t(kWarps) * pass.width;
 #pragma unroll 1
-    for (; b.left > 0; b.left -= kLoads * b.kStep, best += kLoads * b.step, b.row += kLoads * b.kStep) {
-      uint32_t tag[kLoads];
+    for (int32_t r = warp; r < pass.buckets; r += kWarps, row += kWarps, best += step) {
+      uint32_t tag[kEach];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) tag[i] = i * b.kStep < b.left ? b.row[i * b.kStep].least[b.at] : kNoTag;
+      for (int i = 0; i < kEach; ++i) tag[i] = row->least[place + 32 * i + lane];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const uint64_t key = pack(base + tag[i] / kRanks, static_cast<uint32_t>(index[tag[i] % kRanks]));
-        merge(best + i * int64_t(b.step), key, tag[i]);
+      for (int i = 0; i < kEach; ++i) {
+        merge(best + 32 * i, pack(base[i] + tag[i] / kRanks, *shared_words(indices + tag[i] % kRanks * 4)), tag[i]);
       }
     }
   };

@@ -85,7 +85,7 @@ struct TileShared {
   Edge<Acc>* row;
   Edge<Acc>* column;
   uint32_t*
-      from;  // [kPieces][kThreads] where a thread's pieces begin in the operands, in units of 16 bytes; no register holds it
+      from;  // [kPieces][kThreads] where a thread's pieces begin in the operands, in units of 16 bytes
   uint8_t* ring;  // [kStages][2 kSide][kStageBytes]
   Acc* part;  // [kSide][kPartPitch], in the ring's memory: the ring is empty when a part is written
   Buckets* buckets;  // [shared_slots + 1 + kBeyond], or none
@@ -280,22 +280,32 @@ __device__ __forceinline__ void address_tile(const Problem<Acc>& p, const TileSh
         static_cast<uint32_t>(min(position, last)) * static_cast<uint32_t>(p.pitch / 16) + piece % (kStageBytes / 16);
   }
 }
-template <class Acc>
-__device__ __forceinline__ void copy_stage(const Problem<Acc>& p, const TileShared<Acc>& s, int32_t to,  // offset in the ring
-                                           int32_t k) {  // byte of the rows
-  const int piece = thread_index();
+struct Pieces {
+  uint32_t from[kPieces];
+  template <class Acc>
+  __device__ __forceinline__ explicit Pieces(const TileShared<Acc>& s) {
 #pragma unroll
-  for (int i = 0; i < kPieces; ++i) {
-    const uint8_t* operand = i < kPieces / 2 ? p.anchors.operand : p.candidates.operand;
-    cp_async_16(s.ring + to + (i * kThreads + piece) * 16, operand + int64_t(s.from[i * kThreads + piece]) * 16 + k);
+    for (int i = 0; i < kPieces; ++i) from[i] = s.from[i * kThreads + thread_index()];
   }
-}
+  template <class Acc>
+  __device__ __forceinline__ void copy_stage(const Problem<Acc>& p, const TileShared<Acc>& s,
+                                             int32_t to,       // offset in the ring
+                                             int32_t k) const {  // byte of the rows
+    const int piece = thread_index();
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const uint8_t* operand = i < kPieces / 2 ? p.anchors.operand : p.candidates.operand;
+      cp_async_16(s.ring + to + (i * kThreads + piece) * 16, operand + int64_t(from[i]) * 16 + k);
+    }
+  }
+};
 // Sends for all stages that the ring holds but one.
 template <class Acc>
 __device__ __forceinline__ void send_tile(const Problem<Acc>& p, const TileShared<Acc>& s) {
+  const Pieces pieces(s);
 #pragma unroll 1
   for (int32_t stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < p.pitch / kStageBytes) copy_stage(p, s, stage * kStageStep, stage * kStageBytes);
+    if (stage < p.pitch / kStageBytes) pieces.copy_stage(p, s, stage * kStageStep, stage * kStageBytes);
     cp_async_commit();  // also when empty: the count of groups then does not depend on the stage
   }
 }
@@ -314,6 +324,7 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const TileSh
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
   const int32_t stages = p.pitch / kStageBytes;
 
+  const Pieces pieces(s);  // in registers: shared memory has all that it can do with the stages
   Products<M> products;
   products.clear();
   int32_t at = 0;  // of `stage` in the ring
@@ -322,7 +333,7 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const TileSh
     cp_async_wait<kStages - 2>();  // this thread's pieces of the stage have landed
     __syncthreads();  // everybody's have, and everybody is done with the stage that is overwritten next
     if (left >= kStages)
-      copy_stage(p, s, at == 0 ? (kStages - 1) * kStageStep : at - kStageStep, p.pitch - (left - kStages + 1) * kStageBytes);
+      pieces.copy_stage(p, s, at == 0 ? (kStages - 1) * kStageStep : at - kStageStep, p.pitch - (left - kStages + 1) * kStageBytes);
     cp_async_commit();
     const uint8_t* ring = s.ring + at;
     products.add_stage(ring + 32 * (warp / kWarpsPerSide) * kStageBytes,
