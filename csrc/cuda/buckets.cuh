@@ -165,8 +165,8 @@ __device__ __forceinline__ void load_buckets(const Problem<float>& p, const Pass
   s.ranges->last[at] = count;
   s.ranges->base[at] = count > 0 ? base : 0.f;
 }
-// What has become better. index: of the candidates, by rank. A warp has a bucket of all anchors at a time; of those that are not
-// in the pass there is no tag.
+// What has become better. index: of the candidates, by rank. A warp has a bucket of all anchors at a time; those that are not in
+// the pass have no tag.
 template <int kWidth>
 __device__ __forceinline__ void store_buckets(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
                                               const int32_t* index, int32_t first, int place) {

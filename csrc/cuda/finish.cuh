@@ -393,7 +393,8 @@ __device__ Counted<Acc> finish(const Problem<Acc>& p, const Pass& pass, const ui
         c_ap = term.c_ap;
         c_an = term.c_an;
         ++counted.counts[0];
-        counted.counts[1] += p.soft_margin || term.loss != 0 ? 1 : 0;  // NaN is; a soft term is above 0, if only in exact arithmetic
+        // NaN is active; a soft term is above 0, if only in exact arithmetic.
+        counted.counts[1] += p.soft_margin || term.loss != 0 ? 1 : 0;
         counted.loss += term.loss;
         if (has_stats) {
           counted.counts[3] += term.hard ? 1 : 0;

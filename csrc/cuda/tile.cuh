@@ -332,8 +332,10 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const TileSh
   for (int32_t left = stages; left > 0; --left) {
     cp_async_wait<kStages - 2>();  // this thread's pieces of the stage have landed
     __syncthreads();  // everybody's have, and everybody is done with the stage that is overwritten next
-    if (left >= kStages)
-      pieces.copy_stage(p, s, at == 0 ? (kStages - 1) * kStageStep : at - kStageStep, p.pitch - (left - kStages + 1) * kStageBytes);
+    if (left >= kStages) {
+      const int32_t to = at == 0 ? (kStages - 1) * kStageStep : at - kStageStep;
+      pieces.copy_stage(p, s, to, p.pitch - (left - kStages + 1) * kStageBytes);
+    }
     cp_async_commit();
     const uint8_t* ring = s.ring + at;
     products.add_stage(ring + 32 * (warp / kWarpsPerSide) * kStageBytes,

@@ -124,8 +124,7 @@ BUGS = {
         "for (int32_t d = lane; d <= p.dim; d += 32) {\n    const Acc value", "asan",
     ),
     "swapped_fragment_register": (
-        "prepare.cuh", "            {{row.x, row8.x, row.y, row8.y},", "            {{row.x, row.y, row8.x, row8.y},",
-        "plain",
+        "prepare.cuh", "exchanged(row8.x), exchanged(row.y),", "exchanged(row.y), exchanged(row8.x),", "plain",
     ),
     "swapped_accumulator_rows": ("tile.cuh", "lane / 4 + i / 2 * 8,", "lane / 4 + i % 2 * 8,", "plain"),
     "ties_to_the_highest_index": (
