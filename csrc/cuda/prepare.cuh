@@ -150,7 +150,7 @@ __device__ __forceinline__ void strip_products(int32_t pitch, Row row, Column co
     const uint8_t *a = row(g) + 16 * t, *a8 = row(g + 8) + 16 * t, *b = column(g) + 16 * t;
     const auto load = [](const uint8_t* from) { return *reinterpret_cast<const uint4*>(from); };
     float hh[4] = {}, hl[4] = {};
-#pragma unroll 8  // 24 loads in flight
+#pragma unroll 4  // twelve loads in flight
     for (int32_t k = 0; k < pitch; k += kStageBytes) {
       Fragments<M>::of(load(a + k), load(a8 + k)).multiply(load(b + k), hh, hl);
     }
