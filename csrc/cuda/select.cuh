@@ -554,13 +554,12 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
             __syncthreads();  // all offers are made
             if (!p.without_negative) {
               with_side(p, s, part, [&](const auto& side) { offer_farthest_in_shared(p, s, side, farthest); });
-              __syncthreads();  // the buckets have been looked at
             }
             if (serves_columns(p, *s.cursor)) {
               store_buckets<kPart<Acc>>(p, pass, s, s.order[0].index, s.cursor->column + part * kPart<Acc>, kSide);
             }
             if (part + 1 < kParts<Acc>) {
-              __syncthreads();  // the columns' buckets have been stored
+              __syncthreads();  // the columns' buckets have been looked at and stored
               load_columns(part + 1);
             } else {
               store_buckets<kSide>(p, pass, s, s.order[1].index, s.cursor->row, 0);

@@ -21,9 +21,6 @@ BUGS = {
     "block_barrier_before_the_first_offers": (
         "select.cuh", "            __syncthreads();  // the buckets\n", "", "tsan",
     ),
-    "block_barrier_before_buckets_are_stored": (
-        "select.cuh", "              __syncthreads();  // the buckets have been looked at\n", "", "tsan",
-    ),
     "block_barrier_in_sum": (
         "gradient.cuh", "  __syncthreads();  // the sums of all warps\n", "", "tsan",
     ),
@@ -75,7 +72,7 @@ BUGS = {
         "            __syncthreads();  // the buckets\n", "plain",
     ),
     "columns_not_stored_before_the_next": (
-        "select.cuh", "              __syncthreads();  // the columns' buckets have been stored\n", "", "tsan",
+        "select.cuh", "              __syncthreads();  // the columns' buckets have been looked at and stored\n", "", "tsan",
     ),
     "labels_forgotten_while_they_are_read": (
         "triplet_kernel.cuh", "    __syncthreads();  // the pass stands, the labels have been read\n", "", "tsan",
