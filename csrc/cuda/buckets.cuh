@@ -30,14 +30,18 @@ __device__ __forceinline__ uint64_t pack(uint32_t high, uint32_t low) { return u
 
 // ---- what the tiles need to know, found in phase 2 ------------------------------------------------------------------
 
-// By one warp. NaN among the distances (mining): every negative goes to `best` at once.
+// Of the farthest positive. NaN (mining): every negative goes to `best` at once.
+__device__ __forceinline__ float base_of(const Problem<float>& p, float last) {
+  return p.negatives == Negatives::hard || ordered_bits(last) >= kInfinity ? 0.f : last / 8;
+}
+// By one warp.
 __device__ __forceinline__ void store_base(const Problem<float>& p, int32_t a, const float* d2_ap, int32_t positives) {
   uint32_t last = 0;
 #pragma unroll 1
   for (int32_t r = thread_index() % 32; r < positives; r += 32) last = max(last, ordered_bits(d2_ap[r]));
   last = warp_max(last);
   if (thread_index() % 32 != 0) return;
-  p.base[a] = p.negatives == Negatives::hard || last >= kInfinity ? 0.f : __uint_as_float(last) / 8;
+  p.base[a] = base_of(p, __uint_as_float(last));
 }
 
 // By the whole grid; the last blocks have the least to do otherwise.
@@ -93,82 +97,106 @@ struct BucketsOf {
   }
 };
 
-// A block's first tile finds next to nothing in `best` and begins with empty buckets. What is in a bucket already is loaded
-// as the tag above it: an equally close negative may still have a lower index.
+// A block's first tile finds next to nothing in `best` and begins with empty buckets, whose thresholds are on their way behind
+// it.
+template <int kWidth>
+__device__ __forceinline__ void send_for_thresholds(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
+                                                    int32_t first, int place) {
+  constexpr int kFours = kWidth / 4, kStep = kThreads / kFours;
+  const int four = thread_index() % kFours * 4, r = thread_index() / kFours;
+  const bool has = first + four < pass.end;
+  const int32_t step = kStep * pass.width;
+  const float* from = p.threshold + first + four + r * pass.width;
+  Buckets* row = s.buckets + 1 + r;
+#pragma unroll 1
+  for (int32_t left = pass.buckets - r; left > 0; left -= kStep, from += step, row += kStep) {
+    if (has) cp_async_16(row->threshold + place + four, from);
+    else *reinterpret_cast<Vector<float, 4>*>(row->threshold + place + four) = {INFINITY, INFINITY, INFINITY, INFINITY};
+    *reinterpret_cast<Vector<uint32_t, 4>*>(row->least + place + four) = {kNoTag, kNoTag, kNoTag, kNoTag};
+  }
+  cp_async_commit();
+}
+// Of several passes, and of the tiles behind the first one. What is in a bucket already is loaded as the tag above it: an
+// equally close negative may still have a lower index.
+template <int kWidth>
+__device__ __forceinline__ void load_thresholds(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
+                                                int32_t first, int place) {
+  BucketsOf<kWidth> b(pass, s, first, place);
+  const uint32_t base = b.has ? ordered_bits(p.base[first + thread_index() % kWidth]) : 0;
+  constexpr int kLoads = 5;  // in flight
+#pragma unroll 1
+  for (; b.left > 0; b.left -= kLoads * b.kStep, b.bucket += kLoads * b.step, b.row += kLoads * b.kStep) {
+    float threshold[kLoads];
+    uint32_t tag[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const bool has = b.has && i * b.kStep < b.left;
+      threshold[i] = has ? p.threshold[b.bucket + i * b.step] : INFINITY;
+      const uint64_t key = has ? load_relaxed(p.best + b.bucket + i * b.step) : kEmpty;
+      const uint32_t steps = static_cast<uint32_t>(key >> 32) - base + 1;
+      tag[i] = key != kEmpty && steps < kTagSteps ? steps * kRanks : kNoTag;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (i * b.kStep >= b.left) continue;
+      b.row[i * b.kStep].threshold[b.at] = threshold[i];
+      b.row[i * b.kStep].least[b.at] = tag[i];
+    }
+  }
+}
 template <int kWidth>
 __device__ __forceinline__ void load_buckets(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
                                              int32_t first, int place) {
   const bool is_first = s.cursor->is_first;
-  BucketsOf<kWidth> b(pass, s, first, place);
-  const int32_t a = first + thread_index() % kWidth;
-  const float base = b.has ? p.base[a] : 0.f;
-  constexpr int kLoads = 5;  // in flight
-  const auto load = [&](auto load_tag) {
-#pragma unroll 1
-    for (; b.left > 0; b.left -= kLoads * b.kStep, b.bucket += kLoads * b.step, b.row += kLoads * b.kStep) {
-      float threshold[kLoads];
-      uint32_t tag[kLoads];
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const bool has = b.has && i * b.kStep < b.left;
-        threshold[i] = has ? p.threshold[b.bucket + i * b.step] : INFINITY;
-        tag[i] = load_tag(has, b.bucket + i * b.step);
-      }
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        if (i * b.kStep >= b.left) continue;
-        b.row[i * b.kStep].threshold[b.at] = threshold[i];
-        b.row[i * b.kStep].least[b.at] = tag[i];
-      }
-    }
-  };
-  if (is_first) {
-    load([](bool, int32_t) { return kNoTag; });
-  } else {
-    load([&](bool has, int32_t bucket) {
-      const uint64_t key = has ? load_relaxed(p.best + bucket) : kEmpty;
-      const uint32_t steps = static_cast<uint32_t>(key >> 32) - ordered_bits(base) + 1;
-      return key != kEmpty && steps < kTagSteps ? steps * kRanks : kNoTag;
-    });
-  }
+  const int32_t a = first + thread_index() % kWidth, at = place + thread_index() % kWidth;
+  if (is_first && pass.by_fours) send_for_thresholds<kWidth>(p, pass, s, first, place);
+  else load_thresholds<kWidth>(p, pass, s, first, place);
   if (thread_index() >= kWidth) return;
+  const bool has = pass.has(a);
+  const float base = has ? p.base[a] : 0.f;
   int32_t count = 0;
-  if (b.has) count = count_buckets(p, count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]));
+  if (has) count = count_buckets(p, count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]));
   uint32_t far = count > 0 ? kInfinity : 0;
   if (count > 0 && !is_first) {
     const uint64_t last = load_relaxed(p.best + pass.bucket(a) + (count - 1) * pass.bucket_step());
     far = min(far, static_cast<uint32_t>(last >> 32));
   }
-  s.ranges->far[b.at] = far;
-  s.ranges->last[b.at] = count;
-  s.ranges->base[b.at] = count > 0 ? base : 0.f;
+  s.ranges->far[at] = far;
+  s.ranges->last[at] = count;
+  s.ranges->base[at] = count > 0 ? base : 0.f;
 }
-// What has become better. index: of the candidates, by rank.
+// What has become better. index: of the candidates, by rank. A warp has a bucket of all anchors at a time; those that are not in
+// the pass have no tag.
 template <int kWidth>
 __device__ __forceinline__ void store_buckets(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
                                               const int32_t* index, int32_t first, int place) {
-  BucketsOf<kWidth> b(pass, s, first, place);
-  if (!b.has) return;
-  const uint32_t base = ordered_bits(p.base[first + thread_index() % kWidth]);
-  constexpr int kLoads = 5;
-  const auto store = [&](auto is_better) {
+  constexpr int kEach = kWidth / 32;
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  uint32_t base[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) base[i] = ordered_bits(s.ranges->base[place + 32 * i + lane]);
+  const uint32_t indices = shared_address(index);
+  const auto store = [&](auto merge) {
+    const Buckets* row = s.buckets + 1 + warp;
+    uint64_t* best = p.best + (first + lane - pass.begin) + int64_t(warp) * pass.width;
+    const int64_t step = int64_t(kWarps) * pass.width;
 #pragma unroll 1
-    for (; b.left > 0; b.left -= kLoads * b.kStep, b.bucket += kLoads * b.step, b.row += kLoads * b.kStep) {
-      uint32_t tag[kLoads];
+    for (int32_t r = warp; r < pass.buckets; r += kWarps, row += kWarps, best += step) {
+      uint32_t tag[kEach];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) tag[i] = i * b.kStep < b.left ? b.row[i * b.kStep].least[b.at] : kNoTag;
+      for (int i = 0; i < kEach; ++i) tag[i] = row->least[place + 32 * i + lane];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const uint64_t key = pack(base + tag[i] / kRanks, static_cast<uint32_t>(index[tag[i] % kRanks]));
-        uint64_t* best = p.best + b.bucket + i * b.step;
-        if (tag[i] < kNoTags && is_better(key, best)) atomic_min(best, key);
+      for (int i = 0; i < kEach; ++i) {
+        merge(best + 32 * i, pack(base[i] + tag[i] / kRanks, *shared_words(indices + tag[i] % kRanks * 4)), tag[i]);
       }
     }
   };
   if (s.cursor->is_first) {  // there is hardly anything to compare with
-    store([](uint64_t, const uint64_t*) { return true; });
+    store([](uint64_t* there, uint64_t key, uint32_t tag) { atomic_min_if_less(there, key, tag, kNoTags); });
   } else {
-    store([](uint64_t key, const uint64_t* best) { return key < load_relaxed(best); });
+    store([](uint64_t* there, uint64_t key, uint32_t tag) {
+      if (tag < kNoTags && key < load_relaxed(there)) atomic_min(there, key);
+    });
   }
 }
 

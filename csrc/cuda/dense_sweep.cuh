@@ -475,8 +475,10 @@ __device__ __forceinline__ void sweep_every(const DenseProblem<Acc>& p, const De
       if (thread_index() == 0) next_tile_of(pass, *s.item, *s.tile.cursor);
       __syncthreads();  // the cursor stands
       if (s.tile.cursor->row < 0) break;
+      address_tile(p.side[s.item->side], s.tile);
+      open_tile(p.side[s.item->side], pass, s.tile);
       compute_tile<M>(
-          p.side[s.item->side], pass, s.tile, [] {},
+          p.side[s.item->side], s.tile,
           [&](int part) {
             find_near(p, pass, s, part);
             weigh_part(p, pass, s, part);

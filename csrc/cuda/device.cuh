@@ -41,19 +41,23 @@ __device__ __forceinline__ void grid_wait(const uint32_t* ticket) {
 
 // threadIdx.x, blockIdx.x and gridDim.x, read anew: what is derived from them need not wait in registers while a tile's
 // products fill them. (The compiler would hoist every phase's addresses out of the loop over passes, and spill them.)
+// None is negative: divisions by powers of two are shifts.
 __device__ __forceinline__ int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  __builtin_assume(index >= 0);
   return index;
 }
 __device__ __forceinline__ int block_index() {
   int index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  __builtin_assume(index >= 0);
   return index;
 }
 __device__ __forceinline__ int grid_size() {
   int size;
   asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(size));
+  __builtin_assume(size > 0);
   return size;
 }
 
@@ -109,6 +113,13 @@ __device__ __forceinline__ int32_t count_of_half(uint32_t counts, int half) {
 // at += bytes if t < d. Two instructions, where compilers would rather select and add.
 __device__ __forceinline__ void add_if_less(uint32_t& at, float t, float d, uint32_t bytes) {
   asm volatile("{ .reg .pred q; setp.lt.f32 q, %1, %2; @q add.u32 %0, %0, %3; }" : "+r"(at) : "f"(t), "f"(d), "r"(bytes));
+}
+// The minimum with x, where a < b: no branch, no answer.
+__device__ __forceinline__ void atomic_min_if_less(uint64_t* p, uint64_t x, uint32_t a, uint32_t b) {
+  asm volatile("{ .reg .pred q; setp.lt.u32 q, %2, %3; @q red.global.min.u64 [%0], %1; }"
+               :
+               : "l"(p), "l"(x), "r"(a), "r"(b)
+               : "memory");
 }
 // One step of a search: at += kBytes if the float kBytes behind `at` is less than d. Three instructions.
 template <int kBytes>

@@ -216,6 +216,48 @@ struct FinishShared {  // of a block; its pairs are fewer than 2^32
   uint64_t max_d2_ap;
   uint32_t counts[5];
 };
+// What a lane has counted, and the sums of its warp's last anchor, which are not stored yet. No gradient depends on them, so
+// they are added up behind the phase's barrier where there is another one before somebody reads them.
+template <class Acc>
+struct Counted {
+  int32_t a;  // -1: no anchor
+  double loss, sum_ap, sum_an;
+  uint32_t counts[5];  // as stat_counts
+  Acc max_d2_ap;
+
+  __device__ __forceinline__ Counted() : a(-1), loss(0), sum_ap(0), sum_an(0), counts{}, max_d2_ap(0) {}
+  __device__ __forceinline__ void store_sums(const Problem<Acc>& p) {
+    if (a < 0) return;
+    const int lane = thread_index() % 32;
+    loss = warp_sum(loss);
+    if (lane == 0) p.loss_of_anchor[a] = loss;
+    if (p.stat_counts == nullptr) return;
+    sum_ap = warp_sum(sum_ap);
+    sum_an = warp_sum(sum_an);
+    if (lane != 0) return;
+    p.sum_d2_ap[a] = sum_ap;
+    p.sum_d2_an[a] = sum_an;
+  }
+  __device__ __forceinline__ void store(const Problem<Acc>& p, FinishShared& totals) {
+    store_sums(p);
+    const bool has_stats = p.stat_counts != nullptr;  // else nobody asks for most of what is counted
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      if (i >= 2 && !has_stats) break;
+      const uint32_t count = warp_sum(counts[i]);
+      if (thread_index() % 32 == 0) atomicAdd(&totals.counts[i], count);
+    }
+    if (has_stats) {
+      max_d2_ap = warp_max(max_d2_ap);
+      if (thread_index() % 32 == 0) atomic_max(&totals.max_d2_ap, ordered_bits(double(max_d2_ap)));
+    }
+    __syncthreads();  // the totals
+    if (thread_index() != 0) return;
+    // Integers: their sum does not depend on the order.
+    for (int i = 0; i < (has_stats ? 5 : 2); ++i) atomic_add(&p.counters->counts[i], uint64_t(totals.counts[i]));
+    if (has_stats) atomic_max(&p.counters->max_d2_ap, totals.max_d2_ap);
+  }
+};
 
 // What is known of a lane's pair before the sweep ends.
 template <class Acc>
@@ -247,9 +289,7 @@ struct Anchor {
 
 // The grid arrives before it: facts of the first anchor are on their way while it waits for best and farthest.
 template <class In, class Acc>
-__device__ void finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* ticket, uint8_t* shared_memory) {
-  Carver carver{shared_memory, 0, true};
-  FinishShared& totals = *carver.take<FinishShared>(1);
+__device__ Counted<Acc> finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* ticket, FinishShared& totals) {
   const int warp = thread_index() / 32, lane = thread_index() % 32, group = lane / kGroupLanes;
   if (thread_index() == 0) totals = FinishShared{};
   const int32_t first = pass.begin + block_index() * kWarps + warp;
@@ -257,16 +297,17 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* 
   grid_wait(ticket);  // best and farthest
   __syncthreads();  // zero totals
 
-  uint32_t counts[5] = {};  // of this lane's pairs, as stat_counts
-  Acc max_d2_ap = 0;
-  const bool has_stats = p.stat_counts != nullptr;  // else nobody asks for most of what is counted
+  Counted<Acc> counted;
+  const bool has_stats = p.stat_counts != nullptr;
 
 #pragma unroll 1
   for (int32_t a = first; a < pass.end; a += grid_size() * kWarps) {
     if (a != first) anchor = Anchor<Acc>(p, pass, a);
     const int32_t count = anchor.count, anchor_index = anchor.index;
     const int32_t slot = pass.slot(a);
-    double loss = 0, sum_ap = 0, sum_an = 0;
+    counted.store_sums(p);
+    counted.a = a;
+    counted.loss = counted.sum_ap = counted.sum_an = 0;
     const Expanded expanded(p, pass, a);
     // An atomic's answer takes long: the entry goes to its place in the list a turn later.
     int32_t waiting_place = 0, waiting_list = -1, waiting_entry = 0;
@@ -351,18 +392,19 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* 
         const Term<Acc> term = term_of(p, d2_ap, d2_an);
         c_ap = term.c_ap;
         c_an = term.c_an;
-        ++counts[0];
-        counts[1] += p.soft_margin || term.loss != 0 ? 1 : 0;  // NaN is; a soft term is above 0, if only in exact arithmetic
-        loss += term.loss;
+        ++counted.counts[0];
+        // NaN is active; a soft term is above 0, if only in exact arithmetic.
+        counted.counts[1] += p.soft_margin || term.loss != 0 ? 1 : 0;
+        counted.loss += term.loss;
         if (has_stats) {
-          counts[3] += term.hard ? 1 : 0;
-          counts[4] += term.semi_hard ? 1 : 0;
-          sum_ap += d2_ap;
-          sum_an += d2_an;
-          max_d2_ap = d2_ap > max_d2_ap ? d2_ap : max_d2_ap;
+          counted.counts[3] += term.hard ? 1 : 0;
+          counted.counts[4] += term.semi_hard ? 1 : 0;
+          counted.sum_ap += d2_ap;
+          counted.sum_an += d2_an;
+          counted.max_d2_ap = d2_ap > counted.max_d2_ap ? d2_ap : counted.max_d2_ap;
         }
       }
-      counts[2] += is_fallback ? 1 : 0;
+      counted.counts[2] += is_fallback ? 1 : 0;
       next_winner = filled(p, next.not_farther);
       if (p.mining) {
         const uint32_t pairs = __ballot_sync(kWholeWarp, is_pair);
@@ -402,33 +444,9 @@ __device__ void finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* 
         waiting_place = atomicAdd(&p.times_chosen[negative], 1);
       }
     }
-    loss = warp_sum(loss);
-    if (lane == 0) p.loss_of_anchor[a] = loss;
-    if (has_stats) {
-      sum_ap = warp_sum(sum_ap);
-      sum_an = warp_sum(sum_an);
-      if (lane == 0) {
-        p.sum_d2_ap[a] = sum_ap;
-        p.sum_d2_an[a] = sum_an;
-      }
-    }
     enter_list();
   }
-#pragma unroll
-  for (int i = 0; i < 5; ++i) {
-    if (i >= 2 && !has_stats) break;
-    const uint32_t count = warp_sum(counts[i]);
-    if (lane == 0) atomicAdd(&totals.counts[i], count);
-  }
-  if (has_stats) {
-    max_d2_ap = warp_max(max_d2_ap);
-    if (lane == 0) atomic_max(&totals.max_d2_ap, ordered_bits(double(max_d2_ap)));
-  }
-  __syncthreads();  // the totals
-  if (thread_index() == 0) {  // integers: their sum does not depend on the order
-    for (int i = 0; i < (has_stats ? 5 : 2); ++i) atomic_add(&p.counters->counts[i], uint64_t(totals.counts[i]));
-    if (has_stats) atomic_max(&p.counters->max_d2_ap, totals.max_d2_ap);
-  }
+  return counted;
 }
 
 }  // namespace facenet_ext::cuda

@@ -74,8 +74,9 @@ struct Operand {
 // lane holds does not matter as long as A and B agree, so a lane takes 16 contiguous bytes of a row: one vector load, no
 // shuffling.
 //
-// split: a register is (hi, lo). hi * hi takes the lower halves of two registers; the cross terms hi * lo + lo * hi pair
-// (hi, lo) with (lo, hi) inside one register. Exchanging A and B then only exchanges two neighbours inside one mma's sum,
+// split: a register is (hi, lo). hi * hi takes the lower halves of two registers; the cross terms lo * hi + hi * lo pair
+// (lo, hi) with (hi, lo) inside one register: B as it is loaded, in neighbouring registers, and A exchanged, which puts its
+// four where the mma wants them. Exchanging A and B then only exchanges two neighbours inside one mma's sum,
 // which the hardware adds without order: d(a, b) = d(b, a) bit for bit (seen under emulation; on hardware gpu_check.sh
 // measures it).
 template <Math M>
@@ -84,18 +85,20 @@ struct Fragments;
 template <>
 struct Fragments<Math::split> {
   uint32_t high[4];         // A: hi
-  uint32_t cross[2][4];     // A: (hi, lo)
+  uint32_t cross[2][4];     // A: (lo, hi)
   __device__ __forceinline__ static Fragments of(uint4 row, uint4 row8) {
+    const auto exchanged = [](uint32_t x) { return __byte_perm(x, 0, 0x1032); };
     return {{__byte_perm(row.x, row.y, 0x5410), __byte_perm(row8.x, row8.y, 0x5410), __byte_perm(row.z, row.w, 0x5410),
              __byte_perm(row8.z, row8.w, 0x5410)},
-            {{row.x, row8.x, row.y, row8.y}, {row.z, row8.z, row.w, row8.w}}};
+            {{exchanged(row.x), exchanged(row8.x), exchanged(row.y), exchanged(row8.y)},
+             {exchanged(row.z), exchanged(row8.z), exchanged(row.w), exchanged(row8.w)}}};
   }
   __device__ __forceinline__ void multiply(uint4 column, float (&hh)[4], float (&hl)[4]) const {
     const uint32_t high_b[2] = {__byte_perm(column.x, column.y, 0x5410), __byte_perm(column.z, column.w, 0x5410)};
     mma_16x8x16_half(hh, high, high_b);
-    const uint32_t first[2] = {__byte_perm(column.x, 0, 0x1032), __byte_perm(column.y, 0, 0x1032)};
+    const uint32_t first[2] = {column.x, column.y};
     mma_16x8x16_half(hl, cross[0], first);
-    const uint32_t second[2] = {__byte_perm(column.z, 0, 0x1032), __byte_perm(column.w, 0, 0x1032)};
+    const uint32_t second[2] = {column.z, column.w};
     mma_16x8x16_half(hl, cross[1], second);
   }
 };
@@ -391,6 +394,16 @@ __device__ __forceinline__ Among find_among(const LabelTable& table, int32_t fir
   return {warp_sum(less), equal & 0xffff, warp_sum(before) + (equal >> 16)};
 }
 
+// By one warp: rows of the largest class, the same in every lane.
+__device__ __forceinline__ int32_t largest_class(const LabelTable& table) {
+  int32_t most = 0;
+#pragma unroll 1
+  for (int32_t i = thread_index() % 32; i < table.fulls; i += 32) {
+    most = max(most, static_cast<int32_t>(table.count[table.full[i]] & 0xffff));
+  }
+  return warp_max(most);
+}
+
 // The block's rows of both sets, candidates first: neighbours.
 struct RowsOfBlock {
   int32_t begin, end;
@@ -461,8 +474,9 @@ int64_t choose_table(Problem<Acc>& p, int64_t before, int64_t limit) {
   return bytes(p.has_table);
 }
 
+// Returns the table of all labels, or null.
 template <Math M, class In, class Acc>
-__device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
+__device__ const LabelTable* prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
   const PrepareShared s = carve_prepare(carver, kHasTable<M> && p.has_table);
   Facts& facts = *s.facts;
@@ -472,11 +486,6 @@ __device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
   if (thread_index() == 0) {
     facts = Facts{0, kNoExponent, INT32_MIN, 0};
     if (has_table) s.table->fulls = s.table->are_wide = 0;
-  }
-  if (block_index() == 0 && thread_index() == 0) *p.counters = Counters{};
-  for (int64_t c = int64_t(block_index()) * kThreads + thread_index(); c < p.candidates.count;
-       c += int64_t(grid_size()) * kThreads) {
-    p.times_chosen[c] = 0;
   }
   const RowsOfBlock mine(p);
   const int bits = slot_bits(p.candidates.count);
@@ -534,6 +543,18 @@ __device__ void prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
   }
   __syncthreads();  // the facts of all warps
   if (thread_index() == 0) p.facts[block_index()] = facts;
+  return has_table ? s.table : nullptr;
+}
+
+// What finish() counts in. Behind prepare(), where nobody waits for it.
+template <class Acc>
+__device__ void clear_counters(const Problem<Acc>& p) {
+  if (block_index() == 0 && thread_index() == 0) *p.counters = Counters{};
+#pragma unroll 1
+  for (int64_t c = int64_t(block_index()) * kThreads + thread_index(); c < p.candidates.count;
+       c += int64_t(grid_size()) * kThreads) {
+    p.times_chosen[c] = 0;
+  }
 }
 
 // The facts of all rows, by one warp or more. Behind the grid barrier that ends prepare().

@@ -387,6 +387,7 @@ struct alignas(16) Pass {
   int32_t max_exponent;
   float max_norm;  // of any row, in units of 4^max_exponent
   bool in_shared;  // buckets fit in shared memory while a tile is swept
+  bool by_fours;  // and `width` is a multiple of 4 that holds all anchors: thresholds are loaded by fours
   bool sliced;  // the gradient is gathered from slices (slices.cuh): one pass, whose entries stand side by side
   __device__ __forceinline__ bool has(int32_t a) const { return a >= begin && a < end; }
   __device__ __forceinline__ int32_t slot(int32_t a) const { return (a - begin) * stride; }
@@ -412,6 +413,12 @@ struct alignas(16) Pass {
   __device__ __forceinline__ int32_t bucket_step() const { return in_shared ? width : 1; }
   __device__ __forceinline__ bool is_first() const { return begin == 0; }
   __device__ __forceinline__ bool is_last(int32_t anchors) const { return end == anchors; }
+  // What is known only when all rows are.
+  __device__ __forceinline__ void scale(const Facts& facts) {
+    max_exponent = facts.max_exponent;
+    max_norm = norm_of_order(facts.max_norm, facts.max_exponent);
+    sliced = sliced && facts.max_exponent <= 100;  // no difference of rows overflows: a coefficient of 0 may meet any row
+  }
   __device__ __forceinline__ void advance(int32_t anchors) {
     begin = end;
     end = end < anchors - width ? end + width : anchors;
@@ -425,8 +432,8 @@ struct BlockState {  // what every phase finds at the beginning of shared memory
 };
 
 template <class Acc>
-__device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, const Facts& facts) {
-  const int32_t stride = max(facts.max_positives, 1);
+__device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, int32_t max_positives) {
+  const int32_t stride = max(max_positives, 1);
   const int32_t buckets = count_buckets(p, stride);
   Pass pass{{},
             0,
@@ -435,18 +442,21 @@ __device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, const Facts& f
             stride,
             buckets,
             1 << (32 - __clz(buckets / 5)),
-            facts.max_exponent,
-            norm_of_order(facts.max_norm, facts.max_exponent),
+            0,
+            0,
             buckets <= p.shared_slots && !draws(p),
+            false,
             false};
   pass.advance(p.anchors.count);
+  const int32_t fours = (p.anchors.count + 3) / 4 * 4;
+  pass.by_fours = pass.in_shared && pass.is_last(p.anchors.count) && int64_t(fours) * stride <= p.slots;
+  if (pass.by_fours) pass.width = fours;
   for (int i = 0; i < 4; ++i) pass.stop[i] = min((i + 1) * pass.range, buckets + 1);
-  // All anchors at once, in whole fours; lists in pairs, their entries told apart by 15 bits; no difference of rows that
-  // overflows, so that a coefficient of 0 may meet any row.
+  // All anchors at once, in whole fours; lists in pairs, their entries told apart by 15 bits.
   const int32_t places = max(pass.entry_places(), pass.weight_places());
   pass.sliced = p.slice_lanes > 0 && pass.is_last(p.anchors.count) && stride <= kWarpSort &&
                       int64_t(p.anchors.count + 3) / 4 * 4 * places <= p.slots &&
-                      int64_t(p.anchors.count) * ((stride + 31) / 32) < 0x7bff && facts.max_exponent <= 100;
+                      int64_t(p.anchors.count) * ((stride + 31) / 32) < 0x7bff;
   return pass;
 }
 

@@ -22,6 +22,13 @@ struct StripShared {
   Edge<Acc> row, column;
   Acc d2_ap[kStrip][kShortStride];  // where no anchor has more positives, and none that a block sorts
 };
+// In the ring: of floats, in the stage of it that send_tile() does not send for.
+template <class Acc>
+__device__ __forceinline__ StripShared<Acc>& strip_in(const TileShared<Acc>& tile) {
+  constexpr int32_t kFrom = sizeof(Acc) == 4 ? (kStages - 1) * kStageStep : 0;
+  static_assert(kFrom + int32_t(sizeof(StripShared<Acc>)) <= kStages * kStageStep);
+  return *reinterpret_cast<StripShared<Acc>*>(tile.ring + kFrom);
+}
 
 // By one warp: ascending thresholds, and how many of them are not farther than each positive.
 template <class Acc>
@@ -50,9 +57,10 @@ __device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Pas
   }
 }
 
-// The same for kShortStride positives at most, whose distances stand in shared memory alone, as yet.
+// The same for kShortStride positives at most, whose distances stand in shared memory alone, as yet. Returns whether there are
+// no equally far ones; then the base (buckets.cuh) has been stored too.
 template <class Acc>
-__device__ __forceinline__ void sort_few_thresholds(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t positives,
+__device__ __forceinline__ bool sort_few_thresholds(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t positives,
                                                     const Acc* d2_ap) {
   constexpr int kOwn = kShortStride / 32;
   const int lane = thread_index() % 32;
@@ -75,7 +83,7 @@ __device__ __forceinline__ void sort_few_thresholds(const Problem<Acc>& p, const
   // Not where some are equally far.
   if (p.negatives == Negatives::hard || warp_sum(sum) != positives * (positives - 1) / 2) {
     sort_thresholds(p, pass, a, positives, d2_ap);
-    return;
+    return false;
   }
   const int32_t place = pass.entry(a, lane), bucket = pass.bucket(a), step = pass.bucket_step();
 #pragma unroll
@@ -83,7 +91,11 @@ __device__ __forceinline__ void sort_few_thresholds(const Problem<Acc>& p, const
     if (lane + 32 * k >= positives) continue;
     p.threshold[bucket + below[k] * step] = own[k];
     p.entry[place + k * pass.entry_step()].row = below[k] + 1;
+    if constexpr (sizeof(Acc) == 4) {
+      if (pass.in_shared && below[k] == positives - 1) p.base[a] = base_of(p, own[k]);
+    }
   }
+  return true;
 }
 
 // By one warp: which candidates of the class of anchor i (of the strip) make no pair with it. NaN is the farthest or the
@@ -125,19 +137,16 @@ __device__ __forceinline__ EdgeRow<Acc> load_first_row(const Problem<Acc>& p) {
   return {p, p.anchors, block_index() * kStrip + min(thread_index(), kStrip), true};
 }
 template <class Acc>
-__device__ __forceinline__ void store_first_row(const EdgeRow<Acc>& row, int32_t max_exponent, uint8_t* shared_memory) {
-  Carver carver{shared_memory, 0, true};
-  StripShared<Acc>& s = *carver.take<StripShared<Acc>>(1);
-  if (thread_index() < kStrip) row.store(max_exponent, s.row, thread_index());
+__device__ __forceinline__ void store_first_row(const EdgeRow<Acc>& row, int32_t max_exponent, const TileShared<Acc>& tile) {
+  if (thread_index() < kStrip) row.store(max_exponent, strip_in(tile).row, thread_index());
 }
 
 // Positions are sorted by label: the positives of kStrip anchors lie in one band of candidates, kWarps * 8 of which are
 // multiplied at a time, 8 by each warp. FLOPs: 2 kStrip D per candidate of the band and product of the format. A block then
 // sorts what it has found itself: a warp an anchor, or the block where there are more than kWarpSort.
 template <Math M, class Acc>
-__device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_memory) {
-  Carver carver{shared_memory, 0, true};
-  StripShared<Acc>& s = *carver.take<StripShared<Acc>>(1);
+__device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& tile) {
+  StripShared<Acc>& s = strip_in(tile);
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
   const bool is_short = pass.stride <= min(kShortStride, kWarpSort);
   if (block_index() == 0 && thread == 0) p.counters->list_end = p.counters->list_overflows = 0;
@@ -193,9 +202,9 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
       if (sizeof(Acc) == 8) p.best_index[bucket] = ~0u;
     };
     const auto positives_of = [&](int i) { return count_positives(p, s.row.mate_begin[i], s.row.mate_end[i]); };
-    if (pass.in_shared && thread % kStrip < count) {
+    if (pass.in_shared && first + thread % kStrip < pass.begin + pass.width) {
       const int32_t a = first + thread % kStrip, buckets = pass.buckets, step = pass.bucket_step();
-      const int32_t full = count_buckets(p, positives_of(thread % kStrip));
+      const int32_t full = a < pass.end ? count_buckets(p, positives_of(thread % kStrip)) : 0;
       constexpr int32_t kStep = kThreads / kStrip;
       int32_t bucket = pass.bucket(a) + thread / kStrip * step;
 #pragma unroll 2
@@ -223,13 +232,12 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, uint8_t
     for (int i = warp; i < count; i += kWarps) {
       const int32_t positives = positives_of(i), slot = pass.slot(first + i);
       if (p.negatives != Negatives::hard && positives > kWarpSort) continue;
-      if (is_short) {
-        sort_few_thresholds(p, pass, first + i, positives, s.d2_ap[i]);
-      } else {
-        sort_thresholds(p, pass, first + i, positives, p.d2_ap + slot);
-      }
+      bool is_done = false;
+      if (is_short) is_done = sort_few_thresholds(p, pass, first + i, positives, s.d2_ap[i]);
+      else sort_thresholds(p, pass, first + i, positives, p.d2_ap + slot);
       if (pass.in_shared) {
         if constexpr (sizeof(Acc) == 4) {
+          if (is_done) continue;
           if (is_short) store_base(p, first + i, s.d2_ap[i], positives);
           else store_base(p, first + i, p.d2_ap + slot, positives);
         }
@@ -486,13 +494,31 @@ __device__ __forceinline__ auto with_side(const Problem<Acc>& p, const TileShare
                                          s.part + from * kPartPitch<Acc> + column, s.row->index + from, s.order[0], from});
 }
 
-// All tiles of the pass that are this block's. grid_arrive() stands behind phase 2: its results are waited for when the first
-// tile's products are there.
+template <class Acc>
+__device__ __forceinline__ TileShared<Acc> lay_out_tile(const Problem<Acc>& p, uint8_t* shared_memory) {
+  Carver carver{shared_memory, 0, true};
+  return carve_tile<Acc, sizeof(Acc) == 4>(carver, p.shared_slots);
+}
+
+// The first tile of a sweep, so far as it does not depend on what other blocks prepare. Behind a barrier.
+template <class Acc>
+__device__ __forceinline__ void begin_sweep(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s) {
+  if (thread_index() == 0) {
+    s.cursor->row = -1;
+    next_tile(p, pass, *s.cursor);
+  }
+  if constexpr (sizeof(Acc) == 4) {
+    if (pass.in_shared) clear_beyond(pass, s.buckets);
+  }
+  __syncthreads();  // the cursor stands
+  if (s.cursor->row >= 0) address_tile(p, s);
+}
+
+// All tiles of the pass that are this block's, from the cursor's on, which is open. grid_arrive() stands behind phase 2: its
+// results are waited for when the first tile's products are there.
 template <Math M, class Acc>
 __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, int round, const uint32_t* ticket,
-                                      uint8_t* shared_memory) {
-  Carver carver{shared_memory, 0, true};
-  const TileShared<Acc> s = carve_tile<Acc, sizeof(Acc) == 4>(carver, p.shared_slots);
+                                      const TileShared<Acc>& s) {
   const auto load_columns = [&](int part) {
     if constexpr (sizeof(Acc) == 4) {
       if (!serves_columns(p, *s.cursor)) return;
@@ -509,28 +535,16 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
   };
   if (sizeof(Acc) == 8 && round == 0) grid_wait(ticket);  // products of doubles leave no register to wait behind them
   const auto is_waiting = [&] { return sizeof(Acc) == 4 && round == 0 && s.cursor->is_first; };
-  if (thread_index() == 0) s.cursor->row = -1;
-  if constexpr (sizeof(Acc) == 4) {
-    if (pass.in_shared) clear_beyond(pass, s.buckets);
-  }
 #pragma unroll 1
-  for (;;) {
-    __syncthreads();  // the tile before is done with the ring, the edges, the buckets and the cursor
-    if (thread_index() == 0) next_tile(p, pass, *s.cursor);
-    __syncthreads();  // the cursor stands
-    if (s.cursor->row < 0) {
-      if (is_waiting()) grid_wait(ticket);
-      return;
-    }
+  while (s.cursor->row >= 0) {
+    if (!is_waiting()) load_all();
     compute_tile<M, kPartPitch<Acc>>(
-        p, pass, s,
-        [&] {
-          if (!is_waiting()) load_all();
-        },
+        p, s,
         [&](int part) {
           if (part == 0 && is_waiting()) {
             grid_wait(ticket);  // thresholds, empty buckets, the order of the tiles' rows
             load_all();
+            cp_async_wait<0>();
             __syncthreads();  // the buckets
           }
           [[maybe_unused]] const uint32_t farthest =
@@ -540,20 +554,26 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
             __syncthreads();  // all offers are made
             if (!p.without_negative) {
               with_side(p, s, part, [&](const auto& side) { offer_farthest_in_shared(p, s, side, farthest); });
-              __syncthreads();  // the buckets have been looked at
             }
-            // A thread loads what it has stored itself; barriers stand between that and the next offer.
             if (serves_columns(p, *s.cursor)) {
               store_buckets<kPart<Acc>>(p, pass, s, s.order[0].index, s.cursor->column + part * kPart<Acc>, kSide);
             }
             if (part + 1 < kParts<Acc>) {
+              __syncthreads();  // the columns' buckets have been looked at and stored
               load_columns(part + 1);
             } else {
               store_buckets<kSide>(p, pass, s, s.order[1].index, s.cursor->row, 0);
             }
           }
         });
+    __syncthreads();  // the tile is done with the ring, the edges, the buckets and the cursor
+    if (thread_index() == 0) next_tile(p, pass, *s.cursor);
+    __syncthreads();  // the cursor stands
+    if (s.cursor->row < 0) break;
+    address_tile(p, s);
+    open_tile(p, pass, s);
   }
+  if (is_waiting()) grid_wait(ticket);  // no tile at all
 }
 
 }  // namespace facenet_ext::cuda

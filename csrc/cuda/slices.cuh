@@ -180,8 +180,9 @@ __device__ __forceinline__ void load_fourth(const T* from, int32_t count, T (&to
 }
 
 // sum += coefficient * (x - row) over `count` entries, in pairs that stand four pairs apart. `slice`: in shared memory, this
-// lane's part of row 0. An entry of coefficient 0 may name any row: no difference of rows overflows.
-template <int kLanes>
+// lane's part of row 0. An entry of coefficient 0 may name any row: no difference of rows overflows. kSome: few may have
+// another one; late in training most pairs have no term.
+template <int kLanes, bool kSome>
 __device__ __forceinline__ void add_list(uint32_t slice, const Entry<float>* list, int32_t count, const Four& x, Four& sum) {
   using Pair = Vector<Entry<float>, 2>;
   const Pair* pairs = reinterpret_cast<const Pair*>(list);
@@ -190,10 +191,12 @@ __device__ __forceinline__ void add_list(uint32_t slice, const Entry<float>* lis
     Pair pair[kInFlight / 2];
     load_fourth(pairs, left, pair);
     pairs += 4 * (kInFlight / 2);
-    uint32_t any = 0;
+    if constexpr (kSome) {
+      uint32_t any = 0;
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) any |= ordered_bits(pair[i / 2].element[i % 2].coefficient);
-    if (any == 0) continue;  // late in training most pairs have no term
+      for (int i = 0; i < kInFlight; ++i) any |= ordered_bits(pair[i / 2].element[i % 2].coefficient);
+      if (any == 0) continue;
+    }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const Entry<float>& entry = pair[i / 2].element[i % 2];
@@ -235,7 +238,7 @@ template <int kLanes>
 __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pass& pass, const uint32_t* ticket,
                                               const SliceShared& s) {
   constexpr int kRows = 32 / kLanes;  // that a warp has at a time
-  const float scale = static_cast<float>((p.euclidean || p.cosine ? 1 : 2) / divisor(p));
+  float scale = 0;
   const int32_t warp = thread_index() / 32, group = thread_index() % 32 / kLanes;
   const uint32_t slice = shared_address(s.x + thread_index() % kLanes * 4);
   const Rows<float>& rows = p.candidates;
@@ -259,13 +262,16 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
       const int32_t length = has ? p.times_chosen[index] : 0;
       const Four x = *reinterpret_cast<const Four*>(shared_words(slice + static_cast<uint32_t>(index) * (16 * kLanes)));
       Four negatives{}, sum{};
-      add_list<kLanes>(slice, p.entry + pass.entry(position, 0), count_positives(p, begin, mates_end), x, negatives);
-      if (is_waiting) grid_wait(ticket);  // 5a of all blocks
-      is_waiting = false;
+      add_list<kLanes, true>(slice, p.entry + pass.entry(position, 0), count_positives(p, begin, mates_end), x, negatives);
+      if (is_waiting) {
+        grid_wait(ticket);  // 5a of all blocks
+        scale = static_cast<float>((p.euclidean || p.cosine ? 1 : 2) / divisor(p));
+        is_waiting = false;
+      }
       const Mates mates(p, begin, mates_end);
       add_mates<kLanes>(slice, p.threshold + side_by_side<4>(position, pass.weight_places(), 0),
                         sorted_index(p, rows) + mates.from, mates.size, index, x, sum);
-      add_list<kLanes>(slice, chosen(p) + side_by_side<2>(position, p.list_places, 0), length, x, negatives);
+      add_list<kLanes, false>(slice, chosen(p) + side_by_side<2>(position, p.list_places, 0), length, x, negatives);
       if (!has || column >= p.dim) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum.element[i] = (sum.element[i] - negatives.element[i]) * scale;

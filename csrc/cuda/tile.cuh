@@ -85,7 +85,7 @@ struct TileShared {
   Edge<Acc>* row;
   Edge<Acc>* column;
   uint32_t*
-      from;  // [kPieces][kThreads] where a thread's pieces begin in the operands, in units of 16 bytes; no register holds it
+      from;  // [kPieces][kThreads] where a thread's pieces begin in the operands, in units of 16 bytes
   uint8_t* ring;  // [kStages][2 kSide][kStageBytes]
   Acc* part;  // [kSide][kPartPitch], in the ring's memory: the ring is empty when a part is written
   Buckets* buckets;  // [shared_slots + 1 + kBeyond], or none
@@ -122,6 +122,7 @@ template <class Acc>
 struct EdgeRow {
   int32_t exponent, index, mate_begin, mate_end, own;
   Acc norm;
+  EdgeRow() = default;
   __device__ __forceinline__ EdgeRow(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t position, bool are_anchors) {
     const bool inside = position < rows.count;
     const int32_t source = inside ? position : rows.count - 1;
@@ -150,6 +151,19 @@ __device__ __forceinline__ void load_edge(const Problem<Acc>& p, const Rows<Acc>
                                           bool are_anchors, int thread, Edge<Acc>& edge) {
   if (thread < 0 || thread >= kSide) return;
   EdgeRow<Acc>(p, rows, first + thread, are_anchors).store(max_exponent, edge, thread);
+}
+
+// A row or a column of the cursor's tile, by a thread below 2 kSide.
+template <class Acc>
+__device__ __forceinline__ EdgeRow<Acc> load_edge_of_tile(const Problem<Acc>& p, const TileShared<Acc>& s) {
+  const int thread = thread_index();
+  if (thread < kSide) return {p, p.anchors, s.cursor->row + thread, true};
+  return {p, p.candidates, s.cursor->column + thread - kSide, serves_columns(p, *s.cursor)};
+}
+template <class Acc>
+__device__ __forceinline__ void store_edge_of_tile(const EdgeRow<Acc>& edge, int32_t max_exponent, const TileShared<Acc>& s) {
+  const int thread = thread_index();
+  edge.store(max_exponent, thread < kSide ? *s.row : *s.column, thread % kSide);
 }
 
 // The one expression for d_ap and d_an. The edges' factors come from memory: nothing that a compiler could contract
@@ -250,16 +264,13 @@ struct Products<Math::simt32> : CoreProducts<float> {};
 template <>
 struct Products<Math::simt64> : CoreProducts<double> {};
 
-// Computes the cursor's tile and calls body(part) for each part in s.part, between barriers: body may read s.part, the edges
-// and the cursor freely and must not wait for anything but this block. meanwhile() runs while the first rows are on their
-// way. Distances inside a class and beyond the edges become kNotOffered; few tiles have any. kPitch: of a row of the part.
-template <Math M, int kPitch = kPart<typename MathTraits<M>::Acc> + 1, class Acc, class Meanwhile, class Body>
-__device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s,
-                                             Meanwhile meanwhile, Body body) {
-  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
-  const int32_t stages = p.pitch / kStageBytes;
+constexpr int32_t kStageStep = 2 * kSide * kStageBytes;  // bytes of the ring
 
-  // Piece i of this thread in every stage: 16 bytes of a row (the first half of its pieces) or of a column.
+// Where this thread's pieces of the cursor's tile begin: 16 bytes of a row (the first half of its pieces) or of a column in
+// every stage.
+template <class Acc>
+__device__ __forceinline__ void address_tile(const Problem<Acc>& p, const TileShared<Acc>& s) {
+  const int thread = thread_index();
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
     const int piece = i * kThreads + thread, row = piece / (kStageBytes / 16);
@@ -268,33 +279,63 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& 
     s.from[i * kThreads + thread] =
         static_cast<uint32_t>(min(position, last)) * static_cast<uint32_t>(p.pitch / 16) + piece % (kStageBytes / 16);
   }
-  const auto copy_stage = [&](int32_t to, int32_t k) {  // offset in the ring, byte of the rows
+}
+struct Pieces {
+  uint32_t from[kPieces];
+  template <class Acc>
+  __device__ __forceinline__ explicit Pieces(const TileShared<Acc>& s) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) from[i] = s.from[i * kThreads + thread_index()];
+  }
+  template <class Acc>
+  __device__ __forceinline__ void copy_stage(const Problem<Acc>& p, const TileShared<Acc>& s,
+                                             int32_t to,       // offset in the ring
+                                             int32_t k) const {  // byte of the rows
     const int piece = thread_index();
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const uint8_t* operand = i < kPieces / 2 ? p.anchors.operand : p.candidates.operand;
-      cp_async_16(s.ring + to + (i * kThreads + piece) * 16, operand + int64_t(s.from[i * kThreads + piece]) * 16 + k);
+      cp_async_16(s.ring + to + (i * kThreads + piece) * 16, operand + int64_t(from[i]) * 16 + k);
     }
-  };
+  }
+};
+// Sends for all stages that the ring holds but one.
+template <class Acc>
+__device__ __forceinline__ void send_tile(const Problem<Acc>& p, const TileShared<Acc>& s) {
+  const Pieces pieces(s);
 #pragma unroll 1
   for (int32_t stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < stages) copy_stage(stage * (2 * kSide * kStageBytes), stage * kStageBytes);
+    if (stage < p.pitch / kStageBytes) pieces.copy_stage(p, s, stage * kStageStep, stage * kStageBytes);
     cp_async_commit();  // also when empty: the count of groups then does not depend on the stage
   }
-  load_edge(p, p.anchors, s.cursor->row, pass.max_exponent, true, thread, *s.row);
-  load_edge(p, p.candidates, s.cursor->column, pass.max_exponent, serves_columns(p, *s.cursor), thread - kSide, *s.column);
-  meanwhile();
+}
+// All that compute_tile() expects behind address_tile().
+template <class Acc>
+__device__ __forceinline__ void open_tile(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s) {
+  send_tile(p, s);
+  if (thread_index() < 2 * kSide) store_edge_of_tile(load_edge_of_tile(p, s), pass.max_exponent, s);
+}
 
+// Computes the cursor's tile, which is open, and calls body(part) for each part in s.part, between barriers: body may read
+// s.part, the edges and the cursor freely and must not wait for anything but this block. Distances inside a class and beyond
+// the edges become kNotOffered; few tiles have any. kPitch: of a row of the part.
+template <Math M, int kPitch = kPart<typename MathTraits<M>::Acc> + 1, class Acc, class Body>
+__device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const TileShared<Acc>& s, Body body) {
+  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
+  const int32_t stages = p.pitch / kStageBytes;
+
+  const Pieces pieces(s);  // in registers: shared memory has all that it can do with the stages
   Products<M> products;
   products.clear();
-  constexpr int32_t kStageStep = 2 * kSide * kStageBytes;
   int32_t at = 0;  // of `stage` in the ring
 #pragma unroll 1  // unrolled, it would not fit in 128 registers
   for (int32_t left = stages; left > 0; --left) {
     cp_async_wait<kStages - 2>();  // this thread's pieces of the stage have landed
     __syncthreads();  // everybody's have, and everybody is done with the stage that is overwritten next
-    if (left >= kStages)
-      copy_stage(at == 0 ? (kStages - 1) * kStageStep : at - kStageStep, p.pitch - (left - kStages + 1) * kStageBytes);
+    if (left >= kStages) {
+      const int32_t to = at == 0 ? (kStages - 1) * kStageStep : at - kStageStep;
+      pieces.copy_stage(p, s, to, p.pitch - (left - kStages + 1) * kStageBytes);
+    }
     cp_async_commit();
     const uint8_t* ring = s.ring + at;
     products.add_stage(ring + 32 * (warp / kWarpsPerSide) * kStageBytes,
@@ -333,6 +374,7 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const Pass& 
         }
       });
     }
+    cp_async_wait<0>();  // what body() has sent for while it had the part before
     __syncthreads();  // the part is complete
     body(part);
   }

@@ -26,31 +26,59 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
   constexpr int kStateBytes = (sizeof(BlockState) + 15) / 16 * 16 + kSharedRedzone;
   uint8_t* const scratch = shared_memory + kStateBytes;
 
-  prepare<M, In>(p, scratch);
-  grid_sync();  // positions, classes and operands of all rows
+  const LabelTable* labels = prepare<M, In>(p, scratch);
+  grid_arrive(&block.ticket);  // positions, classes and operands of all rows
+  clear_counters(p);
+  TileShared<Acc> tile = lay_out_tile(p, scratch);
+  // A block that has counted all labels knows the first pass and its own first tile while it waits for the others.
+  bool is_sent = kHasTable<M> && labels != nullptr;
+  if (is_sent) {
+    if (thread_index() < 32) {
+      const int32_t most = count_positives(p, 0, largest_class(*labels));
+      if (thread_index() == 0) pass = first_pass(p, most);
+    }
+    __syncthreads();  // the pass stands, the labels have been read
+    begin_sweep(p, pass, tile);
+  }
+  grid_wait(&block.ticket);
+  is_sent = is_sent && tile.cursor->row >= 0;
+  const bool has_edge = is_sent && thread_index() < 2 * kSide;
+  EdgeRow<Acc> edge;
+  if (is_sent) {
+    send_tile(p, tile);
+    if (has_edge) edge = load_edge_of_tile(p, tile);
+  }
   if (thread_index() < 32) {
     const EdgeRow<Acc> row = load_first_row(p);
     const Facts facts = gather_facts(p);
     if (thread_index() == 0) {
-      pass = first_pass(p, facts);
+      if (labels == nullptr) pass = first_pass(p, facts.max_positives);
+      pass.scale(facts);
       block.is_nan = facts.has_nonfinite && !p.mining;
     }
-    store_first_row(row, facts.max_exponent, scratch);
+    store_first_row(row, facts.max_exponent, tile);
   }
   __syncthreads();  // the pass stands
   if (block.is_nan) {
+    cp_async_wait<0>();
     write_nan(p);
     return;
   }
+  if (has_edge) store_edge_of_tile(edge, pass.max_exponent, tile);
 
 #pragma unroll 1
   for (;;) {
-    find_thresholds<M>(p, pass, scratch);
+    find_thresholds<M>(p, pass, tile);
     grid_arrive(&block.ticket);  // d2_ap, thresholds, empty buckets; the sweep waits once it has products to compare
 #pragma unroll 1
     for (int round = 0; round < MathTraits<M>::kRounds; ++round) {
       if (round > 0) grid_sync();  // the buckets' least distances
-      sweep<M>(p, pass, round, &block.ticket, scratch);
+      if (!is_sent) {
+        begin_sweep(p, pass, tile);
+        if (tile.cursor->row >= 0) open_tile(p, pass, tile);
+      }
+      is_sent = false;
+      sweep<M>(p, pass, round, &block.ticket, tile);
     }
     grid_arrive(&block.ticket);  // best and farthest
     __syncthreads();  // the block is done with the sweep's memory
@@ -61,23 +89,26 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
     if constexpr (kSlices) {
       if (pass.sliced) fetch_first_slice(p, slice.x);
     }
-    finish<In>(p, pass, &block.ticket, scratch);
-    grid_arrive(&block.ticket);  // coefficients, lists, the counters that scale the gradient, loss_of_anchor
+    Counted<Acc> counted = finish<In>(p, pass, &block.ticket, *slice.totals);
+    if (!pass.sliced) counted.store(p, *slice.totals);
+    grid_arrive(&block.ticket);  // coefficients and lists; where there is no barrier to come, the counters too
+    if (pass.sliced) counted.store(p, *slice.totals);
     [[maybe_unused]] const auto listed = [&] {
       if constexpr (kSlices) return Listed(p, first_listed());
       else return 0;
     }();
     grid_wait(&block.ticket);
-    if (is_last && !p.mining) write_loss(p, slice.sums);
+    if (is_last && !p.mining && !pass.sliced) write_loss(p, slice.sums);
     if (p.wants_gradient) {
       const bool overflow = p.counters->list_overflows != 0;  // the same for all blocks
       if constexpr (kSlices) {
         if (pass.sliced && !overflow) {
           order_lists(p, pass, listed);
-          grid_arrive(&block.ticket);  // lists and weights, for gather_slices(), which waits where it needs them
+          grid_arrive(&block.ticket);  // lists, weights and counters, for gather_slices(), which waits where it needs them
           if (p.slice_lanes == 8) gather_slices<8>(p, pass, &block.ticket, slice);
           else if (p.slice_lanes == 4) gather_slices<4>(p, pass, &block.ticket, slice);
           else gather_slices<2>(p, pass, &block.ticket, slice);
+          write_loss(p, slice.sums);
           return;
         }
         cp_async_wait<0>();
@@ -88,6 +119,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
         grid_sync();  // list_begin; nobody reads the lists that finish() began
         fill_lists(p, pass);
         grid_sync();  // list
+        if (pass.sliced) write_loss(p, slice.sums);
       }
       gather_gradients<In>(p, pass, overflow, scratch);
     }
@@ -95,6 +127,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
     grid_sync();  // all are done with the slots, and the block with the pass
     if (thread_index() == 0) pass.advance(p.anchors.count);
     __syncthreads();  // the next pass stands
+    tile = lay_out_tile(p, scratch);  // other phases had the memory
   }
 }
 

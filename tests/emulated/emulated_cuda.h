@@ -276,6 +276,9 @@ inline void count_halves_if_less(uint32_t& counts, uint32_t a, uint32_t b) {
   counts += ((a & 0xffff) < (b & 0xffff) ? 1 : 0) + (a >> 16 < b >> 16 ? 0x10000 : 0);
 }
 inline int32_t count_of_half(uint32_t counts, int half) { return counts >> 16 * half & 0xffff; }
+inline void atomic_min_if_less(uint64_t* p, uint64_t x, uint32_t a, uint32_t b) {
+  if (a < b) atomicMin(p, x);
+}
 inline void add_if_less(uint32_t& at, float t, float d, uint32_t bytes) { at += t < d ? bytes : 0; }
 inline float at_least_zero(float x) { return x < 0 ? 0 : x; }
 template <int kBytes>

@@ -21,9 +21,6 @@ BUGS = {
     "block_barrier_before_the_first_offers": (
         "select.cuh", "            __syncthreads();  // the buckets\n", "", "tsan",
     ),
-    "block_barrier_before_buckets_are_stored": (
-        "select.cuh", "              __syncthreads();  // the buckets have been looked at\n", "", "tsan",
-    ),
     "block_barrier_in_sum": (
         "gradient.cuh", "  __syncthreads();  // the sums of all warps\n", "", "tsan",
     ),
@@ -43,16 +40,42 @@ BUGS = {
         "tsan",
     ),
     "barrier_left_open": (
-        "select.cuh", "      if (is_waiting()) grid_wait(ticket);\n", "", "plain",
+        "select.cuh", "  if (is_waiting()) grid_wait(ticket);  // no tile at all\n", "", "plain",
     ),
     "grid_barrier_after_finish": (
         "triplet_kernel.cuh",
         "    grid_wait(&block.ticket);\n    if (is_last",
-        "    if (is_last && !p.mining) write_loss(p, slice.sums);\n    grid_wait(&block.ticket);\n    if (is_last",
+        "    if (is_last) write_loss(p, slice.sums);\n    grid_wait(&block.ticket);\n    if (is_last",
         "tsan",
     ),
     "grid_barrier_before_lists_are_read": (
-        "slices.cuh", "      if (is_waiting) grid_wait(ticket);  // 5a of all blocks\n", "", "tsan",
+        "slices.cuh",
+        "        grid_wait(ticket);  // 5a of all blocks\n",
+        "",
+        "tsan",
+    ),
+    "counts_stored_behind_the_last_barrier": (
+        "triplet_kernel.cuh",
+        "    if (!pass.sliced) counted.store(p, *slice.totals);\n",
+        "",
+        "plain",
+    ),
+    "first_tile_sent_before_all_rows_are_there": (
+        "triplet_kernel.cuh",
+        "  grid_wait(&block.ticket);\n  is_sent = is_sent && tile.cursor->row >= 0;\n",
+        "  is_sent = is_sent && tile.cursor->row >= 0;\n  if (is_sent) send_tile(p, tile);\n"
+        "  grid_wait(&block.ticket);\n",
+        "tsan",
+    ),
+    "thresholds_not_landed": (
+        "select.cuh", "            cp_async_wait<0>();\n            __syncthreads();  // the buckets\n",
+        "            __syncthreads();  // the buckets\n", "plain",
+    ),
+    "columns_not_stored_before_the_next": (
+        "select.cuh", "              __syncthreads();  // the columns' buckets have been looked at and stored\n", "", "tsan",
+    ),
+    "labels_forgotten_while_they_are_read": (
+        "triplet_kernel.cuh", "    __syncthreads();  // the pass stands, the labels have been read\n", "", "tsan",
     ),
     "block_barrier_before_the_slice": (
         "slices.cuh", "    __syncthreads();  // everybody's part of the slice has landed\n", "", "tsan",
@@ -98,8 +121,7 @@ BUGS = {
         "for (int32_t d = lane; d <= p.dim; d += 32) {\n    const Acc value", "asan",
     ),
     "swapped_fragment_register": (
-        "prepare.cuh", "            {{row.x, row8.x, row.y, row8.y},", "            {{row.x, row.y, row8.x, row8.y},",
-        "plain",
+        "prepare.cuh", "exchanged(row8.x), exchanged(row.y),", "exchanged(row.y), exchanged(row8.x),", "plain",
     ),
     "swapped_accumulator_rows": ("tile.cuh", "lane / 4 + i / 2 * 8,", "lane / 4 + i % 2 * 8,", "plain"),
     "ties_to_the_highest_index": (
