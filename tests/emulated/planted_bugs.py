@@ -72,7 +72,8 @@ BUGS = {
         "            __syncthreads();  // the buckets\n", "plain",
     ),
     "columns_not_stored_before_the_next": (
-        "select.cuh", "              __syncthreads();  // the columns' buckets have been looked at and stored\n", "", "tsan",
+        "select.cuh", "              __syncthreads();  // the columns' buckets have been looked at and stored\n", "",
+        "tsan",
     ),
     "labels_forgotten_while_they_are_read": (
         "triplet_kernel.cuh", "    __syncthreads();  // the pass stands, the labels have been read\n", "", "tsan",
