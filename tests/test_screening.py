@@ -74,3 +74,17 @@ def test_uneven_lengths_and_misplaced_rows(threads):
                 assert torch.equal(got, want)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("fallback", ["farthest", "skip"])
+def test_positives_beyond_every_negative(fallback):
+    """What an anchor knows of far negatives before the first tile: enough for most, nothing where there is none to know."""
+    x, labels = apart(700, 7, 33, 0.4, seed=6)
+    for label in range(0, 100, 9):
+        x[(labels == label).nonzero()[0]] *= -1  # the antipode of its class: its mates have no farther negative
+    options = {"fallback": fallback, "margin": 0.3}
+    _, stats = triplet_loss(x, labels, return_stats=True, **options)
+    assert stats.fallback > 0 if fallback == "farthest" else stats.pairs < 700 * 6
+    expected = loss_and_gradient(x, labels, return_stats=True, **options)
+    for got, want in zip(loss_and_gradient(x, labels, **options), expected, strict=True):
+        assert torch.equal(got, want)
