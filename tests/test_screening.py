@@ -78,7 +78,7 @@ def test_uneven_lengths_and_misplaced_rows(threads):
 
 @pytest.mark.parametrize("fallback", ["farthest", "skip"])
 def test_positives_beyond_every_negative(fallback):
-    """What an anchor knows of far negatives before the first tile: enough for most, nothing where there is none to know."""
+    """What an anchor knows of far negatives before the first tile: enough for most, nothing where there are none."""
     x, labels = apart(700, 7, 33, 0.4, seed=6)
     for label in range(0, 100, 9):
         x[(labels == label).nonzero()[0]] *= -1  # the antipode of its class: its mates have no farther negative
