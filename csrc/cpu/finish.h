@@ -89,7 +89,7 @@ struct Selection {
         drawn(draws_one(c.args)) {}
 
   // Suffix minimum: the negative of the positive of rank r is the least of the buckets behind it. (Behind a positive that is
-  // tied with the next one stands an empty bucket.) Strided buckets are put in order first.
+  // tied with the next one stands an empty bucket.) Strided buckets are put in order on the way.
   void nearest_farther() {
     Key best = ~Key{0};
     const auto less = [&](Key key) { return best = key < best ? key : best; };
@@ -221,8 +221,8 @@ struct Selection {
     }
     runs += end;
     sum.active += terms;
-    if (before > 0 && end > 0 &&
-        out[before - 1].candidate == out[before].candidate) {  // it goes on where the last batch ended
+    // The first may go on where the last batch ended.
+    if (before > 0 && end > 0 && out[before - 1].candidate == out[before].candidate) {
       out[before].weight += out[before - 1].weight;
       for (uint32_t i = before; i < runs; ++i) out[i - 1] = out[i];
       --runs;
