@@ -4,15 +4,15 @@
 // An anchor with K positives keeps their sorted distances t[0 .. K) and, for each of the K + 1 buckets between them, a key:
 // the least (distance, index) of a negative seen there, or (where the hinge ends, nobody). Bucket b holds t[b-1] < d <= t[b].
 // Only a distance that is not beyond its bucket's key can change anything: about K ln(N / K) of N negatives do. The search is
-// exact and runs on whole vectors. Rank r stands at place (r mod R) W + r / R of R = ceil((K + 1) / W) vectors, so lane p
-// holds the ranks R p .. R p + R - 1 in order:
+// exact and runs on whole vectors. Rank r stands at place (r mod R) L + r / R of R = ceil((K + 1) / L) rows of L lanes, one
+// vector or two, so lane p holds the ranks R p .. R p + R - 1 in order:
 //
-//            lane 0   1    2    3          W distances at a time:
-//   vector 0   t0     t3   t6   t9           lane   log2(W) probes into the last vector, by permutation
-//   vector 1   t1     t4   t7   t10          rank   R - 1 comparisons inside the lane
-//   vector 2   t2     t5   t8   t11          keys   looked up beside each of them
+//         lane 0   1    2    3          W distances at a time:
+//   row 0   t0     t3   t6   t9           lane   log2(L) probes into the last row, by permutation
+//   row 1   t1     t4   t7   t10          rank   R - 1 comparisons inside the lane
+//   row 2   t2     t5   t8   t11          keys   looked up beside each of them
 //
-// At K = 40 and W = 16 (R = 3) that is about 40 instructions for 16 distances, whatever they are: no branch depends on them.
+// At K = 40 and L = 16 (R = 3) that is about 25 instructions for 16 distances, whatever they are: no branch depends on them.
 #pragma once
 
 #include <cmath>
@@ -205,22 +205,24 @@ struct Buckets {
   Key* key;  // [K + 1]
 
   int radix() const { return static_cast<int>(row.radix); }
-  int place(int rank) const { return row.radix ? rank % radix() * S::W + rank / radix() : rank; }
+  int lanes() const { return S::lanes(static_cast<int>(row.positives)); }
+  int size() const { return row.radix ? radix() * lanes() : static_cast<int>(row.positives) + 1; }
+  int place(int rank) const { return row.radix ? rank % radix() * lanes() + rank / radix() : rank; }
 
   // No negative seen: every distance beyond the nearest positive is wanted. Nobody asks for the negatives before it.
   void start(bool want_farthest) {
     const int K = static_cast<int>(row.positives);
-    row.radix = S::kStrided && K < kMaxStrided ? static_cast<uint32_t>((K + S::W) / S::W) : 0;
+    row.radix = S::kStrided && K < kMaxStrided ? static_cast<uint32_t>(K / lanes() + 1) : 0;
     row.farthest_positive = K > 0 ? t[K - 1] : -1;
     row.top = static_cast<uint32_t>(place(K));
-    const int size = row.radix ? radix() * S::W : K + 1;
     if (row.radix) {
-      T sorted[kMaxStrided + S::W];
-      for (int r = 0; r < size; ++r) sorted[r] = t[r];
-      for (int p = 0, r = 0; p < S::W; ++p)
-        for (int i = 0; i < radix(); ++i) t[i * S::W + p] = sorted[r++];
+      const int L = lanes(), R = radix();
+      T sorted[kMaxStrided];
+      for (int r = 0; r < R * L; ++r) sorted[r] = t[r];
+      for (int p = 0, r = 0; p < L; ++p)
+        for (int i = 0; i < R; ++i) t[i * L + p] = sorted[r++];
     }
-    for (int b = 0; b < size; ++b) key[b] = make_key(kMost, kNobody);
+    for (int b = 0, n = size(); b < n; ++b) key[b] = make_key(kMost, kNobody);
     key[0] = make_key(T(-1), kNobody);
     row.far = 0;
     row.fresh = true;
@@ -246,7 +248,7 @@ struct Buckets {
   // can run ahead of what they find (sweep.h). NaN marks those that are no negatives. n is a multiple of W.
   bool searchable() const { return S::kStrided && row.radix && !row.fresh; }
   int search(const T* d, int n, uint32_t tag, uint32_t* queue) const {
-    if constexpr (S::kStrided) return S::search(t, key, radix(), row.ceiling, d, n, tag, queue);
+    if constexpr (S::kStrided) return S::search(t, key, static_cast<int>(row.positives), row.ceiling, d, n, tag, queue);
     else return 0;
   }
   // To be called once d is taken in. While no negative beyond all positives is known, some positive may need the fallback,
@@ -312,11 +314,11 @@ struct Buckets {
       for (uint32_t b = 1; b <= row.positives; ++b) improve(key + b, make_key(limit(t[b - 1]), kNobody));
       return;
     }
-    const int R = radix();
-    T end[kMaxStrided + S::W];
-    for (int at = 0; at < R * S::W; at += S::W) S::store(end + at, limit.template of<S>(S::load(t + at)));
-    for (int at = S::W; at < R * S::W; ++at) improve(key + at, make_key(end[at - S::W], kNobody));
-    for (int p = 1; p < S::W; ++p) improve(key + p, make_key(end[(R - 1) * S::W + p - 1], kNobody));
+    const int L = lanes(), last = size() - L;  // where the last row begins
+    T end[kMaxStrided];
+    for (int at = 0; at < last + L; at += S::W) S::store(end + at, limit.template of<S>(S::load(t + at)));
+    for (int at = 0; at < last; ++at) improve(key + L + at, make_key(end[at], kNobody));
+    for (int p = 1; p < L; ++p) improve(key + p, make_key(end[last + p - 1], kNobody));
   }
 
   void take_farthest(const T* d, int n, const int32_t* index) {

@@ -73,8 +73,8 @@ struct Selection {
   T d2_farthest = 0;
   RowSum sum{};
   uint32_t runs = 0;
-  T ordered_t[kMaxStrided + S::W];
-  Key ordered_key[kMaxStrided + S::W];
+  T ordered_t[kMaxStrided];
+  Key ordered_key[kMaxStrided];
 
   Selection(const Call<S>& call, int64_t r)
       : c(call),
@@ -94,11 +94,11 @@ struct Selection {
     Key best = ~Key{0};
     const auto less = [&](Key key) { return best = key < best ? key : best; };
     if (buckets.row.radix > 1) {
-      const int R = buckets.radix();
-      for (int p = S::W - 1, b = R * S::W - 1; p >= 0; --p)
+      const int L = buckets.lanes(), R = buckets.radix();
+      for (int p = L - 1, b = R * L - 1; p >= 0; --p)
         for (int i = R - 1; i >= 0; --i, --b) {
-          if (b <= K) ordered_key[b] = less(buckets.key[i * S::W + p]);
-          ordered_t[b] = buckets.t[i * S::W + p];
+          if (b <= K) ordered_key[b] = less(buckets.key[i * L + p]);
+          ordered_t[b] = buckets.t[i * L + p];
         }
       threshold = ordered_t;
       chosen = ordered_key + 1;

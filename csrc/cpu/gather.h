@@ -126,5 +126,80 @@ struct Gather {
   }
 };
 
+// The same for up to kTogether neighbouring rows and one list of partners, each of which is loaded once for all of them.
+template <class S>
+struct GatherTogether {
+  using T = typename S::T;
+  using V = typename S::V;
+  static constexpr int kTogether = S::W == 16 ? 4 : 2;  // two vectors of each row and of its two sums stay in registers
+  const T* x;     // [count, dim] the rows themselves
+  int count;      // <= kTogether
+  const T* base;  // [*, dim]
+  int64_t dim;    // padded
+  T* out;         // [count, dim]
+
+  // out[r] += sum over i < n of w[r] (x[r] - base[i]), kList at a time, where weights_of(i, w) gives all kTogether weights;
+  // what has weight 0 for all of them is left out.
+  template <class WeightsOf>
+  void add(int64_t n, WeightsOf weights_of) const {
+    const T* partner[kList];
+    T weight[kList][kTogether];
+    for (int64_t i = 0; i < n;) {
+      int some = 0;
+      for (; i < n && some < kList; ++i) {  // without a branch on the weights
+        weights_of(i, weight[some]);
+        typename KeyOf<T>::Bits any = 0;
+#pragma GCC unroll 4
+        for (int r = 0; r < kTogether; ++r) {
+          typename KeyOf<T>::Bits bits;
+          __builtin_memcpy(&bits, &weight[some][r], sizeof bits);
+          any |= bits << 1;
+        }
+        partner[some] = base + i * dim;
+        some += any != 0;
+      }
+      int64_t k = 0;
+      for (; k + 2 * S::W <= dim; k += 2 * S::W) part<2>(k, some, partner, weight);
+      for (; k < dim; k += S::W) part<1>(k, some, partner, weight);
+    }
+  }
+
+ private:
+  template <int N>
+  void part(int64_t k, int n, const T* const* partner, const T (*weight)[kTogether]) const {
+    V mine[kTogether][N], even[kTogether][N], odd[kTogether][N];
+#pragma GCC unroll 4
+    for (int r = 0; r < kTogether; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) {
+        mine[r][v] = S::load(x + (r < count ? r : 0) * dim + k + v * S::W);
+        even[r][v] = odd[r][v] = S::zero();
+      }
+    const auto take = [&](int i, V(&to)[kTogether][N]) {
+      V y[N];
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) y[v] = S::load(partner[i] + k + v * S::W);
+#pragma GCC unroll 4
+      for (int r = 0; r < kTogether; ++r) {
+        const V w = S::set1(weight[i][r]);
+#pragma GCC unroll 2
+        for (int v = 0; v < N; ++v) to[r][v] = S::madd(w, mine[r][v] - y[v], to[r][v]);
+      }
+    };
+    int i = 0;
+    for (; i + 2 <= n; i += 2) {
+      take(i, even);
+      take(i + 1, odd);
+    }
+    if (i < n) take(i, even);
+    for (int r = 0; r < count; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) {
+        T* o = out + r * dim + k + v * S::W;
+        S::store(o, S::load(o) + (even[r][v] + odd[r][v]));
+      }
+  }
+};
+
 }  // namespace
 }  // namespace facenet_ext::cpu

@@ -133,7 +133,37 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
   };
   const auto in_pass = [&](int64_t row) { return row >= begin && row < end; };
 
-  // Candidate j's positives, into out.
+  // Is the class of candidate j in hand as a whole, all of its pairs in both directions?
+  const auto whole_class = [&](int64_t j) {
+    const int64_t k = w.class_of[j], size = w.class_begin[k + 1] - w.class_begin[k], row0 = w.class_row[k];
+    return inside && c.every_pair && w.class_row[k + 1] - row0 == size && size > 1 && in_pass(row0) &&
+           in_pass(row0 + size - 1);
+  };
+  // The positives of candidates j .. j + count of a whole class. Its anchors' weights are a block, rows `pitch` apart.
+  const auto add_class = [&](int64_t j, int count, T* out) {
+    const int64_t k = w.class_of[j], class_begin = w.class_begin[k], size = w.class_begin[k + 1] - class_begin;
+    const int64_t pitch = slot_pitch(size - 1);
+    const T* const block = w.weight + w.rows[w.class_row[k]].slot;
+    const GatherTogether<S> gather{w.x + j * c.Dp, count, w.x + class_begin * c.Dp, c.Dp, out};
+    constexpr int kTogether = GatherTogether<S>::kTogether;
+    const int64_t first = j - class_begin;
+    const T* own[kTogether];
+    for (int r = 0; r < kTogether; ++r) own[r] = block + (first + (r < count ? r : 0)) * pitch;
+    gather.add(size, [&](int64_t p, T* weight) {  // an anchor's block leaves out the anchor
+      const T* const column = block + p * pitch + first;
+      if (count == kTogether && p < first) {
+        for (int r = 0; r < kTogether; ++r) weight[r] = own[r][p] + column[r - 1];
+      } else if (count == kTogether && p >= first + kTogether) {
+        for (int r = 0; r < kTogether; ++r) weight[r] = own[r][p - 1] + column[r];
+      } else {
+        for (int r = 0; r < kTogether; ++r) {
+          const int64_t me = first + r;
+          weight[r] = p == me || r >= count ? T(0) : own[r][p - (p > me)] + column[r - (p < me)];
+        }
+      }
+    });
+  };
+  // Candidate j's positives, into out, in any case.
   const auto add_positives = [&](int64_t j, const Gather<S>& gather) {
     const int64_t k = w.class_of[j], class_begin = w.class_begin[k], size = w.class_begin[k + 1] - class_begin;
     const int64_t row0 = w.class_row[k], rows = w.class_row[k + 1] - row0;
@@ -142,15 +172,6 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
       gather.add_some(
           rows, [=](int64_t i) { return row0 + i; },
           [&](int64_t i) { return in_pass(row0 + i) ? weight_of(row0 + i, j) : T(0); });
-    } else if (c.every_pair && rows == size && size > 1 && in_pass(row0) && in_pass(row0 + size - 1)) {
-      // The whole class is in hand: its anchors' weights are a block, rows `pitch` apart.
-      const int64_t pitch = slot_pitch(size - 1), me = j - class_begin;
-      const T* column = w.weight + w.rows[row0].slot + me;
-      const T* own = w.weight + w.rows[row0].slot + me * pitch;
-      gather.add_some(size, member, [=](int64_t p) {
-        const T both = own[p - (p > me)] + column[p * pitch - (p < me)];
-        return p == me ? T(0) : both;
-      });
     } else {
       const int64_t own = w.row_of[j];
       gather.add_some(size, member, [&](int64_t i) {
@@ -171,8 +192,17 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
       const auto gather_for = [&](int64_t j) -> Gather<S> {
         return {w.x + j * c.Dp, inside ? w.x : w.ax, c.Dp, scratch.list, scratch.list_weight, scratch.rows + (j - j0) * c.Dp};
       };
-      if (end > begin)
-        for (int64_t j = j0; j < j1; ++j) add_positives(j, gather_for(j));
+      for (int64_t j = j0; end > begin && j < j1;) {
+        if (!whole_class(j)) {
+          add_positives(j, gather_for(j));
+          ++j;
+          continue;
+        }
+        int count = 1;
+        while (count < GatherTogether<S>::kTogether && j + count < j1 && w.class_of[j + count] == w.class_of[j]) ++count;
+        add_class(j, count, scratch.rows + (j - j0) * c.Dp);
+        j += count;
+      }
       for (int64_t j = j0; j < j1; ++j) {
         const Gather<S> gather = gather_for(j);
         if (end > begin) {

@@ -35,8 +35,8 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 
 constexpr int32_t kNoHole = INT32_MAX;
 
-// Slots of an anchor with K positives: K + 1 buckets.
-constexpr int64_t slot_pitch(int64_t K) { return round_up(K + 1, kSlotPad); }
+// Slots of an anchor with K positives: K + 1 buckets, in whole rows (buckets.h).
+constexpr int64_t slot_pitch(int64_t K) { return round_up(K + 1, K < 48 ? kSlotPad : 2 * kSlotPad); }
 
 // Everything about an anchor that the sweep touches in one cache line.
 template <class T>
@@ -44,7 +44,7 @@ struct Row {
   T farthest_positive;  // its largest threshold
   T ceiling;  // nothing beyond it is wanted any more
   uint32_t positives;  // K: how many thresholds the buckets have
-  uint32_t radix;  // R: its buckets stand in R vectors (buckets.h), 0: in order
+  uint32_t radix;  // R: its buckets stand in R rows (buckets.h), 0: in order
   uint32_t top;  // place of the bucket beyond all positives
   int64_t slot;  // first of its slots in t, key, rank, weight
   typename KeyOf<T>::Key
@@ -143,7 +143,7 @@ constexpr int kTile = sizeof(T) == 4 ? 192 : 96;  // anchors and candidates of a
 constexpr int kGroup = 16;  // anchors whose searches run ahead of what they find
 constexpr int kQueue = 4096;  // entries of a work list: a group's share of a tile and a vector more
 constexpr int kMaxStrided = 1024;  // buckets of an anchor that are searched by whole vectors (buckets.h)
-constexpr uint32_t kFarRadix = 8;  // from so many vectors of buckets on, the state of a tile's anchors does not stay in L2
+constexpr int kFarBuckets = 128;  // from so many on, the state of a tile's anchors does not stay in L2
 constexpr int kRows = 16;  // gradient rows that a thread works on together
 constexpr int kList = 64;  // neighbours gathered at a time: bounds the error of a float32 sum of thousands
 

@@ -33,6 +33,7 @@ struct Avx2 {
   static void weigh_bytes(const uint8_t*, int64_t, int64_t, int64_t, const int8_t*, int64_t, T, T*) {}
   static uint32_t screen(...) { return ~uint32_t{0}; }
   static constexpr bool kStrided = true;        // buckets stand as buckets.h shows
+  static constexpr int lanes(int) { return W; }
 
   static V zero() { return _mm256_setzero_ps(); }
   static V set1(T v) { return _mm256_set1_ps(v); }
@@ -60,9 +61,10 @@ struct Avx2 {
   }
 
   // See Avx512::search.
-  static int search(const T* t, const uint64_t* key, int radix, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
+  static int search(const T* t, const uint64_t* key, int K, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
+    const int radix = K / W + 1;
     const V last = load(t + (radix - 1) * W), middle = set1(t[(radix - 1) * W + 3]), top = set1(ceiling);
-    T upper[kMaxStrided + W];
+    T upper[kMaxStrided];
     for (int i = 0; i < radix * W; i += W) store(upper + i, values(key + i));
     const V first_bound = load(upper);
     const __m256i one = _mm256_set1_epi32(1);

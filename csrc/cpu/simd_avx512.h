@@ -53,30 +53,26 @@ struct Avx512 {
   static V smaller(V a, V b) { return _mm512_min_ps(a, b); }
   static V larger(V a, V b) { return _mm512_max_ps(a, b); }
 
+  // Lanes over which the buckets of K thresholds are spread. 32 are two registers, permuted as one: beyond 48 buckets the
+  // fifth probe costs less than the comparisons inside the lanes that it halves.
+  static constexpr int lanes(int K) { return K < 48 ? W : 2 * W; }
+
   // Hands on what of d[0 .. n) its bucket wants (d <= its key's), as tag | place of the bucket << 16 | column; NaN is never
   // wanted, nor what lies beyond `ceiling`. n is a multiple of W. Returns how many.
-  static int search(const T* t, const uint64_t* key, int radix, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
-    switch (radix) {
-      case 1:
-        return search_in<1>(t, key, 1, ceiling, d, n, tag, queue);
-      case 2:
-        return search_in<2>(t, key, 2, ceiling, d, n, tag, queue);
-      case 3:
-        return search_in<3>(t, key, 3, ceiling, d, n, tag, queue);
-      case 4:
-        return search_in<4>(t, key, 4, ceiling, d, n, tag, queue);
-      default:
-        return search_in<0>(t, key, radix, ceiling, d, n, tag, queue);
-    }
+  static int search(const T* t, const uint64_t* key, int K, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
+    if (K < 16) return search_in<1, W>(t, key, K, ceiling, d, n, tag, queue);
+    if (K < 32) return search_in<2, W>(t, key, K, ceiling, d, n, tag, queue);
+    if (K < 48) return search_in<3, W>(t, key, K, ceiling, d, n, tag, queue);
+    if (K < 64) return search_in<2, 2 * W>(t, key, K, ceiling, d, n, tag, queue);
+    return search_in<0, 2 * W>(t, key, K, ceiling, d, n, tag, queue);
   }
 
   // A search is one chain of some 80 cycles; three side by side keep the ports busy (Zen 5: 21 -> 16 cycles a vector at R =
   // 3). Where most distances lie beyond the ceiling, as they do once training is under way, those below it are packed first.
-  template <int R>
-  static int search_in(const T* t, const uint64_t* key, int radix, T ceiling, const T* d, int n, uint32_t tag,
-                       uint32_t* queue) {
+  template <int R, int L>
+  static int search_in(const T* t, const uint64_t* key, int K, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
     constexpr int kStep = 3 * W, kPart = 4 * kStep;
-    const Finder<R> find(t, key, radix);
+    const Finder<R, L> find(t, key, K / L + 1);
     const V top = set1(ceiling);
     const __m512i first = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(tag)),
                                            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
@@ -136,55 +132,81 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_permutex2var_epi32(_mm512_loadu_si512(key), odd, _mm512_loadu_si512(key + W / 2)));
   }
 
-  // How many of the first 15 in `last` are below each of U vectors of distances, or what kCompare asks: `lane` is the next to
-  // ask, then one 4, 2, 1 away. middle: the eighth.
-  template <int kCompare, int U>
-  static void find_lanes(V last, V middle, const V (&v)[U], __m512i (&lane)[U]) {
-    const __m512i one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2);
+  // L entries in L / W registers, looked up as one.
+  template <int L>
+  struct Table {
+    V part[L / W];
+    V at(__m512i index) const {
+      if constexpr (L == W) return _mm512_permutexvar_ps(index, part[0]);
+      else return _mm512_permutex2var_ps(part[0], index, part[1]);
+    }
+  };
+  template <int L>
+  static Table<L> table(const T* p) {
+    if constexpr (L == W) return {{load(p)}};
+    else return {{load(p), load(p + W)}};
+  }
+
+  // The entries that end the first three quarters of L in memory.
+  struct Quarters {
+    V end[3];
+  };
+  template <int L>
+  static Quarters quarters(const T* last) {
+    return {{set1(last[L / 4 - 1]), set1(last[L / 2 - 1]), set1(last[3 * L / 4 - 1])}};
+  }
+
+  // How many of the first L - 1 in `last` are below each of U vectors of distances, or what kCompare asks. First the quarter,
+  // by three comparisons that wait for nothing; then `lane` is the next to ask, L / 16 .. 1 away from the one before.
+  template <int kCompare, int L, int U>
+  static void find_lanes(const Table<L>& last, const Quarters& quarter, const V (&v)[U], __m512i (&lane)[U]) {
     __mmask16 below[U];
     const auto each = [](auto what) {
 #pragma GCC unroll 3
       for (int u = 0; u < U; ++u) what(u);
     };
-    const auto ask = [&] {
-      each([&](int u) { below[u] = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(lane[u], last), v[u], kCompare); });
-    };
-    each([&](int u) {
-      lane[u] =
-          _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(middle, v[u], kCompare), _mm512_set1_epi32(3), _mm512_set1_epi32(11));
-    });
-    ask();
-    each([&](int u) { lane[u] = _mm512_mask_add_epi32(_mm512_sub_epi32(lane[u], two), below[u], lane[u], two); });
-    ask();
-    each([&](int u) { lane[u] = _mm512_mask_add_epi32(_mm512_sub_epi32(lane[u], one), below[u], lane[u], one); });
-    ask();
-    each([&](int u) { lane[u] = _mm512_mask_add_epi32(lane[u], below[u], lane[u], one); });
+    each([&](int u) { lane[u] = _mm512_set1_epi32(L / 8 - 1); });
+#pragma GCC unroll 3
+    for (int q = 0; q < 3; ++q)
+      each([&](int u) {
+        lane[u] = _mm512_mask_add_epi32(lane[u], _mm512_cmp_ps_mask(quarter.end[q], v[u], kCompare), lane[u],
+                                        _mm512_set1_epi32(L / 4));
+      });
+#pragma GCC unroll 4
+    for (int by = L / 8; by > 0; by /= 2) {
+      each([&](int u) { below[u] = _mm512_cmp_ps_mask(last.at(lane[u]), v[u], kCompare); });
+      const __m512i up = _mm512_set1_epi32(by - by / 2), down = _mm512_set1_epi32(by / 2);
+      each([&](int u) {
+        lane[u] = _mm512_mask_add_epi32(by > 1 ? _mm512_sub_epi32(lane[u], down) : lane[u], below[u], lane[u], up);
+      });
+    }
   }
 
-  // The bucket of each of U vectors of distances. R > 0: thresholds and bounds stay in registers; 0: `radix` of each, from
-  // L1.
-  template <int R>
+  // The bucket of each of U vectors of distances. R > 0: thresholds and bounds stay in registers; 0: `radix` rows of each,
+  // from L1.
+  template <int R, int L>
   struct Finder {
     const T* t;
-    const int vectors;
-    V threshold[R > 0 ? R : 1], bound[R > 0 ? R : 1];
-    V last, middle;
-    T upper[R > 0 ? 1 : kMaxStrided + W];
+    const int rows;
+    Table<L> threshold[R > 0 ? R : 1], bound[R > 0 ? R : 1];
+    Table<L> last;
+    Quarters quarter;
+    T upper[R > 0 ? 1 : kMaxStrided];
 
-    Finder(const T* thresholds, const uint64_t* key, int radix)
-        : t(thresholds), vectors(R > 0 ? R : radix), last(load(t + (vectors - 1) * W)) {
-      middle = set1(t[(vectors - 1) * W + 7]);
+    Finder(const T* thresholds, const uint64_t* key, int radix) : t(thresholds), rows(R > 0 ? R : radix) {
+      last = table<L>(t + (rows - 1) * L);
+      quarter = quarters<L>(t + (rows - 1) * L);
 #pragma GCC unroll 4
       for (int i = 0; i < R; ++i) {
-        threshold[i] = load(t + i * W);
-        bound[i] = values(key + i * W);
+        threshold[i] = table<L>(t + i * L);
+        for (int part = 0; part < L / W; ++part) bound[i].part[part] = values(key + i * L + part * W);
       }
-      for (int i = 0; R == 0 && i < vectors; ++i) store(upper + i * W, values(key + i * W));
+      for (int i = 0; R == 0 && i < rows * L; i += W) store(upper + i, values(key + i));
     }
 
     template <int U>
     int put(const V (&v)[U], const __m512i (&columns)[U], uint32_t* queue, int count) const {
-      const __m512i step = _mm512_set1_epi32(W << 16);
+      const __m512i step = _mm512_set1_epi32(L << 16);
       __m512i lane[U], place[U];
       V wanted[U];
       __mmask16 below[U];
@@ -192,21 +214,20 @@ struct Avx512 {
 #pragma GCC unroll 3
         for (int u = 0; u < U; ++u) what(u);
       };
-      const auto ask = [&](V table) {
-        each([&](int u) { below[u] = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(lane[u], table), v[u], _CMP_LT_OQ); });
-      };
-      find_lanes<_CMP_LT_OQ>(last, middle, v, lane);
+      find_lanes<_CMP_LT_OQ>(last, quarter, v, lane);
+      const Table<L> first = R > 0 ? bound[0] : table<L>(upper);
       each([&](int u) {
         place[u] = _mm512_add_epi32(_mm512_slli_epi32(lane[u], 16), columns[u]);
-        wanted[u] = _mm512_permutexvar_ps(lane[u], R > 0 ? bound[0] : load(upper));
+        wanted[u] = first.at(lane[u]);
       });
 #pragma GCC unroll 3
-      for (int i = 0; i + 1 < vectors; ++i) {
-        ask(R > 0 ? threshold[i] : load(t + i * W));
-        const V next = R > 0 ? bound[i + 1] : load(upper + (i + 1) * W);
+      for (int i = 0; i + 1 < rows; ++i) {
+        const Table<L> here = R > 0 ? threshold[i] : table<L>(t + i * L);
+        const Table<L> next = R > 0 ? bound[i + 1] : table<L>(upper + (i + 1) * L);
+        each([&](int u) { below[u] = _mm512_cmp_ps_mask(here.at(lane[u]), v[u], _CMP_LT_OQ); });
         each([&](int u) {
           place[u] = _mm512_mask_add_epi32(place[u], below[u], place[u], step);
-          wanted[u] = _mm512_mask_permutexvar_ps(wanted[u], below[u], lane[u], next);
+          wanted[u] = _mm512_mask_blend_ps(below[u], wanted[u], next.at(lane[u]));
         });
       }
       each([&](int u) {
@@ -322,7 +343,8 @@ struct Avx512 {
     constexpr int kCompare = kClosed ? _CMP_LE_OQ : _CMP_LT_OQ;
     V table[R];
     put_in_lanes<R>(t, table);
-    const V s = set1(shift), middle = set1(t[R * 7 + R - 1]);
+    const V s = set1(shift);
+    const Quarters quarter{{set1(t[R * 4 - 1]), set1(t[R * 8 - 1]), set1(t[R * 12 - 1])}};
     const __m512i one = _mm512_set1_epi32(1);
     by_threes(n, [&](int j, auto width) {
       constexpr int U = decltype(width)::value;
@@ -337,7 +359,7 @@ struct Avx512 {
         each([&](int u) { below[u] = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(at[u], of), v[u], kCompare); });
       };
       each([&](int u) { v[u] = load(d + j + u * W) - s; });
-      find_lanes<kCompare>(table[R - 1], middle, v, at);
+      find_lanes<kCompare>(Table<W>{{table[R - 1]}}, quarter, v, at);
       each([&](int u) {
         found[u] = R == 1 ? at[u] : _mm512_slli_epi32(at[u], R == 4 ? 2 : 1);
         if (R == 3) found[u] = _mm512_add_epi32(found[u], at[u]);

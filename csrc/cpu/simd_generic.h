@@ -38,6 +38,7 @@ struct Generic {
   static void weigh_bytes(const uint8_t*, int64_t, int64_t, int64_t, const int8_t*, int64_t, T, T*) {}
   static uint32_t screen(...) { return ~uint32_t{0}; }
   static constexpr bool kStrided = false;  // no permutation by variable: buckets stay in order and are searched one by one
+  static constexpr int lanes(int) { return W; }
 
   static V zero() { return V{}; }
   static V set1(T v) { return V{} + v; }

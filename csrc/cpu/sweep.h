@@ -31,8 +31,8 @@ void take_rows(const Call<S>& c, int64_t row, int count, const typename S::T* d,
       Buckets<S> buckets = c.buckets(row + g0 + g);
       const typename S::T* from = d + (g0 + g) * stride;
       of[g] = {from, buckets.key};
-      if (buckets.row.radix >= kFarRadix)
-        for (int at = 0; at < buckets.radix() * S::W; at += 64 / sizeof(*buckets.key)) __builtin_prefetch(buckets.key + at);
+      if (buckets.row.radix > 0 && buckets.size() >= kFarBuckets)
+        for (int at = 0; at < buckets.size(); at += 64 / sizeof(*buckets.key)) __builtin_prefetch(buckets.key + at);
       if (buckets.searchable()) wanted += buckets.search(from, n, static_cast<uint32_t>(g) << 26, queue + wanted);
       else buckets.take(from, n, index, c.limit, queue + wanted);
     }
@@ -118,7 +118,7 @@ void sweep(Call<S>& c, int64_t begin, int64_t end) {
   const int64_t shared = c.symmetric ? own * (own + 1) / 2 : 0;
   const int64_t single = own * (c.symmetric ? all - own : all);
   for (int64_t i = 0; i < own; ++i) c.w.locks[i] = 0;
-  const int64_t run = own >= 32 ? 4 : 1;
+  const int64_t run = own >= 16 ? 4 : 1;
   int stop = 0;
 #pragma omp parallel for num_threads(c.threads) schedule(dynamic, run)
   for (int64_t n = 0; n < shared + single; ++n) {

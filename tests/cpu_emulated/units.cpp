@@ -124,14 +124,14 @@ void ranks() {
 template <class S>  // S again: a struct whose buckets stay in order has no search
 void search() {
   if constexpr (S::kStrided) {
-    const int K = static_cast<int>(1 + draw() % (draw() % 3 ? 70 : kMaxStrided - 1)), R = (K + W) / W;
+    const int K = static_cast<int>(1 + draw() % (draw() % 3 ? 100 : kMaxStrided - 1)), L = S::lanes(K), R = K / L + 1;
     const int n = static_cast<int>(1 + draw() % (kTile<T> / W)) * W;
-    const auto size = static_cast<size_t>(R * W);
+    const auto size = static_cast<size_t>(R * L);
     std::vector<T> sorted(static_cast<size_t>(K)), t(size, kInf), upper(size), d(static_cast<size_t>(n));
     std::vector<uint64_t> key(size);
     for (T& e : sorted) e = draw() % 5 ? uniform() : T(0.5);
     std::sort(sorted.begin(), sorted.end());
-    for (int r = 0; r < K; ++r) t[static_cast<size_t>(r % R * W + r / R)] = sorted[static_cast<size_t>(r)];
+    for (int r = 0; r < K; ++r) t[static_cast<size_t>(r % R * L + r / R)] = sorted[static_cast<size_t>(r)];
     for (T& e : upper) e = draw() % 4 ? uniform() * 2 - T(0.5) : std::numeric_limits<T>::max();
     for (size_t i = 0; i < size; ++i) {
       uint32_t bits;
@@ -142,13 +142,13 @@ void search() {
     const T ceiling = draw() % 2 ? std::numeric_limits<T>::max() : uniform() * T(0.2);
     const auto tag = static_cast<uint32_t>(draw() % 64) << 26;
     std::vector<uint32_t> queue(static_cast<size_t>(n) + W, 0xABCDEFu);  // whole vectors are stored, up to W beyond the last
-    const int found = S::search(t.data(), key.data(), R, ceiling, d.data(), n, tag, queue.data());
+    const int found = S::search(t.data(), key.data(), K, ceiling, d.data(), n, tag, queue.data());
     check(found >= 0 && found <= n, "search: count");
     int at = 0;
     for (int j = 0; j < n; ++j) {
       const T v = d[static_cast<size_t>(j)];
       const int b = static_cast<int>(std::lower_bound(sorted.begin(), sorted.end(), v) - sorted.begin());
-      const uint32_t place = v == v ? static_cast<uint32_t>(b % R * W + b / R) : 0;
+      const uint32_t place = v == v ? static_cast<uint32_t>(b % R * L + b / R) : 0;
       const bool wanted = v == v && v <= upper[place];
       const bool handed = at < found && (queue[static_cast<size_t>(at)] & 0xffff) == static_cast<uint32_t>(j);
       // What lies beyond the ceiling need not be handed on, but may be.
