@@ -146,17 +146,16 @@ struct GatherTogether {
     T weight[kList][kTogether];
     for (int64_t i = 0; i < n;) {
       int some = 0;
-      for (; i < n && some < kList; ++i) {  // without a branch on the weights
-        weights_of(i, weight[some]);
-        typename KeyOf<T>::Bits any = 0;
+      for (; i < n && some < kList; ++i) {  // without a branch on the weights, none of which is below 0
+        T own[kTogether], all = 0;
+        weights_of(i, own);
 #pragma GCC unroll 4
-        for (int r = 0; r < kTogether; ++r) {
-          typename KeyOf<T>::Bits bits;
-          __builtin_memcpy(&bits, &weight[some][r], sizeof bits);
-          any |= bits << 1;
-        }
+        for (int r = 0; r < kTogether; ++r) all += own[r];
+        typename KeyOf<T>::Bits bits;
+        __builtin_memcpy(&bits, &all, sizeof bits);
+        for (int r = 0; r < kTogether; ++r) weight[some][r] = own[r];
         partner[some] = base + i * dim;
-        some += any != 0;
+        some += (bits << 1) != 0;
       }
       int64_t k = 0;
       for (; k + 2 * S::W <= dim; k += 2 * S::W) part<2>(k, some, partner, weight);
