@@ -320,28 +320,29 @@ struct Selection {
 
 template <class S>
 void select(Call<S>& c, int64_t begin, int64_t end) {
-#pragma omp parallel for num_threads(c.threads) schedule(dynamic, 16)
-  for (int64_t row = begin; row < end; ++row) {
-    Selection<S> selection(c, row);
-    Pairs<typename S::T> pairs;
-    if (c.hard) selection.nearest();
-    else if (!draws_one(c.args)) selection.nearest_farther();  // what is drawn stands there already (draw.h)
-    const bool plain = selection.plain();
-    for (int r0 = 0; r0 < selection.K; r0 += kBatch) {
-      const int n = selection.K - r0 < kBatch ? selection.K - r0 : kBatch;
-      if (plain) {
-        selection.plain_hinge(r0, n);
-        continue;
+  own_rows_first(c, begin, end, kRows, [&](int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row) {
+      Selection<S> selection(c, row);
+      Pairs<typename S::T> pairs;
+      if (c.hard) selection.nearest();
+      else if (!draws_one(c.args)) selection.nearest_farther();  // what is drawn stands there already (draw.h)
+      const bool plain = selection.plain();
+      for (int r0 = 0; r0 < selection.K; r0 += kBatch) {
+        const int n = selection.K - r0 < kBatch ? selection.K - r0 : kBatch;
+        if (plain) {
+          selection.plain_hinge(r0, n);
+          continue;
+        }
+        if (c.hard) selection.template choose<true>(r0, n, pairs);
+        else selection.template choose<false>(r0, n, pairs);
+        if (c.mining) selection.list(pairs);
+        else selection.hinge(pairs);
       }
-      if (c.hard) selection.template choose<true>(r0, n, pairs);
-      else selection.template choose<false>(r0, n, pairs);
-      if (c.mining) selection.list(pairs);
-      else selection.hinge(pairs);
+      c.w.rows[row].runs = selection.runs;
+      c.w.sums[row] = selection.sum;
+      if (c.args.grad_anchors) anchor_gradient(c, row);
     }
-    c.w.rows[row].runs = selection.runs;
-    c.w.sums[row] = selection.sum;
-    if (c.args.grad_anchors) anchor_gradient(c, row);
-  }
+  });
 }
 
 // Sums over all anchors, in their order, in float64; the loss and the statistics.

@@ -184,10 +184,8 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
 
   if (args.grad_candidates) {
     // All positives of a few rows, then all negatives: the former share what the latter would drive out of L1.
-#pragma omp parallel for num_threads(c.threads) schedule(dynamic, 1)
-    for (int64_t j0 = 0; j0 < c.C; j0 += kRows) {
+    own_rows_first(c, 0, c.C, kRows, [&](int64_t j0, int64_t j1) {
       const auto scratch = c.scratch(omp_get_thread_num());
-      const int64_t j1 = j0 + kRows < c.C ? j0 + kRows : c.C;
       fill(scratch.rows, (j1 - j0) * c.Dp, T(0));
       const auto gather_for = [&](int64_t j) -> Gather<S> {
         return {w.x + j * c.Dp, inside ? w.x : w.ax, c.Dp, scratch.list, scratch.list_weight, scratch.rows + (j - j0) * c.Dp};
@@ -216,7 +214,7 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
         put(c, gather.out, static_cast<T*>(args.grad_candidates) + w.order[j] * c.D, gather.x,
             args.normalize && end > begin ? w.inverse_length[j] : T(1), !first || counts_all(args), last);
       }
-    }
+    });
   }
   if (args.grad_anchors && last) {  // anchor_gradient() has filled the rows of anchors with a pair
 #pragma omp parallel for num_threads(c.threads) schedule(static)

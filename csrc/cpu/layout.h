@@ -118,6 +118,7 @@ struct Workspace {
   int64_t hash_size;
   int32_t* scratch_index;  // [max(A, C) + 1]
   int32_t* locks;  // [tiles]
+  int64_t* next;  // [threads] a line each: how much of a thread's work has been begun (share.h)
   // rules that look at every distance
   int32_t* turns;  // [1 + 2 (tiles of anchors + tiles of candidates)]
   T* centre;  // [1 + 2 threads, Dp] what the rows are moved by; every term counts
@@ -238,6 +239,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.table, w.hash_size);
   take(w.scratch_index, (A > C ? A : C) + 1);
   take(w.locks, (A + kTile<T> - 1) / kTile<T> + 1);
+  take(w.next, 8 * static_cast<int64_t>(args.num_threads));
   const bool every = counts_all(args) || draws_one(args);
   const auto tiles = [](int64_t n) { return (n + kTile<T> - 1) / kTile<T>; };
   if (every) take(w.turns, 1 + 2 * (tiles(A) + tiles(C)));

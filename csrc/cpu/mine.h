@@ -91,79 +91,80 @@ void thresholds(Call<S>& c, int64_t begin, int64_t end) {
   const auto& w = c.w;
   constexpr T kMost = std::numeric_limits<T>::max();
   const bool want_farthest = !c.hard && (c.mining || c.args.fallback == Fallback::farthest);
-  const int64_t first = begin / S::MR * S::MR;
-#pragma omp parallel for num_threads(c.threads) schedule(dynamic, 4)
-  for (int64_t r0 = first; r0 < end; r0 += S::MR) {
-    const auto scratch = c.scratch(omp_get_thread_num());
-    const int64_t from = r0 < begin ? begin : r0, to = r0 + S::MR < end ? r0 + S::MR : end;
-    // Anchors are sorted by class, so their classes' candidates are one range.
-    const int64_t low = w.class_begin[w.aclass[from]] / S::W * S::W, high = w.class_begin[w.aclass[to - 1] + 1];
-    for (int64_t c0 = low; c0 < high; c0 += c.kT) {
-      const int cols = static_cast<int>(c0 + c.kT < high ? c.kT : round_up(high - c0, S::W));
-      squared_distances<S>(w.ax + r0 * c.Dp, c.Dp, w.anorm + r0, w.panels, c.panel_size, c0, w.norm, c.D, S::MR, cols, false,
-                           scratch.tile, c.kT);
-      for (int64_t row = from; row < to; ++row) {
-        const Row<T>& r = w.rows[row];
-        if (r.pairs == 0) continue;
-        const int64_t own_begin = r.first, own_end = r.positive(r.pairs - 1) + 1;
-        const int64_t a = own_begin > c0 ? own_begin : c0, b = own_end < c0 + cols ? own_end : c0 + cols;
-        T* t = (c.hard ? w.weight : w.t) + r.slot;
-        if (counts_all(c.args))
-          for (int64_t j = a; j < b; ++j) {
-            T& d = scratch.tile[(row - r0) * c.kT + (j - c0)];
-            if (is_near(c, d, row, j)) d = direct_distance(c, row, j);
+  const int64_t first = begin / S::MR * S::MR;  // pieces of kColumnPad rows are whole register blocks too
+  own_rows_first(c, first, end, kColumnPad, [&](int64_t piece, int64_t piece_end) {
+    for (int64_t r0 = piece; r0 < piece_end; r0 += S::MR) {
+      const auto scratch = c.scratch(omp_get_thread_num());
+      const int64_t from = r0 < begin ? begin : r0, to = r0 + S::MR < end ? r0 + S::MR : end;
+      // Anchors are sorted by class, so their classes' candidates are one range.
+      const int64_t low = w.class_begin[w.aclass[from]] / S::W * S::W, high = w.class_begin[w.aclass[to - 1] + 1];
+      for (int64_t c0 = low; c0 < high; c0 += c.kT) {
+        const int cols = static_cast<int>(c0 + c.kT < high ? c.kT : round_up(high - c0, S::W));
+        squared_distances<S>(w.ax + r0 * c.Dp, c.Dp, w.anorm + r0, w.panels, c.panel_size, c0, w.norm, c.D, S::MR, cols,
+                             false, scratch.tile, c.kT);
+        for (int64_t row = from; row < to; ++row) {
+          const Row<T>& r = w.rows[row];
+          if (r.pairs == 0) continue;
+          const int64_t own_begin = r.first, own_end = r.positive(r.pairs - 1) + 1;
+          const int64_t a = own_begin > c0 ? own_begin : c0, b = own_end < c0 + cols ? own_end : c0 + cols;
+          T* t = (c.hard ? w.weight : w.t) + r.slot;
+          if (counts_all(c.args))
+            for (int64_t j = a; j < b; ++j) {
+              T& d = scratch.tile[(row - r0) * c.kT + (j - c0)];
+              if (is_near(c, d, row, j)) d = direct_distance(c, row, j);
+            }
+          if (c.one_positive) {
+            keep_one(c, scratch.tile + (row - r0) * c.kT - c0, a, b, r, t, w.rank + r.slot);
+            continue;
           }
-        if (c.one_positive) {
-          keep_one(c, scratch.tile + (row - r0) * c.kT - c0, a, b, r, t, w.rank + r.slot);
-          continue;
+          const T* const d = scratch.tile + (row - r0) * c.kT - c0;
+          const int64_t hole = r.hole < a ? a : r.hole < b ? r.hole : b;
+          // Nothing is farther than a positive at distance NaN.
+          for (int64_t j = a; j < hole; ++j) t[j - own_begin] = d[j] <= kMost ? d[j] : kMost;
+          for (int64_t j = hole + (hole == r.hole); j < b; ++j) t[j - own_begin - 1] = d[j] <= kMost ? d[j] : kMost;
         }
-        const T* const d = scratch.tile + (row - r0) * c.kT - c0;
-        const int64_t hole = r.hole < a ? a : r.hole < b ? r.hole : b;
-        // Nothing is farther than a positive at distance NaN.
-        for (int64_t j = a; j < hole; ++j) t[j - own_begin] = d[j] <= kMost ? d[j] : kMost;
-        for (int64_t j = hole + (hole == r.hole); j < b; ++j) t[j - own_begin - 1] = d[j] <= kMost ? d[j] : kMost;
       }
-    }
-    for (int64_t row = from; row < to; ++row) {
-      Buckets<S> buckets = c.buckets(row);
-      Row<T>& r = buckets.row;
-      T* t = buckets.t;
-      uint32_t* rank = w.rank + r.slot;
-      if (c.one_positive && r.pairs > 0) {
-        r.first = static_cast<int32_t>(rank[0]);
-        r.pairs = 1;
-        r.hole = kNoHole;
-        T& d = (c.hard ? w.weight : w.t)[r.slot];
-        if (d < 0) d = kMost;
-      }
-      r.positives = r.pairs;
-      if (c.hard && r.pairs > 0) {  // one threshold below every distance: the bucket beyond it keeps the closest negative
-        r.positives = 1;
-        t[0] = -1;
-      }
-      const int K = static_cast<int>(r.positives);
-      for (int64_t i = K; i < slot_pitch(K); ++i) t[i] = std::numeric_limits<T>::infinity();
-      if (K < kMaxStrided) {  // by counting: K^2 / W comparisons and no branch
-        T* sorted = scratch.strip;
-        S::sorted_places(t, K, sorted, rank);
-        for (int i = 0; i < K; ++i) t[i] = sorted[i];
-      } else {
-        sort_thresholds(t, rank, K);
-      }
-      if (counts_all(c.args)) {
-        r.farthest_positive = K > 0 ? t[K - 1] : -1;
-        r.ceiling = K > 0 ? c.limit(t[K - 1]) : -1;
-      } else if (!draws_one(c.args)) {
-        buckets.start(want_farthest);
-        if (c.hard && c.far_is_zero && K > 0) {  // the one bucket closes where no positive's hinge reaches
-          const T* d2_ap = w.weight + r.slot;
-          T most = d2_ap[0];
-          for (uint32_t i = 1; i < r.pairs; ++i) most = d2_ap[i] > most ? d2_ap[i] : most;
-          buckets.close_all(c.limit(most));
+      for (int64_t row = from; row < to; ++row) {
+        Buckets<S> buckets = c.buckets(row);
+        Row<T>& r = buckets.row;
+        T* t = buckets.t;
+        uint32_t* rank = w.rank + r.slot;
+        if (c.one_positive && r.pairs > 0) {
+          r.first = static_cast<int32_t>(rank[0]);
+          r.pairs = 1;
+          r.hole = kNoHole;
+          T& d = (c.hard ? w.weight : w.t)[r.slot];
+          if (d < 0) d = kMost;
+        }
+        r.positives = r.pairs;
+        if (c.hard && r.pairs > 0) {  // one threshold below every distance: the bucket beyond it keeps the closest negative
+          r.positives = 1;
+          t[0] = -1;
+        }
+        const int K = static_cast<int>(r.positives);
+        for (int64_t i = K; i < slot_pitch(K); ++i) t[i] = std::numeric_limits<T>::infinity();
+        if (K < kMaxStrided) {  // by counting: K^2 / W comparisons and no branch
+          T* sorted = scratch.strip;
+          S::sorted_places(t, K, sorted, rank);
+          for (int i = 0; i < K; ++i) t[i] = sorted[i];
+        } else {
+          sort_thresholds(t, rank, K);
+        }
+        if (counts_all(c.args)) {
+          r.farthest_positive = K > 0 ? t[K - 1] : -1;
+          r.ceiling = K > 0 ? c.limit(t[K - 1]) : -1;
+        } else if (!draws_one(c.args)) {
+          buckets.start(want_farthest);
+          if (c.hard && c.far_is_zero && K > 0) {  // the one bucket closes where no positive's hinge reaches
+            const T* d2_ap = w.weight + r.slot;
+            T most = d2_ap[0];
+            for (uint32_t i = 1; i < r.pairs; ++i) most = d2_ap[i] > most ? d2_ap[i] : most;
+            buckets.close_all(c.limit(most));
+          }
         }
       }
     }
-  }
+  });
 }
 
 }  // namespace

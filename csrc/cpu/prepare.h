@@ -1,7 +1,7 @@
 // Input: finiteness and range, conversion, scaling or normalisation, sorted rows, panels, norms. O(N D), bandwidth-bound.
 #pragma once
 
-#include "call.h"
+#include "share.h"
 
 namespace facenet_ext::cpu {
 namespace {

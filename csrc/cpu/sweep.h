@@ -2,9 +2,9 @@
 //
 //             candidates J
 //           +----+----+----+----+   Symmetric case: tile (I, J) serves the anchors of I (its rows) and, transposed strip by
-//           | \\ | ## | ## |    |   strip, the anchors of J (its columns), so every product is made once. The tiles of a
-//   anchors +----+----+----+----+   pass are dealt diagonal by diagonal, (i, i + s), so that neighbours in time share no
-//      I    |    | \\ | ## | ## |   anchors and rarely wait for each other's lock.
+//           | \\ | ## | ## |    |   strip, the anchors of J (its columns), so every product is made once. Which thread
+//   anchors +----+----+----+----+   makes which tile when: share.h.
+//      I    |    | \\ | ## | ## |
 //           +----+----+----+----+
 //           | ## |    | \\ | ## |   A tile: 192 x 192 float32 distances = 144 KiB, in L2. Bytes from L3 or memory per tile:
 //           +----+----+----+----+   2 * 192 * D * 4, against 192^2 * D products: below 1 byte a cycle.
@@ -115,38 +115,31 @@ template <class S>
 void sweep(Call<S>& c, int64_t begin, int64_t end) {
   constexpr int kT = Call<S>::kT;
   const int64_t first = begin / kT, own = (end + kT - 1) / kT - first, all = (c.C + kT - 1) / kT;
-  const int64_t shared = c.symmetric ? own * (own + 1) / 2 : 0;
-  const int64_t single = own * (c.symmetric ? all - own : all);
   for (int64_t i = 0; i < own; ++i) c.w.locks[i] = 0;
-  const int64_t run = own >= 16 ? 4 : 1;
   int stop = 0;
-#pragma omp parallel for num_threads(c.threads) schedule(dynamic, run)
-  for (int64_t n = 0; n < shared + single; ++n) {
-    int halted;
-#pragma omp atomic read
-    halted = stop;
-    if (halted) continue;
-    int64_t i = n;
-    if (i < shared) {
-      // Tiles on the diagonal are half as much work: last, where they leave the other threads the least to wait for.
-      if (run == 1) i = i + own < shared ? i + own : i + own - shared;
-      // Runs of `run` tiles share their anchors, whose rows then stay in L2.
-      const int64_t full = own / 2 / run * run * own, run_index = i / run;
-      const int64_t I = i < full ? run_index % own : i % own;
-      const int64_t J = (I + (i < full ? run_index / own * run + i % run : i / own)) % own;
-      sweep_tile(c, first + (I < J ? I : J), first + (I < J ? J : I), true, begin, end, first);
-    } else {
-      i -= shared;
-      const int64_t I = i % own;
-      int64_t J = c.symmetric ? i / own : (i / own + I) % all;
-      if (c.symmetric && J >= first) J += own;
-      sweep_tile(c, first + I, J, false, begin, end, first);
-    }
-    if (c.args.interrupted && omp_get_thread_num() == 0 && c.args.interrupted(c.args.interrupted_context)) {
-#pragma omp atomic write
-      stop = 1;
-    }
+  const auto visit = [&](int64_t I, int64_t J, bool both) {
+    if (__atomic_load_n(&stop, __ATOMIC_RELAXED)) return;
+    sweep_tile(c, I, J, both, begin, end, first);
+    if (c.args.interrupted && omp_get_thread_num() == 0 && c.args.interrupted(c.args.interrupted_context))
+      __atomic_store_n(&stop, 1, __ATOMIC_RELAXED);
+  };
+  if (c.symmetric) {
+    const Tournament tournament{own, c.threads};
+    own_first(
+        c, [&](int t) { return tournament.count(t); },
+        [&](int t, int64_t i) {
+          const auto [I, J] = tournament.meeting(t, i);
+          visit(first + I, first + J, true);
+        });
   }
+  // The pass's anchors with candidates that are none of its anchors.
+  const int64_t rest = c.symmetric ? all - own : all;
+  own_first(
+      c, [&](int t) { return own * (t + 1) / c.threads * rest - own * t / c.threads * rest; },
+      [&](int t, int64_t i) {
+        const int64_t J = i % rest;
+        visit(first + own * t / c.threads + i / rest, c.symmetric && J >= first ? J + own : J, false);
+      });
   c.stopped = stop != 0;
 }
 

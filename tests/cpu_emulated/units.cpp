@@ -2,6 +2,8 @@
 // -DUNIT_HEADER="cpu/simd_avx2.h" -DUNIT_STRUCT=Avx2, with the flags of its kernels. Exits with 1 on a failure.
 #include UNIT_HEADER
 
+#include "cpu/share.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -257,6 +259,22 @@ void screen() {
     }
 }
 
+// Every pair of blocks meets once, at whichever thread.
+void tournament() {
+  const Tournament all{static_cast<int64_t>(draw() % 40), static_cast<int>(1 + draw() % 9)};
+  const auto blocks = static_cast<size_t>(all.blocks);
+  std::vector<int> met(blocks * blocks);
+  for (int t = 0; t < all.threads; ++t)
+    for (int64_t i = 0; i < all.count(t); ++i) {
+      const auto [I, J] = all.meeting(t, i);
+      const bool pair = I >= 0 && I <= J && J < all.blocks;
+      check(pair, "tournament: no pair of blocks");
+      if (pair) ++met[static_cast<size_t>(I) * blocks + static_cast<size_t>(J)];
+    }
+  for (size_t I = 0; I < blocks; ++I)
+    for (size_t J = I; J < blocks; ++J) check(met[I * blocks + J] == 1, "tournament: a pair left out, or twice");
+}
+
 }  // namespace
 }  // namespace facenet_ext::cpu
 
@@ -272,6 +290,7 @@ int main() {
     if (i % 10 == 0) screen();
     if (i % 10 == 0) weigh_bytes();
     if (i % 10 == 0) count_covers();
+    if (i % 10 == 0) tournament();
   }
   std::printf("3000 rounds of %d lanes of %zu bytes, %d failures\n", W, sizeof(T), failures);
   return failures ? 1 : 0;
