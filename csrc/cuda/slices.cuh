@@ -75,7 +75,7 @@ __device__ __forceinline__ Entry<float>* chosen(const Problem<float>& p) { retur
 struct Mates {
   int32_t from, size;
   __device__ __forceinline__ Mates(const Problem<float>& p, int32_t begin, int32_t end)
-      : from(begin / 4 * 4), size(count_positives(p, begin, end) > 0 ? end - from : 0) {}
+      : from(begin & ~3), size(count_positives(p, begin, end) > 0 ? end - from : 0) {}
 };
 
 // What a warp knows of its row before the lists are there.
@@ -98,10 +98,12 @@ __device__ __forceinline__ void order_lists(const Problem<float>& p, const Pass&
     if (position != first_listed()) row = Listed(p, position);
     const int32_t index = row.index, begin = row.begin, end = row.end;
     const int32_t length = p.times_chosen[index];
-    const int32_t* list = p.list + int64_t(index) * p.list_places;
+    const int32_t* list = p.list + index * p.list_places;
+    const auto anchor_of = [](int32_t listed) { return static_cast<int32_t>(static_cast<uint32_t>(listed) >> kPairBits); };
+    const auto pair_of = [](int32_t listed) { return listed & ((1 << kPairBits) - 1); };
     const auto entry_of = [&](int32_t listed) -> Entry<float> {
-      const int32_t a = listed >> kPairBits, r = listed % (1 << kPairBits);
-      return {sorted_index(p, p.anchors)[a], p.entry[pass.entry(a, r)].coefficient};
+      const int32_t a = anchor_of(listed);
+      return {sorted_index(p, p.anchors)[a], p.entry[side_by_side<2>(a, pass.entry_places(), pair_of(listed))].coefficient};
     };
     const auto write = [&](int32_t e, const Entry<float>& x) {
       chosen(p)[side_by_side<2>(position, p.list_places, e)] = x;
@@ -111,36 +113,38 @@ __device__ __forceinline__ void order_lists(const Problem<float>& p, const Pass&
     Vector<int32_t, kOwn> own{};  // on its way with the length
     if (kOwn * lane < p.list_places) own = reinterpret_cast<const Vector<int32_t, kOwn>*>(list)[lane];
     Entry<float> entry[kOwn];
-    uint32_t keys = 0;  // of this lane's entries: an anchor speaks once in 32 pairs
-    const int32_t turns = (pass.stride + 31) / 32;
+    uint32_t keys[kOwn];  // of this lane's entries, twice in a word: an anchor speaks once in 32 pairs
+    const int32_t turns = static_cast<int32_t>(static_cast<uint32_t>(pass.stride + 31) / 32);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const bool has = kOwn * lane + i < length;
       if (has) entry[i] = entry_of(own.element[i]);
-      const int32_t key = (own.element[i] >> kPairBits) * turns + own.element[i] % (1 << kPairBits) / 32;
-      keys |= static_cast<uint32_t>(has ? key : 0x7bff) << 16 * i;
+      const int32_t key = anchor_of(own.element[i]) * turns + (pair_of(own.element[i]) >> 5);
+      keys[i] = static_cast<uint32_t>(has ? key : 0x7bff) * 0x10001u;
     }
     // weight(row, mate) = weight(mate, row), 0 for the row itself and outside of the class
     const Mates mates(p, begin, end);
     int32_t place = side_by_side<4>(position, pass.weight_places(), lane);
+    const int32_t stride = pass.stride, own_slot = position * stride - begin, own_rank = position - begin;
 #pragma unroll 1
-    for (int32_t e = lane; e < (mates.size + 3) / 4 * 4; e += 32, place += 4 * 32) {
+    for (int32_t e = lane; e < ((mates.size + 3) & ~3); e += 32, place += 4 * 32) {
       const int32_t other = mates.from + e;
       float weight = 0;
       if (other >= begin && other < end && other != position) {
-        weight = p.d2_ap[pass.slot(position) + positive_rank(begin, position, other)] +
-                 p.d2_ap[pass.slot(other) + positive_rank(begin, other, position)];
+        // Both directions, at the mate's rank among the row's positives and at the row's among the mate's.
+        const bool is_behind = other > position;
+        weight = p.d2_ap[own_slot + other - (is_behind ? 1 : 0)] + p.d2_ap[other * stride + own_rank - (is_behind ? 0 : 1)];
       }
       p.threshold[place] = weight;
     }
     if (length % 2 == 1 && lane == 0) write(length, {index, 0.f});  // entries are read in pairs
     if (length <= 32 * kOwn) {
+      const uint32_t both = __byte_perm(keys[0], keys[1], 0x5410);
       uint32_t ranks = 0;
 #pragma unroll 4
-      for (int32_t j = 0; j < (length + 1) / 2; ++j) {
-        const uint32_t others = __shfl_sync(kWholeWarp, keys, j);
-        count_halves_if_less(ranks, __byte_perm(others, others, 0x1010), keys);
-        count_halves_if_less(ranks, __byte_perm(others, others, 0x3232), keys);
+      for (int32_t j = 0; j < (length + 1) >> 1; ++j) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) count_halves_if_less(ranks, __shfl_sync(kWholeWarp, keys[i], j), both);
       }
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {

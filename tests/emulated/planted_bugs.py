@@ -95,7 +95,8 @@ BUGS = {
         "plain",
     ),
     "place_in_an_ordered_list": (
-        "slices.cuh", "0x3232), keys);", "0x3232), keys - 1);", "plain",
+        "slices.cuh", "__shfl_sync(kWholeWarp, keys[i], j), both);", "__shfl_sync(kWholeWarp, keys[i], j), both - 1);",
+        "plain",
     ),
     "entry_that_completes_no_pair": ("slices.cuh", "    if (length % 2 == 1 && lane == 0)", "    if (false)", "plain"),
     "weight_of_the_last_mate": (
@@ -133,7 +134,7 @@ BUGS = {
         "select.cuh", ".row = below[k] + 1;", ".row = max(below[k], 1);", "plain",
     ),
     "unnoticed_overflow_of_a_list": (
-        "finish.cuh", "&p.counters->list_overflows, 1", "&p.counters->list_overflows, 0", "plain",
+        "problem.cuh", "&counters->list_overflows, 1", "&counters->list_overflows, 0", "plain",
     ),
     "near_pair_left_as_it_is": ("finish.cuh", "return !(d2 >= near);", "return !(d2 >= 0);", "plain"),
     "step_of_a_search": ("buckets.cuh", "    if constexpr (kRange > 1) search_rows<1>(d, at);\n", "", "plain"),
@@ -147,7 +148,7 @@ BUGS = {
         "tile.cuh", "static_cast<uint32_t>(size);", "static_cast<uint32_t>(size - 1);", "plain",
     ),
     "empty_buckets_behind_32": (
-        "finish.cuh", "      later = __shfl_sync(kWholeWarp, found, 0);\n", "", "plain",
+        "finish.cuh", "  later = __shfl_sync(kWholeWarp, found, 0);\n", "", "plain",
     ),
     "rows_of_a_label_before_the_block": (
         "prepare.cuh", "i < first ? 0x10001 : 1;", "i <= first ? 0x10001 : 1;", "plain",
