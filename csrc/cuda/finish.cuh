@@ -365,7 +365,7 @@ struct FewPairs {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const float hinge = d2_ap[i] * unit - d2_an[i] * unit + p.margin;
-      is_active[i] = is_pair[i] && hinge > 0;
+      is_active[i] = is_pair[i] && !(hinge <= 0);  // NaN, of distances that overflow, is active
       if (is_pair[i]) ++counted.counts[0];
       if (is_active[i]) {
         ++counted.counts[1];
@@ -389,7 +389,7 @@ struct FewPairs {
     }
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      if (speaks[i]) p.enter_list(negative[i], place[i], listed_in_slices(a, lane + 32 * i));
+      if (speaks[i]) p.enter_list(negative[i], place[i], Listed(index, lane + 32 * i, __popc(same[i])).entry());
     }
     return true;
   }
@@ -561,7 +561,7 @@ __device__ Counted<Acc> finish(const Problem<Acc>& p, const Pass& pass, const ui
       waiting_list = -1;
       if (speaks) {
         waiting_list = negative;
-        waiting_entry = pass.listed(a, mine, place);
+        waiting_entry = pass.listed(anchor_index, mine, place);
         waiting_place = atomicAdd(&p.times_chosen[negative], 1);
       }
     }

@@ -131,7 +131,11 @@ struct Problem {
   bool has_table;  // of labels, in shared memory: prepare.cuh
   int32_t merges;  // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
   int32_t shared_slots;  // an anchor's buckets that fit in shared memory
+  int32_t rows_under_tile;  // of a slice: those behind stand where a tile needs no memory
+  int32_t slice_helpers;  // warps of a block for which a group has no rows, and which have memory to help others
   int32_t slice_lanes;  // of 16 bytes, that a slice of a row takes; 0: the gradient is not gathered from slices (slices.cuh)
+  int32_t slice_rows;  // that a warp has at a time then
+  uint32_t slices_reciprocal;  // of 2^31
   int32_t slices, group_rows, slice_items;  // slices of a row, rows of a group, pairs of a slice and a group
   Acc margin;
   Acc width;  // random rules: eligible is t > d - width, or t >= d - width if `closed`
@@ -244,7 +248,9 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.margin = static_cast<Acc>(args.margin);
   const int64_t longest = args.num_anchors > args.num_candidates ? args.num_anchors : args.num_candidates;
   p.has_table = false;  // choose_table()
-  p.rows_per_block = p.slice_lanes = p.slices = p.group_rows = p.slice_items = 0;  // share_rows(), choose_slice()
+  p.rows_per_block = p.slice_lanes = p.group_rows = p.slice_items = p.slice_helpers = p.rows_under_tile = 0;  // share_rows(),
+  p.slices = p.slice_rows = 1;  // choose_slice()
+  p.slices_reciprocal = 1u << 31;
   p.merges = 0;
   while ((int64_t(kSortChunk) << p.merges) < longest) ++p.merges;
 }
@@ -386,7 +392,21 @@ __device__ __forceinline__ int32_t positive_rank(int32_t begin, int32_t own, int
 constexpr int32_t kSlicedEntryStep = 4 * 32;  // from a pair's entry to that of the 32nd behind it, side by side by twos
 constexpr int kPairBits = 8;  // of pairs of an anchor whose lists are gathered from slices
 static_assert(kWarpSort <= 1 << kPairBits);
-__device__ __forceinline__ int32_t listed_in_slices(int32_t a, int32_t r) { return a << kPairBits | r; }
+// In such a list: an anchor's index, the pair that speaks, and for how many of 32 with the same negative, all of them with
+// coefficient 1; 0: the coefficient is to be looked up. In order of the bits, so of the index.
+constexpr int kTimesBits = 6;
+struct Listed {
+  uint32_t bits;
+  __device__ __forceinline__ explicit Listed(int32_t entry) : bits(static_cast<uint32_t>(entry)) {}
+  __device__ __forceinline__ Listed(int32_t index, int32_t r, int32_t times)
+      : bits(static_cast<uint32_t>(index) << (kPairBits + kTimesBits) | static_cast<uint32_t>(r << kTimesBits | times)) {}
+  __device__ __forceinline__ int32_t entry() const { return static_cast<int32_t>(bits); }
+  __device__ __forceinline__ int32_t index() const { return static_cast<int32_t>(bits >> (kPairBits + kTimesBits)); }
+  __device__ __forceinline__ int32_t pair() const {
+    return static_cast<int32_t>(bits >> kTimesBits) & ((1 << kPairBits) - 1);
+  }
+  __device__ __forceinline__ int32_t times() const { return static_cast<int32_t>(bits) & ((1 << kTimesBits) - 1); }
+};
 
 // The anchors of one pass and what is done with them. All blocks see the same facts, so all make the same passes.
 struct alignas(16) Pass {
@@ -416,8 +436,8 @@ struct alignas(16) Pass {
     return place / (4 * entry_places()) * 4 + place / 2 % 4;
   }
   // What finish() enters in lists: if they are gathered from slices what slices.cuh takes apart, else places.
-  __device__ __forceinline__ int32_t listed(int32_t a, int32_t r, int32_t place) const {
-    return sliced ? listed_in_slices(a, r) : place;
+  __device__ __forceinline__ int32_t listed(int32_t index, int32_t r, int32_t place) const {
+    return sliced ? Listed(index, r, 0).entry() : place;
   }
   // An anchor's first bucket and the way to its next. Where they fit in shared memory, those of neighbouring anchors are
   // neighbours: lanes that are anchors then touch contiguous global memory and different banks.
@@ -441,6 +461,7 @@ struct BlockState {  // what every phase finds at the beginning of shared memory
   Pass pass;
   uint32_t ticket;  // of the grid barrier that this block has arrived at and not waited for
   bool is_nan;  // some element is not finite, and so is all that comes out
+  int32_t rows_to_send_for;  // of the first slice: those behind are on their way (slices.cuh)
 };
 
 template <class Acc>
