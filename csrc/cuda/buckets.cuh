@@ -61,15 +61,24 @@ __device__ __forceinline__ void order_tiles(const Problem<float>& p) {
 
 // ---- from and to global memory --------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void load_order(const Problem<float>& p, const TileShared<float>& s) {
-  const int side = thread_index() / kSide, i = thread_index() % kSide;
-  if (side > 1) return;
-  const int32_t c = (side == 0 ? s.cursor->row : s.cursor->column) + i;
-  if (side == 0 && !p.plain) return;  // rows that are no candidates
-  const bool has = c < p.candidates.count;  // else a rank is still read, with a distance that is not offered
-  s.order[side].rank[i] = has ? static_cast<uint32_t>(p.tile_rank[c]) : 0;
-  s.order[side].index[i] = has ? p.tile_index[c] : 0;
-}
+// A row or a column of the order, on its way from construction to store().
+struct OrderOfTile {
+  int32_t rank, index;
+  __device__ __forceinline__ OrderOfTile(const Problem<float>& p, const TileShared<float>& s) {
+    const int side = thread_index() / kSide, i = thread_index() % kSide;
+    const int32_t c = (side == 0 ? s.cursor->row : s.cursor->column) + i;
+    // Else a rank is still read, with a distance that is not offered. Rows that are no candidates: nobody asks.
+    const bool has = side <= 1 && (side == 1 || p.plain) && c < p.candidates.count;
+    rank = has ? p.tile_rank[c] : 0;
+    index = has ? p.tile_index[c] : 0;
+  }
+  __device__ __forceinline__ void store(const TileShared<float>& s) const {
+    const int side = thread_index() / kSide, i = thread_index() % kSide;
+    if (side > 1) return;
+    s.order[side].rank[i] = static_cast<uint32_t>(rank);
+    s.order[side].index[i] = index;
+  }
+};
 
 __device__ __forceinline__ void clear_beyond(const Pass& pass, Buckets* buckets) {
   for (int i = thread_index(); i < kBeyond * kBucketPitch; i += kThreads) {
@@ -144,18 +153,20 @@ __device__ __forceinline__ void load_thresholds(const Problem<float>& p, const P
     }
   }
 }
+// Anchors are those of `edge` from entry `from` on. Threads from `thread` on, which stored these entries, do their ranges.
 template <int kWidth>
 __device__ __forceinline__ void load_buckets(const Problem<float>& p, const Pass& pass, const TileShared<float>& s,
-                                             int32_t first, int place) {
+                                             const Edge<float>& edge, int from, int32_t first, int place, int thread) {
   const bool is_first = s.cursor->is_first;
-  const int32_t a = first + thread_index() % kWidth, at = place + thread_index() % kWidth;
   if (is_first && pass.by_fours) send_for_thresholds<kWidth>(p, pass, s, first, place);
   else load_thresholds<kWidth>(p, pass, s, first, place);
-  if (thread_index() >= kWidth) return;
+  const int i = thread_index() - thread;
+  if (static_cast<uint32_t>(i) >= static_cast<uint32_t>(kWidth)) return;
+  const int32_t a = first + i, at = place + i;
   const bool has = pass.has(a);
   const float base = has ? p.base[a] : 0.f;
   int32_t count = 0;
-  if (has) count = count_buckets(p, count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]));
+  if (has) count = count_buckets(p, count_positives(p, edge.mate_begin[from + i], edge.mate_end[from + i]));
   uint32_t far = count > 0 ? kInfinity : 0;
   if (count > 0 && !is_first) {
     const uint64_t last = load_relaxed(p.best + pass.bucket(a) + (count - 1) * pass.bucket_step());

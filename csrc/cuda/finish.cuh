@@ -141,46 +141,63 @@ struct Filled {  // by a warp, in memory; a barrier must follow before other lan
   }
 };
 
+// Buckets of a warp's lanes, as above. later: what the buckets behind them hold first; it becomes what these do.
+__device__ __forceinline__ uint64_t fill_keys(uint64_t mine, uint64_t& later) {
+  const int lane = thread_index() % 32;
+  const uint32_t full = __ballot_sync(kWholeWarp, mine != kEmpty) >> lane;  // from this lane on
+  uint64_t found = __shfl_sync(kWholeWarp, mine, lane + __ffs(static_cast<int>(full)) - 1);
+  if (full == 0) found = later;
+  later = __shfl_sync(kWholeWarp, found, 0);
+  return found;
+}
+// Keys of buckets lane and lane + 32.
+struct OwnKeys {
+  static constexpr int kOwn = 2;
+  uint64_t own[kOwn];
+  __device__ __forceinline__ void load(const Problem<float>& p, int32_t bucket, int32_t step, int32_t count) {
+    const int lane = thread_index() % 32;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) own[i] = lane + 32 * i < count ? p.best[bucket + (lane + 32 * i) * step] : kEmpty;
+  }
+  __device__ __forceinline__ void fill() {
+    uint64_t later = kEmpty;
+#pragma unroll
+    for (int i = kOwn - 1; i >= 0; --i) own[i] = fill_keys(own[i], later);
+  }
+  // By all lanes: the key of bucket r - 1, empty of r = 0.
+  __device__ __forceinline__ uint64_t of(int32_t r) const {
+    const uint64_t low = __shfl_sync(kWholeWarp, own[0], r - 1), high = __shfl_sync(kWholeWarp, own[1], r - 1);
+    return r > 32 ? high : r > 0 ? low : kEmpty;
+  }
+};
+
 // Of floats: keys, which stay with the lanes where they are no more than two for each.
 template <>
 struct Filled<float> {
-  static constexpr int kOwn = 2;
   int32_t bucket, step;
   bool in_lanes;
-  uint64_t own[kOwn];  // of buckets lane and lane + 32
+  OwnKeys keys;
   __device__ __forceinline__ Filled(const Problem<float>& p, const Pass& pass, int32_t a, int32_t count)
-      : bucket(pass.bucket(a)), step(pass.bucket_step()), in_lanes(false), own{kEmpty, kEmpty} {
+      : bucket(pass.bucket(a)), step(pass.bucket_step()), in_lanes(false), keys{{kEmpty, kEmpty}} {
     if (p.negatives != Negatives::semi_hard) return;
-    in_lanes = count <= 32 * kOwn;
-    const int lane = thread_index() % 32;
-    uint64_t later = kEmpty;
-    const auto fill = [&](uint64_t mine) {
-      const uint32_t full = __ballot_sync(kWholeWarp, mine != kEmpty) >> lane;  // from this lane on
-      uint64_t found = __shfl_sync(kWholeWarp, mine, lane + __ffs(static_cast<int>(full)) - 1);
-      if (full == 0) found = later;
-      later = __shfl_sync(kWholeWarp, found, 0);
-      return found;
-    };
+    in_lanes = count <= 32 * OwnKeys::kOwn;
     if (in_lanes) {
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        if (lane + 32 * i < count) own[i] = p.best[bucket + (lane + 32 * i) * step];
-      }
-#pragma unroll
-      for (int i = kOwn - 1; i >= 0; --i) own[i] = fill(own[i]);
+      keys.load(p, bucket, step, count);
+      keys.fill();
       return;
     }
+    const int lane = thread_index() % 32;
+    uint64_t later = kEmpty;
 #pragma unroll 1
     for (int32_t base = (count - 1) / 32 * 32; base >= 0; base -= 32) {
       uint64_t* best = p.best + bucket + (base + lane) * step;
-      const uint64_t mine = base + lane < count ? *best : kEmpty, found = fill(mine);
+      const uint64_t mine = base + lane < count ? *best : kEmpty, found = fill_keys(mine, later);
       if (mine == kEmpty && base + lane < count) *best = found;
     }
   }
   __device__ __forceinline__ Winner operator()(const Problem<float>& p, int32_t r) const {
-    if (!in_lanes) return r > 0 ? load_winner(p, bucket + (r - 1) * step) : Winner{kEmpty, ~0u};
-    const uint64_t low = __shfl_sync(kWholeWarp, own[0], r - 1), high = __shfl_sync(kWholeWarp, own[1], r - 1);
-    return r > 0 ? winner_of(r > 32 ? high : low) : Winner{kEmpty, ~0u};
+    if (in_lanes) return winner_of(keys.of(r));
+    return r > 0 ? load_winner(p, bucket + (r - 1) * step) : Winner{kEmpty, ~0u};
   }
 };
 
@@ -240,6 +257,7 @@ struct Counted {
   }
   __device__ __forceinline__ void store(const Problem<Acc>& p, FinishShared& totals) {
     store_sums(p);
+    __syncthreads();  // zero totals
     const bool has_stats = p.stat_counts != nullptr;  // else nobody asks for most of what is counted
 #pragma unroll
     for (int i = 0; i < 5; ++i) {
@@ -287,22 +305,130 @@ struct Anchor {
   }
 };
 
+// An anchor of the loss that is asked for most (Problem::is_usual), whose pairs are two for each lane and whose lists are gathered
+// from slices: what is known of them before the sweep ends.
+struct FewPairs {
+  static constexpr int32_t kMost = 32 * OwnKeys::kOwn;
+  int32_t count, index;
+  int32_t not_farther[OwnKeys::kOwn];  // of pairs lane and lane + 32; 0: no pair
+  float d2_ap[OwnKeys::kOwn];
+  float near, unit;  // Expanded
+
+  __device__ __forceinline__ FewPairs(const Problem<float>& p, const Pass& pass, int32_t a) {
+    const int lane = thread_index() % 32;
+    count = count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]);
+    index = sorted_index(p, p.anchors)[a];
+    const float* d2 = p.d2_ap + (pass.slot(a) + lane);
+    const Entry<float>* entry = p.entry + side_by_side<2>(a, pass.entry_places(), lane);
+#pragma unroll
+    for (int i = 0; i < OwnKeys::kOwn; ++i) {
+      const bool has = lane + 32 * i < count;
+      not_farther[i] = has ? entry[i * kSlicedEntryStep].row : 0;
+      d2_ap[i] = has ? d2[32 * i] : 0.f;
+    }
+    const Expanded expanded(p, pass, a);
+    near = expanded.near;
+    unit = expanded.unit;
+  }
+
+  // Does what finish() does of an anchor, both pairs of a lane at once. Every coefficient is 0 or 1. False, and nothing is
+  // changed, where a pair is near.
+  __device__ __forceinline__ bool finish(const Problem<float>& p, const Pass& pass, int32_t a, Counted<float>& counted) const {
+    constexpr int kOwn = OwnKeys::kOwn;
+    const int lane = thread_index() % 32;
+    OwnKeys keys;
+    keys.load(p, a - pass.begin, pass.width, count);
+    keys.fill();
+    int32_t negative[kOwn];
+    float d2_an[kOwn];
+    bool is_pair[kOwn], is_near = unit == 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      uint64_t key = keys.of(not_farther[i]);
+      const bool is_empty = key >> 32 == kEmpty >> 32;  // no distance has these bits
+      is_pair[i] = not_farther[i] > 0 && !(is_empty && p.without_negative);
+      if (is_pair[i] && is_empty) {  // falls back
+        const Winner farthest = farthest_of(p, a);
+        key = pack(static_cast<uint32_t>(farthest.bits), farthest.index);
+      }
+      negative[i] = static_cast<int32_t>(static_cast<uint32_t>(key));
+      d2_an[i] = __uint_as_float(static_cast<uint32_t>(key >> 32));
+      is_near |= is_pair[i] && !(d2_ap[i] >= near && d2_an[i] >= near);
+    }
+    if (__ballot_sync(kWholeWarp, is_near) != 0) return false;
+    counted.store_sums(p);
+    counted.a = a;
+    counted.loss = 0;
+    bool is_active[kOwn], speaks[kOwn];
+    uint32_t same[kOwn];
+    int32_t place[kOwn];  // in the list of the negative
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const float hinge = d2_ap[i] * unit - d2_an[i] * unit + p.margin;
+      is_active[i] = is_pair[i] && !(hinge <= 0);  // NaN, of distances that overflow, is active
+      if (is_pair[i]) ++counted.counts[0];
+      if (is_active[i]) {
+        ++counted.counts[1];
+        counted.loss += hinge;
+      }
+      // The first of 32 pairs with the same negative speaks for all of them.
+      same[i] = __match_any_sync(kWholeWarp, is_active[i] ? negative[i] : -1 - lane);
+      speaks[i] = is_active[i] && (same[i] & ((1u << lane) - 1)) == 0;
+      if (speaks[i]) place[i] = atomicAdd(&p.times_chosen[negative[i]], 1);
+    }
+    float* c_ap = p.d2_ap + (pass.slot(a) + lane);
+    Entry<float>* entry = p.entry + side_by_side<2>(a, pass.entry_places(), lane);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int32_t mine = lane + 32 * i;
+      if (mine < count) c_ap[32 * i] = is_active[i] ? 1.f : 0.f;
+      if (mine < count + count % 2) {  // entries are read in pairs
+        entry[i * kSlicedEntryStep] = {speaks[i] ? negative[i] : index,
+                                       speaks[i] ? static_cast<float>(__popc(same[i])) : 0.f};
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (speaks[i]) p.enter_list(negative[i], place[i], Listed(index, lane + 32 * i, __popc(same[i])).entry());
+    }
+    return true;
+  }
+};
+
 // The grid arrives before it: facts of the first anchor are on their way while it waits for best and farthest.
 template <class In, class Acc>
 __device__ Counted<Acc> finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* ticket, FinishShared& totals) {
   const int warp = thread_index() / 32, lane = thread_index() % 32, group = lane / kGroupLanes;
   if (thread_index() == 0) totals = FinishShared{};
   const int32_t first = pass.begin + block_index() * kWarps + warp;
-  Anchor<Acc> anchor = first < pass.end ? Anchor<Acc>(p, pass, first) : Anchor<Acc>();
-  grid_wait(ticket);  // best and farthest
-  __syncthreads();  // zero totals
-
   Counted<Acc> counted;
+  int32_t a = first;
+  bool is_loaded = false;  // the anchor
+  Anchor<Acc> anchor;
+  // Kernels on other rows than floats have no slices.
+  if (std::is_same<In, float>::value && p.is_usual && pass.sliced && pass.in_shared && pass.stride <= FewPairs::kMost) {
+    if constexpr (std::is_same<In, float>::value) {
+      bool is_waiting = true;
+#pragma unroll 1
+      for (;; a += grid_size() * kWarps) {
+        const FewPairs few(p, pass, min(a, pass.end - 1));
+        if (is_waiting) grid_wait(ticket);  // best and farthest
+        is_waiting = false;
+        if (a >= pass.end || !few.finish(p, pass, a, counted)) break;  // from here on the warp's anchors are any anchors
+        if (a + grid_size() * kWarps >= pass.end) return counted;
+      }
+    }
+  } else {
+    is_loaded = a < pass.end;
+    if (is_loaded) anchor = Anchor<Acc>(p, pass, a);
+    grid_wait(ticket);  // best and farthest
+  }
   const bool has_stats = p.stat_counts != nullptr;
 
 #pragma unroll 1
-  for (int32_t a = first; a < pass.end; a += grid_size() * kWarps) {
-    if (a != first) anchor = Anchor<Acc>(p, pass, a);
+  for (; a < pass.end; a += grid_size() * kWarps) {
+    if (!is_loaded) anchor = Anchor<Acc>(p, pass, a);
+    is_loaded = false;
     const int32_t count = anchor.count, anchor_index = anchor.index;
     const int32_t slot = pass.slot(a);
     counted.store_sums(p);
@@ -312,12 +438,7 @@ __device__ Counted<Acc> finish(const Problem<Acc>& p, const Pass& pass, const ui
     // An atomic's answer takes long: the entry goes to its place in the list a turn later.
     int32_t waiting_place = 0, waiting_list = -1, waiting_entry = 0;
     const auto enter_list = [&] {
-      if (waiting_list < 0) return;
-      if (waiting_place < p.list_places) {
-        p.list[int64_t(waiting_list) * p.list_places + waiting_place] = waiting_entry;
-      } else {
-        atomicMax(&p.counters->list_overflows, 1);
-      }
+      if (waiting_list >= 0) p.enter_list(waiting_list, waiting_place, waiting_entry);
     };
     Pair<Acc> next = anchor.pair;
     const Filled<Acc> filled(p, pass, a, count);
@@ -440,7 +561,7 @@ __device__ Counted<Acc> finish(const Problem<Acc>& p, const Pass& pass, const ui
       waiting_list = -1;
       if (speaks) {
         waiting_list = negative;
-        waiting_entry = pass.listed(a, mine, place);
+        waiting_entry = pass.listed(anchor_index, mine, place);
         waiting_place = atomicAdd(&p.times_chosen[negative], 1);
       }
     }

@@ -191,11 +191,15 @@ __device__ void write_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t 
 
 // What a sum over the counted pairs is divided by.
 template <class Acc>
+__device__ __forceinline__ uint64_t divisor_count(const Problem<Acc>& p) {
+  return p.reduction == Reduction::mean          ? p.counters->counts[0]
+         : p.reduction == Reduction::mean_active ? p.counters->counts[1]
+                                                 : 1;
+}
+__device__ __forceinline__ double divisor_of(uint64_t count) { return count > 0 ? static_cast<double>(count) : 1.0; }
+template <class Acc>
 __device__ __forceinline__ double divisor(const Problem<Acc>& p) {
-  const uint64_t count = p.reduction == Reduction::mean          ? p.counters->counts[0]
-                         : p.reduction == Reduction::mean_active ? p.counters->counts[1]
-                                                                 : 1;
-  return count > 0 ? static_cast<double>(count) : 1.0;
+  return divisor_of(divisor_count(p));
 }
 
 struct GatherShared {

@@ -308,21 +308,28 @@ struct LabelTable {
   int32_t fulls;
   uint32_t are_wide;  // they do not
 };
-// By a block, between barriers; are_wide and fulls are 0.
-__device__ __forceinline__ void load_keys(const int64_t* labels, int32_t count, LabelTable& table) {
-  static_assert(kSortChunk < 1 << 16, "counts are halves of a word");
-  const int64_t first = labels[0];
-  constexpr int kInFlight = 4;
-#pragma unroll 1
-  for (int32_t from = thread_index(); from < count; from += kInFlight * kThreads) {
-    int64_t label[kInFlight];
+// Labels of a thread, in flight together; the first of them before anything else that a block does.
+struct SomeLabels {
+  static constexpr int kInFlight = 4;
+  int64_t label[kInFlight];
+  __device__ __forceinline__ void load(const int64_t* labels, int32_t count, int32_t from) {
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) label[k] = labels[min(from + k * kThreads, count - 1)];
+  }
+};
+// By a block, between barriers; are_wide and fulls are 0. some: those from thread_index() on; zero: label 0.
+__device__ __forceinline__ void load_keys(const int64_t* labels, int32_t count, SomeLabels some, int64_t zero,
+                                          LabelTable& table) {
+  static_assert(kSortChunk < 1 << 16, "counts are halves of a word");
+  constexpr int kInFlight = SomeLabels::kInFlight;
+#pragma unroll 1
+  for (int32_t from = thread_index(); from < count; from += kInFlight * kThreads) {
+    if (from >= kThreads) some.load(labels, count, from);
     bool are_wide = false;
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       const int32_t i = from + k * kThreads;
-      const int64_t difference = static_cast<int64_t>(static_cast<uint64_t>(label[k]) - static_cast<uint64_t>(first));
+      const int64_t difference = static_cast<int64_t>(static_cast<uint64_t>(some.label[k]) - static_cast<uint64_t>(zero));
       are_wide |= difference != static_cast<int32_t>(difference) || static_cast<int32_t>(difference) == kNoKey;
       if (i < count) table.key[i] = static_cast<int32_t>(difference);
     }
@@ -483,6 +490,12 @@ __device__ const LabelTable* prepare(const Problem<Acc>& p, uint8_t* shared_memo
   const int lane = thread_index() % 32;
   const bool one_chunk = p.merges == 0;
   bool has_table = kHasTable<M> && p.has_table && p.candidates.count > 0;
+  SomeLabels some;  // their way takes longest
+  int64_t zero = 0;
+  if (p.candidates.count > 0) {
+    some.load(p.candidates.labels, p.candidates.count, thread_index());
+    zero = p.candidates.labels[0];
+  }
   if (thread_index() == 0) {
     facts = Facts{0, kNoExponent, INT32_MIN, 0};
     if (has_table) s.table->fulls = s.table->are_wide = 0;
@@ -498,7 +511,7 @@ __device__ const LabelTable* prepare(const Problem<Acc>& p, uint8_t* shared_memo
   __syncthreads();  // zero facts, empty slots
 
   if (has_table) {
-    load_keys(p.candidates.labels, p.candidates.count, *s.table);
+    load_keys(p.candidates.labels, p.candidates.count, some, zero, *s.table);
     __syncthreads();  // all keys
     has_table = load_relaxed(&s.table->are_wide) == 0;
     if (has_table) count_keys(bits, p.candidates.count, mine.begin, *s.table);
@@ -517,13 +530,13 @@ __device__ const LabelTable* prepare(const Problem<Acc>& p, uint8_t* shared_memo
   mine.for_each(p, [&](const Rows<Acc>& rows, const Rows<Acc>& others, bool are_anchors, int32_t row) {
     Vector<Acc, kLaneElements<Acc>> x{};
     if (one_chunk) x = load_elements<In>(p, rows, row, lane * kLaneElements<Acc>);
-    const int64_t label = rows.labels[row];
+    const int64_t label = has_table ? 0 : rows.labels[row];
     const int32_t first = row / kSortChunk * kSortChunk;
     const Among own = has_table ? find_among(*s.table, mine.begin, row)
                                 : count_labels(rows.labels, first, min(first + kSortChunk, rows.count), label, row);
     const int32_t place = first + own.less + own.before;
     if (lane == 0) {
-      rows.sorted_label[0][place] = label;
+      if (!one_chunk) rows.sorted_label[0][place] = label;
       rows.sorted_index[0][place] = row;
     }
     if (!one_chunk) return;
@@ -561,13 +574,19 @@ __device__ void clear_counters(const Problem<Acc>& p) {
 template <class Acc>
 __device__ Facts gather_facts(const Problem<Acc>& p) {
   Facts all{0, kNoExponent, INT32_MIN, 0};
-#pragma unroll 5  // loads in flight
-  for (int32_t block = thread_index() % 32; block < grid_size(); block += 32) {
-    const Facts facts = p.facts[block];
-    all.max_positives = max(all.max_positives, facts.max_positives);
-    all.max_exponent = max(all.max_exponent, facts.max_exponent);
-    all.max_norm = max(all.max_norm, facts.max_norm);
-    all.has_nonfinite = max(all.has_nonfinite, facts.has_nonfinite);
+  constexpr int kInFlight = 5;  // 160 blocks
+#pragma unroll 1
+  for (int32_t first = thread_index() % 32; first < grid_size(); first += 32 * kInFlight) {
+    Facts facts[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) facts[i] = p.facts[min(first + 32 * i, grid_size() - 1)];  // no branch between loads
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      all.max_positives = max(all.max_positives, facts[i].max_positives);
+      all.max_exponent = max(all.max_exponent, facts[i].max_exponent);
+      all.max_norm = max(all.max_norm, facts[i].max_norm);
+      all.has_nonfinite = max(all.has_nonfinite, facts[i].has_nonfinite);
+    }
   }
   return {warp_max(all.max_positives), warp_max(all.max_exponent), warp_max(all.max_norm), warp_max(all.has_nonfinite)};
 }

@@ -121,6 +121,7 @@ struct Problem {
   bool drops_pairs;  // not every candidate of the anchor's class makes a pair: one of the three options above, or those below
   int32_t positives_end;  // candidates from this index on are nobody's positives
   bool direct;  // the loss takes every distance in direct form, not those of near pairs alone (finish.cuh)
+  bool is_usual;  // the plain loss with a hinge over squared distances, semi-hard negatives and a gradient, without statistics
   bool without_negative;  // a pair whose bucket is empty does not count, or (mining, random rules) has negative -1
   Reduction reduction;
   int32_t anchor_offset;
@@ -130,7 +131,11 @@ struct Problem {
   bool has_table;  // of labels, in shared memory: prepare.cuh
   int32_t merges;  // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
   int32_t shared_slots;  // an anchor's buckets that fit in shared memory
+  int32_t rows_under_tile;  // of a slice: those behind stand where a tile needs no memory
+  int32_t slice_helpers;  // warps of a block for which a group has no rows, and which have memory to help others
   int32_t slice_lanes;  // of 16 bytes, that a slice of a row takes; 0: the gradient is not gathered from slices (slices.cuh)
+  int32_t slice_rows;  // that a warp has at a time then
+  uint32_t slices_reciprocal;  // of 2^31
   int32_t slices, group_rows, slice_items;  // slices of a row, rows of a group, pairs of a slice and a group
   Acc margin;
   Acc width;  // random rules: eligible is t > d - width, or t >= d - width if `closed`
@@ -171,6 +176,12 @@ struct Problem {
   void* out_d2_ap;
   void* out_d2_an;
   uint8_t* out_is_fallback;
+
+  // An entry of the list of candidate `index`, at the place that times_chosen gave it.
+  __device__ __forceinline__ void enter_list(int32_t index, int32_t place, int32_t entry) const {
+    if (place < list_places) list[index * list_places + place] = entry;
+    else atomicMax(&counters->list_overflows, 1);
+  }
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -228,6 +239,8 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.width = static_cast<Acc>(p.closed ? args.band : args.margin);
   p.seed = args.seed;
   p.wants_gradient = args.grad_candidates != nullptr || args.grad_anchors != nullptr;
+  p.is_usual = p.plain && p.wants_gradient && p.negatives == Negatives::semi_hard && !p.mining && !p.direct && !p.soft_margin &&
+               args.distance == Distance::sqeuclidean && args.stat_counts == nullptr;
   p.reduction = args.reduction;
   p.anchor_offset = static_cast<int32_t>(args.anchor_offset);
   p.dim = static_cast<int32_t>(args.dim);
@@ -235,7 +248,9 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.margin = static_cast<Acc>(args.margin);
   const int64_t longest = args.num_anchors > args.num_candidates ? args.num_anchors : args.num_candidates;
   p.has_table = false;  // choose_table()
-  p.rows_per_block = p.slice_lanes = p.slices = p.group_rows = p.slice_items = 0;  // share_rows(), choose_slice()
+  p.rows_per_block = p.slice_lanes = p.group_rows = p.slice_items = p.slice_helpers = p.rows_under_tile = 0;  // share_rows(),
+  p.slices = p.slice_rows = 1;  // choose_slice()
+  p.slices_reciprocal = 1u << 31;
   p.merges = 0;
   while ((int64_t(kSortChunk) << p.merges) < longest) ++p.merges;
 }
@@ -365,7 +380,8 @@ __device__ __forceinline__ int32_t count_buckets(const Problem<Acc>& p, int32_t 
 // in turn: then one access brings them to four groups of lanes that have a row each.
 template <int kEach>
 __host__ __device__ __forceinline__ int32_t side_by_side(int32_t row, int32_t places, int32_t e) {
-  return (row / 4 * places + e / kEach * kEach) * 4 + row % 4 * kEach + e % kEach;
+  const uint32_t r = static_cast<uint32_t>(row), i = static_cast<uint32_t>(e);  // divisions are shifts
+  return static_cast<int32_t>((r / 4 * static_cast<uint32_t>(places) + i / kEach * kEach) * 4 + r % 4 * kEach + i % kEach);
 }
 
 // Place of the positive at position c among the positives of an anchor that stands at position `own` (or -1).
@@ -373,8 +389,24 @@ __device__ __forceinline__ int32_t positive_rank(int32_t begin, int32_t own, int
   return c - begin - (own >= 0 && c > own ? 1 : 0);
 }
 
+constexpr int32_t kSlicedEntryStep = 4 * 32;  // from a pair's entry to that of the 32nd behind it, side by side by twos
 constexpr int kPairBits = 8;  // of pairs of an anchor whose lists are gathered from slices
 static_assert(kWarpSort <= 1 << kPairBits);
+// In such a list: an anchor's index, the pair that speaks, and for how many of 32 with the same negative, all of them with
+// coefficient 1; 0: the coefficient is to be looked up. In order of the bits, so of the index.
+constexpr int kTimesBits = 6;
+struct Listed {
+  uint32_t bits;
+  __device__ __forceinline__ explicit Listed(int32_t entry) : bits(static_cast<uint32_t>(entry)) {}
+  __device__ __forceinline__ Listed(int32_t index, int32_t r, int32_t times)
+      : bits(static_cast<uint32_t>(index) << (kPairBits + kTimesBits) | static_cast<uint32_t>(r << kTimesBits | times)) {}
+  __device__ __forceinline__ int32_t entry() const { return static_cast<int32_t>(bits); }
+  __device__ __forceinline__ int32_t index() const { return static_cast<int32_t>(bits >> (kPairBits + kTimesBits)); }
+  __device__ __forceinline__ int32_t pair() const {
+    return static_cast<int32_t>(bits >> kTimesBits) & ((1 << kPairBits) - 1);
+  }
+  __device__ __forceinline__ int32_t times() const { return static_cast<int32_t>(bits) & ((1 << kTimesBits) - 1); }
+};
 
 // The anchors of one pass and what is done with them. All blocks see the same facts, so all make the same passes.
 struct alignas(16) Pass {
@@ -392,20 +424,20 @@ struct alignas(16) Pass {
   __device__ __forceinline__ bool has(int32_t a) const { return a >= begin && a < end; }
   __device__ __forceinline__ int32_t slot(int32_t a) const { return (a - begin) * stride; }
   // Places of an anchor's entries, an even number, and of the weights of its class, from a multiple of 4 on.
-  __device__ __forceinline__ int32_t entry_places() const { return stride + stride % 2; }
-  __device__ __forceinline__ int32_t weight_places() const { return (stride + 7) / 4 * 4; }
+  __device__ __forceinline__ int32_t entry_places() const { return (stride + 1) & ~1; }
+  __device__ __forceinline__ int32_t weight_places() const { return (stride + 7) & ~3; }
   // Place of pair r of the anchor at position a in `entry`, from there to that of pair r + 32, and the way back to the anchor.
   __device__ __forceinline__ int32_t entry(int32_t a, int32_t r) const {
     return sliced ? side_by_side<2>(a, entry_places(), r) : slot(a) + r;
   }
-  __device__ __forceinline__ int32_t entry_step() const { return sliced ? 4 * 32 : 32; }
+  __device__ __forceinline__ int32_t entry_step() const { return sliced ? kSlicedEntryStep : 32; }
   __device__ __forceinline__ int32_t anchor(int32_t place) const {
     if (!sliced) return begin + place / stride;
     return place / (4 * entry_places()) * 4 + place / 2 % 4;
   }
   // What finish() enters in lists: if they are gathered from slices what slices.cuh takes apart, else places.
-  __device__ __forceinline__ int32_t listed(int32_t a, int32_t r, int32_t place) const {
-    return sliced ? a << kPairBits | r : place;
+  __device__ __forceinline__ int32_t listed(int32_t index, int32_t r, int32_t place) const {
+    return sliced ? Listed(index, r, 0).entry() : place;
   }
   // An anchor's first bucket and the way to its next. Where they fit in shared memory, those of neighbouring anchors are
   // neighbours: lanes that are anchors then touch contiguous global memory and different banks.
@@ -429,6 +461,7 @@ struct BlockState {  // what every phase finds at the beginning of shared memory
   Pass pass;
   uint32_t ticket;  // of the grid barrier that this block has arrived at and not waited for
   bool is_nan;  // some element is not finite, and so is all that comes out
+  int32_t rows_to_send_for;  // of the first slice: those behind are on their way (slices.cuh)
 };
 
 template <class Acc>

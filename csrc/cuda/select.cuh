@@ -20,7 +20,7 @@ constexpr int32_t kShortStride = 64;  // two positives a lane
 template <class Acc>
 struct StripShared {
   Edge<Acc> row, column;
-  Acc d2_ap[kStrip][kShortStride];  // where no anchor has more positives, and none that a block sorts
+  alignas(16) Acc d2_ap[kStrip][kShortStride];  // where no anchor has more positives, and none that a block sorts
 };
 // In the ring: of floats, in the stage of it that send_tile() does not send for.
 template <class Acc>
@@ -71,11 +71,16 @@ __device__ __forceinline__ bool sort_few_thresholds(const Problem<Acc>& p, const
     own[k] = d2_ap[min(lane + 32 * k, max(positives - 1, 0))];
     if (lane + 32 * k < positives) p.d2_ap[pass.slot(a) + lane + 32 * k] = own[k];
   }
-#pragma unroll 8
-  for (int32_t j = 0; j < (p.negatives == Negatives::hard ? 0 : positives); ++j) {
-    const auto other = sort_order(d2_ap[j]);
+  constexpr int kEach = 16 / sizeof(Acc);  // that one load brings: a broadcast. What follows the last positive is never less.
+  using Some = Vector<Acc, kEach>;
+#pragma unroll 2
+  for (int32_t j = 0; j < (p.negatives == Negatives::hard ? 0 : positives); j += kEach) {
+    const Some others = *reinterpret_cast<const Some*>(d2_ap + j);
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) count_if_less(below[k], other, sort_order(own[k]));
+    for (int e = 0; e < kEach; ++e) {
+#pragma unroll
+      for (int k = 0; k < kOwn; ++k) count_if_less(below[k], sort_order(others.element[e]), sort_order(own[k]));
+    }
   }
   int32_t sum = 0;
 #pragma unroll
@@ -141,6 +146,24 @@ __device__ __forceinline__ void store_first_row(const EdgeRow<Acc>& row, int32_t
   if (thread_index() < kStrip) row.store(max_exponent, strip_in(tile).row, thread_index());
 }
 
+// Empties the buckets of all strips that are this block's, where they will be swept in shared memory, which those of doubles are
+// not. Thresholds that find_thresholds() knows come behind a barrier of the block.
+template <class Acc>
+__device__ __forceinline__ void empty_buckets(const Problem<Acc>& p, const Pass& pass) {
+  const int32_t step = pass.width, end = pass.begin + step;
+#pragma unroll 1
+  for (int32_t first = pass.begin + block_index() * kStrip; first < end; first += grid_size() * kStrip) {
+    const int32_t a = first + thread_index() % kStrip;
+    if (a >= end) continue;
+    int32_t bucket = a - pass.begin + thread_index() / kStrip * step;
+#pragma unroll 2
+    for (int32_t r = thread_index() / kStrip; r < pass.buckets; r += kThreads / kStrip, bucket += kThreads / kStrip * step) {
+      p.threshold[bucket] = Acc(INFINITY);
+      p.best[bucket] = kEmpty;
+    }
+  }
+}
+
 // Positions are sorted by label: the positives of kStrip anchors lie in one band of candidates, kWarps * 8 of which are
 // multiplied at a time, 8 by each warp. FLOPs: 2 kStrip D per candidate of the band and product of the format. A block then
 // sorts what it has found itself: a warp an anchor, or the block where there are more than kWarpSort.
@@ -161,6 +184,11 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, const T
     if (!pass.is_first() || first != block_index() * kStrip) {  // else store_first_row() has
       load_edge(p, p.anchors, first, pass.max_exponent, true, thread, s.row);
     }
+    if (is_short) {  // sort_few_thresholds() reads on behind the last positive
+      const Acc last = from_ordered_bits(~decltype(sort_order(Acc()))(0));
+#pragma unroll
+      for (int i = thread; i < kStrip * kShortStride; i += kThreads) (&s.d2_ap[0][0])[i] = last;
+    }
     __syncthreads();  // the rows' edge
     const int32_t band_end = s.row.mate_end[count - 1];
 #pragma unroll 1
@@ -171,28 +199,32 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, const T
       const auto operand = [&](const Rows<Acc>& rows, int32_t position) -> const uint8_t* {
         return rows.operand + int64_t(min(position, rows.count - 1)) * p.pitch;
       };
-      Acc d2[4];
-      int32_t anchor[4], rank[4];  // rank < 0: no pair
-      int found = 0;
+      const bool has_columns = column + 8 * warp < band_end;
+      Acc product[4];
+      int anchor[4], its_column[4], found = 0;
       strip_products<M, Acc>(
-          column + 8 * warp < band_end ? p.pitch : 0, [&](int i) { return operand(p.anchors, first + i); },
+          has_columns ? p.pitch : 0, [&](int i) { return operand(p.anchors, first + i); },
           [&](int i) { return operand(p.candidates, column + 8 * warp + i); },
-          [&](int i, int j, Acc product) {
-            const int32_t c = column + 8 * warp + j, begin = s.row.mate_begin[i], own = s.row.own[i];
-            const int32_t size = s.row.mate_end[i] - begin;
-            const bool is_pair = (static_cast<uint32_t>(c - begin) < static_cast<uint32_t>(size)) & (i < count) & (c != own) &
-                                 (size != p.candidates.count);
-            d2[found] = squared_distance(s.row, i, s.column, 8 * warp + j, product);
+          [&](int i, int j, Acc x) {
             anchor[found] = i;
-            rank[found] = is_pair ? positive_rank(begin, own, c) : -1;
+            its_column[found] = 8 * warp + j;
+            product[found] = x;
             ++found;
           },
           [] { __syncthreads(); });  // the columns' edge
+      if (!has_columns) continue;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if (rank[k] < 0) continue;
-        if (is_short) s.d2_ap[anchor[k]][rank[k]] = d2[k];
-        else p.d2_ap[pass.slot(first + anchor[k]) + rank[k]] = d2[k];
+        const int i = anchor[k];
+        const int32_t c = column + its_column[k], begin = s.row.mate_begin[i], own = s.row.own[i];
+        const int32_t size = s.row.mate_end[i] - begin;
+        const bool is_pair = (static_cast<uint32_t>(c - begin) < static_cast<uint32_t>(size)) & (i < count) & (c != own) &
+                             (size != p.candidates.count);
+        const Acc d2 = squared_distance(s.row, i, s.column, its_column[k], product[k]);
+        if (!is_pair) continue;
+        const int32_t rank = positive_rank(begin, own, c);
+        if (is_short) s.d2_ap[i][rank] = d2;
+        else p.d2_ap[pass.slot(first + i) + rank] = d2;
       }
     }
     __syncthreads();  // d2_ap of the strip
@@ -202,14 +234,6 @@ __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, const T
       if (sizeof(Acc) == 8) p.best_index[bucket] = ~0u;
     };
     const auto positives_of = [&](int i) { return count_positives(p, s.row.mate_begin[i], s.row.mate_end[i]); };
-    if (pass.in_shared && first + thread % kStrip < pass.begin + pass.width) {
-      const int32_t a = first + thread % kStrip, buckets = pass.buckets, step = pass.bucket_step();
-      const int32_t full = a < pass.end ? count_buckets(p, positives_of(thread % kStrip)) : 0;
-      constexpr int32_t kStep = kThreads / kStrip;
-      int32_t bucket = pass.bucket(a) + thread / kStrip * step;
-#pragma unroll 2
-      for (int32_t r = thread / kStrip; r < buckets; r += kStep, bucket += kStep * step) empty_bucket(bucket, r < full);
-    }
     if (p.negatives != Negatives::hard && pass.stride > kWarpSort) {  // lists that a block sorts
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
@@ -515,22 +539,24 @@ __device__ __forceinline__ void begin_sweep(const Problem<Acc>& p, const Pass& p
 }
 
 // All tiles of the pass that are this block's, from the cursor's on, which is open. grid_arrive() stands behind phase 2: its
-// results are waited for when the first tile's products are there.
-template <Math M, class Acc>
+// results are waited for when the first tile's products are there. Calls meanwhile() once, before the first search.
+template <Math M, class Acc, class Meanwhile>
 __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, int round, const uint32_t* ticket,
-                                      const TileShared<Acc>& s) {
+                                      const TileShared<Acc>& s, Meanwhile meanwhile) {
   const auto load_columns = [&](int part) {
     if constexpr (sizeof(Acc) == 4) {
       if (!serves_columns(p, *s.cursor)) return;
-      load_buckets<kPart<Acc>>(p, pass, s, s.cursor->column + part * kPart<Acc>, kSide);
+      const int from = part * kPart<Acc>;
+      load_buckets<kPart<Acc>>(p, pass, s, *s.column, from, s.cursor->column + from, kSide, kSide + from);
     }
   };
   const auto load_all = [&] {
     if constexpr (sizeof(Acc) == 4) {
       if (!pass.in_shared) return;
-      load_order(p, s);
-      load_buckets<kSide>(p, pass, s, s.cursor->row, 0);
+      const OrderOfTile order(p, s);
+      load_buckets<kSide>(p, pass, s, *s.row, 0, s.cursor->row, 0, 0);
       load_columns(0);
+      order.store(s);
     }
   };
   if (sizeof(Acc) == 8 && round == 0) grid_wait(ticket);  // products of doubles leave no register to wait behind them
@@ -546,6 +572,7 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
             load_all();
             cp_async_wait<0>();
             __syncthreads();  // the buckets
+            meanwhile();
           }
           [[maybe_unused]] const uint32_t farthest =
               with_side(p, s, part, [&](const auto& side) { return offer_side(p, pass, s, round, side); });

@@ -31,17 +31,19 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
   clear_counters(p);
   TileShared<Acc> tile = lay_out_tile(p, scratch);
   // A block that has counted all labels knows the first pass and its own first tile while it waits for the others.
-  bool is_sent = kHasTable<M> && labels != nullptr;
-  if (is_sent) {
+  const bool is_counted = kHasTable<M> && labels != nullptr;
+  if (is_counted) {
     if (thread_index() < 32) {
       const int32_t most = count_positives(p, 0, largest_class(*labels));
       if (thread_index() == 0) pass = first_pass(p, most);
     }
     __syncthreads();  // the pass stands, the labels have been read
     begin_sweep(p, pass, tile);
+    if (pass.in_shared) empty_buckets(p, pass);
   }
+  bool has_buckets = is_counted;  // those of the pass are empty, where they will be in shared memory
   grid_wait(&block.ticket);
-  is_sent = is_sent && tile.cursor->row >= 0;
+  bool is_sent = is_counted && tile.cursor->row >= 0;
   const bool has_edge = is_sent && thread_index() < 2 * kSide;
   EdgeRow<Acc> edge;
   if (is_sent) {
@@ -52,9 +54,10 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
     const EdgeRow<Acc> row = load_first_row(p);
     const Facts facts = gather_facts(p);
     if (thread_index() == 0) {
-      if (labels == nullptr) pass = first_pass(p, facts.max_positives);
+      if (!is_counted) pass = first_pass(p, facts.max_positives);
       pass.scale(facts);
       block.is_nan = facts.has_nonfinite && !p.mining;
+      block.rows_to_send_for = p.candidates.count;
     }
     store_first_row(row, facts.max_exponent, tile);
   }
@@ -68,6 +71,8 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
 
 #pragma unroll 1
   for (;;) {
+    if (pass.in_shared && !has_buckets) empty_buckets(p, pass);
+    has_buckets = false;
     find_thresholds<M>(p, pass, tile);
     grid_arrive(&block.ticket);  // d2_ap, thresholds, empty buckets; the sweep waits once it has products to compare
 #pragma unroll 1
@@ -78,42 +83,47 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
         if (tile.cursor->row >= 0) open_tile(p, pass, tile);
       }
       is_sent = false;
-      sweep<M>(p, pass, round, &block.ticket, tile);
+      sweep<M>(p, pass, round, &block.ticket, tile, [&] {
+        if constexpr (kSlices) {
+          if (!pass.sliced || p.rows_under_tile == p.candidates.count) return;
+          fetch_rows_behind(p, scratch);
+          if (thread_index() == 0) block.rows_to_send_for = p.rows_under_tile;
+        }
+      });
     }
     grid_arrive(&block.ticket);  // best and farthest
     __syncthreads();  // the block is done with the sweep's memory
     const bool is_last = pass.is_last(p.anchors.count);
     // Columns of X for phase 5, on their way while phase 4 runs; then nobody needs other passes.
     Carver later{scratch, 0, true};
-    const SliceShared slice = carve_slice(later, p.candidates.count, p.slice_lanes);
+    const SliceShared slice = carve_slice(later, p.candidates.count, p.slice_lanes, p.slice_helpers);
     if constexpr (kSlices) {
-      if (pass.sliced) fetch_first_slice(p, slice.x);
+      if (pass.sliced) fetch_first_slice(p, slice.x, 0, block.rows_to_send_for);
     }
     Counted<Acc> counted = finish<In>(p, pass, &block.ticket, *slice.totals);
     if (!pass.sliced) counted.store(p, *slice.totals);
     grid_arrive(&block.ticket);  // coefficients and lists; where there is no barrier to come, the counters too
     if (pass.sliced) counted.store(p, *slice.totals);
-    [[maybe_unused]] const auto listed = [&] {
-      if constexpr (kSlices) return Listed(p, first_listed());
+    [[maybe_unused]] const auto facts_of_rows = [&] {
+      if constexpr (kSlices) return RowsOfPhase5{ListedRow(p, first_listed()), first_gathered(p)};
       else return 0;
     }();
     grid_wait(&block.ticket);
     if (is_last && !p.mining && !pass.sliced) write_loss(p, slice.sums);
     if (p.wants_gradient) {
-      const bool overflow = p.counters->list_overflows != 0;  // the same for all blocks
       if constexpr (kSlices) {
-        if (pass.sliced && !overflow) {
-          order_lists(p, pass, listed);
+        if (pass.sliced && order_lists(p, pass, facts_of_rows.listed)) {
           grid_arrive(&block.ticket);  // lists, weights and counters, for gather_slices(), which waits where it needs them
-          if (p.slice_lanes == 8) gather_slices<8>(p, pass, &block.ticket, slice);
-          else if (p.slice_lanes == 4) gather_slices<4>(p, pass, &block.ticket, slice);
-          else gather_slices<2>(p, pass, &block.ticket, slice);
+          if (p.slice_lanes == 8) gather_slices<8>(p, pass, &block.ticket, slice, facts_of_rows.gathered);
+          else if (p.slice_lanes == 4) gather_slices<4>(p, pass, &block.ticket, slice, facts_of_rows.gathered);
+          else gather_slices<2>(p, pass, &block.ticket, slice, facts_of_rows.gathered);
           write_loss(p, slice.sums);
           return;
         }
         cp_async_wait<0>();
         __syncthreads();  // nothing arrives in the memory any more that gather_gradients() lays out anew
       }
+      const bool overflow = p.counters->list_overflows != 0;  // the same for all blocks
       if (overflow) {
         reserve_lists(p);
         grid_sync();  // list_begin; nobody reads the lists that finish() began
@@ -139,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // Bytes of shared memory, with as many buckets per anchor as a block may have.
 template <Math M>
-int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p) {
+int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p, int64_t* tile_bytes) {
   using Acc = typename MathTraits<M>::Acc;
   const auto state = [] {
     Carver carver{nullptr, 0, true};
@@ -156,7 +166,8 @@ int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p) {
   if (M != Math::simt64) {
     while (p.shared_slots < min(kMaxSharedSlots, kWarpSort) && bytes(p.shared_slots + 1) <= limit) ++p.shared_slots;
   }
-  return max(bytes(p.shared_slots), choose_table<M>(p, state().used, limit));  // other phases take less; for slices see below
+  *tile_bytes = bytes(p.shared_slots);
+  return max(*tile_bytes, choose_table<M>(p, state().used, limit));  // other phases take less; for slices see below
 }
 
 template <Math M, class In>
@@ -164,11 +175,11 @@ Status launch_kernel(const TripletArgs& args, const char* name) {
   Problem<typename MathTraits<M>::Acc> problem;
   const int64_t bytes = make_problem<M>(args, static_cast<uint8_t*>(args.workspace), problem);
   if (args.workspace_bytes < bytes) return {Code::invalid, name, "workspace smaller than triplet_workspace_bytes"};
-  int64_t shared = choose_shared<M>(problem);
+  int64_t tile_bytes = 0, shared = choose_shared<M>(problem, &tile_bytes);
   const int64_t blocks = share_rows(args, problem);
   if constexpr (std::is_same<In, float>::value) {
     int64_t slice_bytes = 0;
-    choose_slice(args, problem, blocks, max_shared_bytes(), &slice_bytes);
+    choose_slice(args, problem, blocks, max_shared_bytes(), tile_bytes, &slice_bytes);
     if (slice_bytes > shared) shared = slice_bytes;
   }
   return launch_cooperative(triplet_kernel<M, In>, name, static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared),

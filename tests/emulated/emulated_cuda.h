@@ -238,6 +238,8 @@ inline void poison_shared([[maybe_unused]] void* array, [[maybe_unused]] int64_t
 #endif
 }
 
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t(a) * b >> 32); }
+
 inline int thread_index() { return int(threadIdx.x); }
 inline int block_index() { return int(blockIdx.x); }
 inline int grid_size() { return int(gridDim.x); }

@@ -62,8 +62,8 @@ BUGS = {
     ),
     "first_tile_sent_before_all_rows_are_there": (
         "triplet_kernel.cuh",
-        "  grid_wait(&block.ticket);\n  is_sent = is_sent && tile.cursor->row >= 0;\n",
-        "  is_sent = is_sent && tile.cursor->row >= 0;\n  if (is_sent) send_tile(p, tile);\n"
+        "  grid_wait(&block.ticket);\n  bool is_sent = is_counted && tile.cursor->row >= 0;\n",
+        "  bool is_sent = is_counted && tile.cursor->row >= 0;\n  if (is_sent) send_tile(p, tile);\n"
         "  grid_wait(&block.ticket);\n",
         "tsan",
     ),
@@ -94,8 +94,26 @@ BUGS = {
         "triplet_kernel.cuh", "        cp_async_wait<0>();\n        __syncthreads();  // nothing", "        // nothing",
         "plain",
     ),
+    "slice_arrives_in_a_tile": (
+        "slices.cuh", "(slice.x)), p.rows_under_tile,", "(slice.x)), 0,", "plain",
+    ),
+    "block_barrier_before_helpers_sums_are_read": (
+        "slices.cuh", "        __syncthreads();  // the helpers' sums\n", "", "tsan",
+    ),
+    "block_barrier_before_totals": ("finish.cuh", "    __syncthreads();  // zero totals\n", "", "tsan"),
+    "buckets_not_emptied": (
+        "triplet_kernel.cuh", "if (pass.in_shared && !has_buckets) empty", "if (!pass.in_shared && !has_buckets) empty",
+        "plain",
+    ),
+    "nothing_behind_the_last_positive": ("select.cuh", "(&s.d2_ap[0][0])[i] = last;", "(void)last;", "plain"),
+    "pairs_with_one_negative": ("finish.cuh", "static_cast<float>(__popc(same[i]))", "1.f", "plain"),
+    "usual_loss_of_a_near_pair": (
+        "finish.cuh", "    if (__ballot_sync(kWholeWarp, is_near) != 0) return false;\n", "", "plain",
+    ),
+    "facts_of_the_first_block": ("prepare.cuh", "p.facts[min(first", "p.facts[0 * min(first", "plain"),
     "place_in_an_ordered_list": (
-        "slices.cuh", "0x3232), keys);", "0x3232), keys - 1);", "plain",
+        "slices.cuh", "__shfl_sync(kWholeWarp, keys[i], j), both);", "__shfl_sync(kWholeWarp, keys[i], j), both - 1);",
+        "plain",
     ),
     "entry_that_completes_no_pair": ("slices.cuh", "    if (length % 2 == 1 && lane == 0)", "    if (false)", "plain"),
     "weight_of_the_last_mate": (
@@ -133,7 +151,7 @@ BUGS = {
         "select.cuh", ".row = below[k] + 1;", ".row = max(below[k], 1);", "plain",
     ),
     "unnoticed_overflow_of_a_list": (
-        "finish.cuh", "&p.counters->list_overflows, 1", "&p.counters->list_overflows, 0", "plain",
+        "problem.cuh", "&counters->list_overflows, 1", "&counters->list_overflows, 0", "plain",
     ),
     "near_pair_left_as_it_is": ("finish.cuh", "return !(d2 >= near);", "return !(d2 >= 0);", "plain"),
     "step_of_a_search": ("buckets.cuh", "    if constexpr (kRange > 1) search_rows<1>(d, at);\n", "", "plain"),
@@ -147,7 +165,7 @@ BUGS = {
         "tile.cuh", "static_cast<uint32_t>(size);", "static_cast<uint32_t>(size - 1);", "plain",
     ),
     "empty_buckets_behind_32": (
-        "finish.cuh", "      later = __shfl_sync(kWholeWarp, found, 0);\n", "", "plain",
+        "finish.cuh", "  later = __shfl_sync(kWholeWarp, found, 0);\n", "", "plain",
     ),
     "rows_of_a_label_before_the_block": (
         "prepare.cuh", "i < first ? 0x10001 : 1;", "i <= first ? 0x10001 : 1;", "plain",
@@ -179,15 +197,20 @@ int64_t dense_workspace_bytes(const TripletArgs&) { return -1; }
 """
 
 
-def cases():
+def cases(name: str | None):
+    if name == "slice_arrives_in_a_tile":  # a slice is longer than a tile
+        return [simple(460, 32, 115, margin=1.0, shared_kib=99, multiprocessors=5)]
     plain = [
         simple(70, 80, 12, margin=1.0, stats=True),
         simple(130, 17, 30, rows="mid", margin=0.5, multiprocessors=3),
         simple(66, 5, 9, rows="duplicates", margin=0.25),
         simple(70, 33, 3, rows="collapsed", fallback="farthest"),
         simple(40, 33, 9, rows="nearly_collapsed", stats=True),
+        simple(40, 32, 9, rows="nearly_collapsed", margin=2e-8, stats=False),
+        simple(40, 64, 4, margin=1.0, stats=False),  # positives that share a negative
         simple(70, 32, 6, rows="collapsed", multiprocessors=1),  # slices first, then a list that is too long for them
         simple(66, 68, 16, rows="mid", margin=1.0, multiprocessors=1),  # several slices one after the other
+        simple(64, 68, 16, rows="mid", margin=1.0, multiprocessors=1),  # and no warp without rows
         replace(simple(70, 9, 9, negatives="random_active"), offset=5, count=40),
         simple(70, 9, 9, positives="hardest", negatives="hard"),
         with_nan(simple(70, 9, 3)),  # classes larger than what is kept in shared memory
@@ -214,4 +237,4 @@ def plant(bug: tuple[str, str, str, str] | None, launchers: str, sanitizer: str,
 def try_it(name: str | None, sanitizer: str, directory: Path) -> None:
     """Raises what the emulation, a sanitizer or the oracle says of the bug; None: no bug."""
     program = plant(BUGS[name] if name else None, ONLY_FLOAT32, sanitizer, directory)
-    check(program, cases(), directory / "run")
+    check(program, cases(name), directory / "run")

@@ -144,8 +144,46 @@ def slice_cases() -> list:
     return [with_schedule(case, SCHEDULES[i % 4], i + 1) for i, case in enumerate(cases)]
 
 
+def usual_cases() -> list:
+    """The loss without statistics, which has a way of its own through phase 4: pairs that share a negative, that fall
+    back, that are near, that are struck."""
+    cases = [
+        simple(64, 64, 4, margin=1.0),
+        simple(64, 64, 40, margin=3.0, multiprocessors=1),
+        simple(48, 32, 16, rows="mid", margin=1.0, reduction="sum"),
+        simple(60, 16, 5, rows="mid", margin=0.5, fallback="skip"),
+        simple(64, 20, 12, rows="separated", margin=3.0),
+        simple(70, 64, 14, rows="duplicates", margin=0.25, multiprocessors=1),
+        simple(40, 32, 9, rows="nearly_collapsed", margin=2e-8),
+        simple(40, 32, 9, rows="collapsed", multiprocessors=3),
+        simple(50, 32, 10, rows="norms", margin=0.5),
+        simple(40, 8, 8, rows="antipodes", margin=1.0),
+        simple(36, 32, 12, rows="some_zero", margin=1.0, negatives_only=7),
+        simple(90, 128, 30, margin=1.0, multiprocessors=3),
+    ]
+    return [with_schedule(replace(case, stats=False), SCHEDULES[i % 4], i + 1) for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "asan", "tsan"])
+def test_usual_loss(programs, tmp_path, sanitizer):
+    check(programs(sanitizer), usual_cases(), tmp_path)
+
+
+def test_usual_loss_with_the_tiles_of_the_real_build(programs, tmp_path):
+    """40 to 65 positives: two for each lane, and more."""
+    many = ((122, 3), (130, 2), (132, 2))
+    cases = [simple(n, 32, k, margin=1.0, stats=False, multiprocessors=m) for m, (n, k) in enumerate(many, 1)]
+    cases += [simple(125, 32, 3, rows="mid", margin=1.0, stats=False), simple(84, 64, 2, margin=0.1, stats=False)]
+    check(programs("plain", 4, 4096), [replace(case, shared_kib=227) for case in [*usual_cases(), *cases]], tmp_path)
+
+
 def test_gradient_from_slices(programs, tmp_path):
-    check(programs(), [*slice_cases(), simple(520, 24, 130, margin=1.0, shared_kib=32)], tmp_path)
+    larger = [  # a slice that leaves a tile no memory, and one with rows behind the tile
+        simple(520, 24, 130, margin=1.0, shared_kib=32),
+        simple(460, 32, 115, margin=1.0, shared_kib=99, multiprocessors=5),
+        with_schedule(simple(460, 32, 115, margin=1.0, shared_kib=99, multiprocessors=7), "one_warp_ahead", 2),
+    ]
+    check(programs(), [*slice_cases(), *larger], tmp_path)
 
 
 def test_gradient_from_slices_with_the_tiles_of_the_real_build(programs, tmp_path):
