@@ -11,6 +11,7 @@
 //     gradient     one gather a row                                            gradient.h  up to 9 N K D FLOP
 //
 //   loss, statistics: sums of per-anchor float64 values in anchor order        finish.h
+//   which thread does what                                                     share.h
 //
 // Rules that draw a negative sweep and choose in a way of their own (draw.h); rules that make every negative a term go
 // another way from the thresholds on (dense.h).

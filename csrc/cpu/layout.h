@@ -35,8 +35,9 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 
 constexpr int32_t kNoHole = INT32_MAX;
 
-// Slots of an anchor with K positives: K + 1 buckets, in whole rows (buckets.h).
-constexpr int64_t slot_pitch(int64_t K) { return round_up(K + 1, K < 48 ? kSlotPad : 2 * kSlotPad); }
+// Slots of an anchor with K positives: K + 1 buckets, in whole rows (buckets.h), of at most kSlotPad lanes or twice as many.
+constexpr int kWideRows = 48;  // from so many positives on
+constexpr int64_t slot_pitch(int64_t K) { return round_up(K + 1, K < kWideRows ? kSlotPad : 2 * kSlotPad); }
 
 // Everything about an anchor that the sweep touches in one cache line.
 template <class T>

@@ -53,16 +53,17 @@ struct Avx512 {
   static V smaller(V a, V b) { return _mm512_min_ps(a, b); }
   static V larger(V a, V b) { return _mm512_max_ps(a, b); }
 
-  // Lanes over which the buckets of K thresholds are spread. 32 are two registers, permuted as one: beyond 48 buckets the
+  // Lanes over which the buckets of K thresholds are spread. 32 are two registers, permuted as one: from 48 on the
   // fifth probe costs less than the comparisons inside the lanes that it halves.
-  static constexpr int lanes(int K) { return K < 48 ? W : 2 * W; }
+  static constexpr int lanes(int K) { return K < kWideRows ? W : 2 * W; }
 
   // Hands on what of d[0 .. n) its bucket wants (d <= its key's), as tag | place of the bucket << 16 | column; NaN is never
   // wanted, nor what lies beyond `ceiling`. n is a multiple of W. Returns how many.
   static int search(const T* t, const uint64_t* key, int K, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
     if (K < 16) return search_in<1, W>(t, key, K, ceiling, d, n, tag, queue);
     if (K < 32) return search_in<2, W>(t, key, K, ceiling, d, n, tag, queue);
-    if (K < 48) return search_in<3, W>(t, key, K, ceiling, d, n, tag, queue);
+    static_assert(kWideRows == 48, "R = 3 at most in rows of W");
+    if (K < kWideRows) return search_in<3, W>(t, key, K, ceiling, d, n, tag, queue);
     if (K < 64) return search_in<2, 2 * W>(t, key, K, ceiling, d, n, tag, queue);
     return search_in<0, 2 * W>(t, key, K, ceiling, d, n, tag, queue);
   }
