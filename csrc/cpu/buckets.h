@@ -12,7 +12,7 @@
 //   row 1   t1     t4   t7   t10          rank   R - 1 comparisons inside the lane
 //   row 2   t2     t5   t8   t11          keys   looked up beside each of them
 //
-// At K = 40 and L = 16 (R = 3) that is about 25 instructions for 16 distances, whatever they are: no branch depends on them.
+// At K = 40 and L = 16 (R = 3) that is about 40 instructions for 16 distances, whatever they are: no branch depends on them.
 #pragma once
 
 #include <cmath>

@@ -6,10 +6,10 @@
 // anchors of both blocks, 0.7 KB an anchor at K = 40. So the blocks form two groups for each thread, and groups meet as teams
 // do in a tournament (the circle method):
 //
-//     two threads, thread 0 first    round 0   (0, 3) (1, 2)       Within a round nobody touches another thread's groups.
-//     From
-//                                    round 1   (0, 2) (1, 3)       one to the next each of two threads keeps one group, and
-//                                    the round 2   (0, 1) (2, 3)       last one leaves it with its part of the rows.
+//               thread 0   thread 1
+//     round 0    (0, 3)     (1, 2)      Within a round nobody touches another thread's groups. From one to the next each of
+//     round 1    (0, 2)     (1, 3)      two threads keeps one group, and the last one leaves it with its part of the rows.
+//     round 2    (0, 1)     (2, 3)
 //
 // No barrier stands between rounds: a thread that runs ahead waits at a block's lock.
 #pragma once
