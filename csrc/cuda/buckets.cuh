@@ -44,16 +44,23 @@ __device__ __forceinline__ void store_base(const Problem<float>& p, int32_t a, c
   p.base[a] = base_of(p, __uint_as_float(last));
 }
 
-// By the whole grid; the last blocks have the least to do otherwise.
+// By the whole grid, kSide candidates a block; the last blocks have the least to do otherwise. So many threads share a
+// candidate:
 __device__ __forceinline__ void order_tiles(const Problem<float>& p) {
+  constexpr int kShares = kThreads / kSide;
   const int32_t* indices = sorted_index(p, p.candidates);
-  for (int64_t i = int64_t(grid_size() - 1 - block_index()) * kThreads + thread_index(); i < p.candidates.count;
-       i += int64_t(grid_size()) * kThreads) {
-    const int32_t c = static_cast<int32_t>(i), first = c / kSide * kSide, end = min(first + kSide, p.candidates.count);
-    const int32_t mine = indices[c];
+  const int32_t last = p.candidates.count - 1;
+  for (int64_t at = int64_t(grid_size() - 1 - block_index()) * kSide; at <= last; at += int64_t(grid_size()) * kSide) {
+    const int32_t first = static_cast<int32_t>(at), c = first + thread_index() / kShares, share = thread_index() % kShares;
+    const int32_t mine = indices[min(c, last)];
     int32_t rank = 0;
-#pragma unroll 8
-    for (int32_t other = first; other < end; ++other) count_if_less(rank, indices[other], mine);
+#pragma unroll 16  // loads in flight: this is the way of the last blocks to the barrier
+    for (int32_t i = share; i < kSide; i += kShares) {
+      const int32_t other = indices[min(first + i, last)];
+      count_if_less(rank, first + i <= last ? other : INT32_MAX, mine);
+    }
+    for (int step = 1; step < kShares; step *= 2) rank += __shfl_xor_sync(kWholeWarp, rank, step);
+    if (share != 0 || c > last) continue;
     p.tile_rank[c] = rank;
     p.tile_index[first + rank] = mine;
   }
@@ -187,27 +194,24 @@ __device__ __forceinline__ void store_buckets(const Problem<float>& p, const Pas
 #pragma unroll
   for (int i = 0; i < kEach; ++i) base[i] = ordered_bits(s.ranges->base[place + 32 * i + lane]);
   const uint32_t indices = shared_address(index);
-  const auto store = [&](auto merge) {
-    const Buckets* row = s.buckets + 1 + warp;
-    uint64_t* best = p.best + (first + lane - pass.begin) + int64_t(warp) * pass.width;
-    const int64_t step = int64_t(kWarps) * pass.width;
+  const bool is_first = s.cursor->is_first;  // then there is hardly anything to compare with
+  const Buckets* row = s.buckets + 1 + warp;
+  uint64_t* best = p.best + (first + lane - pass.begin) + int64_t(warp) * pass.width;
+  const int64_t step = int64_t(kWarps) * pass.width;
 #pragma unroll 1
-    for (int32_t r = warp; r < pass.buckets; r += kWarps, row += kWarps, best += step) {
-      uint32_t tag[kEach];
+  for (int32_t r = warp; r < pass.buckets; r += kWarps, row += kWarps, best += step) {
+    uint32_t tag[kEach];
+    uint64_t there[kEach];  // on their way together
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) tag[i] = row->least[place + 32 * i + lane];
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        merge(best + 32 * i, pack(base[i] + tag[i] / kRanks, *shared_words(indices + tag[i] % kRanks * 4)), tag[i]);
-      }
+    for (int i = 0; i < kEach; ++i) {
+      tag[i] = row->least[place + 32 * i + lane];
+      there[i] = !is_first && tag[i] < kNoTags ? load_relaxed(best + 32 * i) : kEmpty;
     }
-  };
-  if (s.cursor->is_first) {  // there is hardly anything to compare with
-    store([](uint64_t* there, uint64_t key, uint32_t tag) { atomic_min_if_less(there, key, tag, kNoTags); });
-  } else {
-    store([](uint64_t* there, uint64_t key, uint32_t tag) {
-      if (tag < kNoTags && key < load_relaxed(there)) atomic_min(there, key);
-    });
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const uint64_t key = pack(base[i] + tag[i] / kRanks, *shared_words(indices + tag[i] % kRanks * 4));
+      atomic_min_if_less(best + 32 * i, key, key < there[i] ? tag[i] : kNoTags, kNoTags);
+    }
   }
 }
 
@@ -298,17 +302,26 @@ __device__ __forceinline__ uint32_t offer_in_range(const Problem<float>& p, cons
       tag[j] = min(ordered_bits(d[j]) - base, kTagSteps) * kRanks + ranks[j / 4].element[j % 4];
       most = max(most, tag[j] ^ (kRanks - 1));
     }
+    if (is_first) {  // nearly everything is better than nothing: no look
 #pragma unroll
-    for (int j = 0; j < kSearches; ++j) {
-      uint32_t* least = shared_words(at[j] + least_behind);
-      // In a first tile nearly everything is better than nothing: no look, no branch.
-      if (is_first || tag[j] < load_relaxed(least)) atomicMin(least, tag[j]);
+      for (int j = 0; j < kSearches; ++j) atomicMin(shared_words(at[j] + least_behind), tag[j]);
+    } else {
+      uint32_t least[kSearches];
+#pragma unroll
+      for (int j = 0; j < kSearches; ++j) least[j] = load_relaxed(shared_words(at[j] + least_behind));
+#pragma unroll
+      for (int j = 0; j < kSearches; ++j) {
+        if (tag[j] < least[j]) atomicMin(shared_words(at[j] + least_behind), tag[j]);
+      }
     }
     if (most < kNoTags) {
       farthest = max(farthest, most);
       continue;
     }
-    const uint32_t far = load_relaxed(&s.ranges->far[place]);  // 0: no anchor of this pass
+    const int32_t buckets = s.ranges->last[place];
+    // 0: no anchor of this pass. Where a tag is in the last bucket, nothing beyond tags is wanted.
+    uint32_t far = load_relaxed(&s.ranges->far[place]);
+    if (far != 0 && load_relaxed(&s.buckets[buckets].least[place]) < kNoTags) far = ordered_bits(s.ranges->base[place]);
     uint32_t beyond = 0;  // those that no tag holds
 #pragma unroll
     for (int j = 0; j < kSearches; ++j) {
@@ -316,7 +329,6 @@ __device__ __forceinline__ uint32_t offer_in_range(const Problem<float>& p, cons
       else if (ordered_bits(d[j]) <= far) beyond |= 1u << j;
     }
     if (beyond == 0) continue;
-    const int32_t buckets = s.ranges->last[place];
 #pragma unroll 1
     while (beyond != 0) {
       const int j = __ffs(static_cast<int>(beyond)) - 1;

@@ -62,13 +62,16 @@ struct SweepShared {
   int32_t* active;  // [shared_slots][kSide] the histogram; read from `item`
 };
 
+// Of a tile's memory: what is left holds thresholds and histograms.
+__host__ __device__ constexpr RingLayout narrow_ring() { return {1, kStages, false, 0}; }
+
 template <class Acc>
 __host__ __device__ SweepShared<Acc> carve_sweep(Carver& carver, int32_t slots) {
   constexpr int64_t kPartElements = int64_t(kSide) * (kPart<Acc> + 1), kSums = kWarpsPerSide * kSide;
   static_assert((kPartElements + 3 * kSums + kDepth<Acc> * kSlice<Acc>)*sizeof(Acc) <=
                 int64_t(kStages) * 2 * kSide * kStageBytes);
   SweepShared<Acc> s;
-  s.tile = carve_tile<Acc, false>(carver, 0);
+  s.tile = carve_tile<Acc, false>(carver, narrow_ring());
   s.total = s.tile.part + kPartElements;
   s.loss = s.total + kSums;
   s.d2_an = s.loss + kSums;
@@ -475,10 +478,9 @@ __device__ __forceinline__ void sweep_every(const DenseProblem<Acc>& p, const De
       if (thread_index() == 0) next_tile_of(pass, *s.item, *s.tile.cursor);
       __syncthreads();  // the cursor stands
       if (s.tile.cursor->row < 0) break;
-      address_tile(p.side[s.item->side], s.tile);
-      open_tile(p.side[s.item->side], pass, s.tile);
+      open_tile(p.side[s.item->side], narrow_ring(), pass.max_exponent, s.tile);
       compute_tile<M>(
-          p.side[s.item->side], s.tile,
+          p.side[s.item->side], narrow_ring(), s.tile,
           [&](int part) {
             find_near(p, pass, s, part);
             weigh_part(p, pass, s, part);

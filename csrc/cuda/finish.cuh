@@ -395,9 +395,11 @@ struct FewPairs {
   }
 };
 
-// The grid arrives before it: facts of the first anchor are on their way while it waits for best and farthest.
-template <class In, class Acc>
-__device__ Counted<Acc> finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* ticket, FinishShared& totals) {
+// The grid arrives before it: facts of the first anchor are on their way while it waits for best and farthest. Calls meanwhile()
+// once, behind the loads of these.
+template <class In, class Acc, class Meanwhile>
+__device__ __forceinline__ Counted<Acc> finish(const Problem<Acc>& p, const Pass& pass, const uint32_t* ticket,
+                                               FinishShared& totals, Meanwhile meanwhile) {
   const int warp = thread_index() / 32, lane = thread_index() % 32, group = lane / kGroupLanes;
   if (thread_index() == 0) totals = FinishShared{};
   const int32_t first = pass.begin + block_index() * kWarps + warp;
@@ -412,7 +414,10 @@ __device__ Counted<Acc> finish(const Problem<Acc>& p, const Pass& pass, const ui
 #pragma unroll 1
       for (;; a += grid_size() * kWarps) {
         const FewPairs few(p, pass, min(a, pass.end - 1));
-        if (is_waiting) grid_wait(ticket);  // best and farthest
+        if (is_waiting) {
+          meanwhile();
+          grid_wait(ticket);  // best and farthest
+        }
         is_waiting = false;
         if (a >= pass.end || !few.finish(p, pass, a, counted)) break;  // from here on the warp's anchors are any anchors
         if (a + grid_size() * kWarps >= pass.end) return counted;
@@ -421,6 +426,7 @@ __device__ Counted<Acc> finish(const Problem<Acc>& p, const Pass& pass, const ui
   } else {
     is_loaded = a < pass.end;
     if (is_loaded) anchor = Anchor<Acc>(p, pass, a);
+    meanwhile();
     grid_wait(ticket);  // best and farthest
   }
   const bool has_stats = p.stat_counts != nullptr;

@@ -16,7 +16,8 @@ constexpr int kWarps = kWarpsPerSide * kWarpsPerSide;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kSide = 32 * kWarpsPerSide;
 constexpr int kStageBytes = 64;   // of every row, per stage of the copy ring: 16 split floats, 32 halves or 8 doubles
-constexpr int kStages = 3;        // of the ring
+constexpr int kStages = 3;        // of the ring, at least (RingLayout)
+constexpr int kMostStages = 8;    // of rows that stand in the ring whole
 constexpr int kStrip = 16;        // anchors whose positives a block finds together: the height of an mma
 constexpr int kRowsPerBlock = 8;  // a grid has at most a block per so many rows
 #ifndef FACENET_EXT_SORT_CHUNK
@@ -109,6 +110,15 @@ struct Counters {
   int32_t list_overflows;  // of this pass: there is such a list
 };
 
+// How a tile's memory is shared out. Stages come in groups with a barrier each, so that warps drift apart within one and the
+// products of one warp hide the loads of another; two groups are on their way while one is multiplied.
+struct RingLayout {
+  int32_t group, stages;  // stages of a group; of the ring, three groups or whole rows
+  bool apart;  // distances stand beside the ring: the next tile is on its way while they are searched
+  int32_t slots;  // an anchor's buckets that fit in beside it; -1: none but in global memory, where any layout serves
+};
+constexpr int kLayouts = 5;
+
 template <class Acc>
 struct Problem {
   Rows<Acc> anchors, candidates;  // the same if plain
@@ -130,7 +140,7 @@ struct Problem {
   int32_t rows_per_block;  // that a block prepares, of both sets
   bool has_table;  // of labels, in shared memory: prepare.cuh
   int32_t merges;  // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
-  int32_t shared_slots;  // an anchor's buckets that fit in shared memory
+  RingLayout layouts[kLayouts];  // of a tile's memory, the best one first
   int32_t rows_under_tile;  // of a slice: those behind stand where a tile needs no memory
   int32_t slice_helpers;  // warps of a block for which a group has no rows, and which have memory to help others
   int32_t slice_lanes;  // of 16 bytes, that a slice of a row takes; 0: the gradient is not gathered from slices (slices.cuh)
@@ -248,6 +258,7 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.margin = static_cast<Acc>(args.margin);
   const int64_t longest = args.num_anchors > args.num_candidates ? args.num_anchors : args.num_candidates;
   p.has_table = false;  // choose_table()
+  for (RingLayout& layout : p.layouts) layout = {1, kStages, false, 0};
   p.rows_per_block = p.slice_lanes = p.group_rows = p.slice_items = p.slice_helpers = p.rows_under_tile = 0;  // share_rows(),
   p.slices = p.slice_rows = 1;  // choose_slice()
   p.slices_reciprocal = 1u << 31;
@@ -265,7 +276,7 @@ void lay_out_rows(Carver& carver, const Problem<Acc>& p, Rows<Acc>& rows, const 
   rows.count = static_cast<int32_t>(count);
   for (int buffer = 0; buffer < 2; ++buffer) {
     rows.sorted_label[buffer] = carver.take<int64_t>(count);
-    rows.sorted_index[buffer] = carver.take<int32_t>(count);
+    rows.sorted_index[buffer] = carver.take<int32_t>(divide_up(count, 4) * 4);
   }
   rows.position = carver.take<int32_t>(count);
   rows.mate_begin = carver.take<int32_t>(count);
@@ -419,6 +430,7 @@ struct alignas(16) Pass {
   int32_t max_exponent;
   float max_norm;  // of any row, in units of 4^max_exponent
   bool in_shared;  // buckets fit in shared memory while a tile is swept
+  int32_t layout;  // of the tile's memory
   bool by_fours;  // and `width` is a multiple of 4 that holds all anchors: thresholds are loaded by fours
   bool sliced;  // the gradient is gathered from slices (slices.cuh): one pass, whose entries stand side by side
   __device__ __forceinline__ bool has(int32_t a) const { return a >= begin && a < end; }
@@ -477,9 +489,14 @@ __device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, int32_t max_po
             1 << (32 - __clz(buckets / 5)),
             0,
             0,
-            buckets <= p.shared_slots && !draws(p),
+            false,
+            0,
             false,
             false};
+  const int32_t shared = draws(p) ? 0 : buckets;
+  while (pass.layout < kLayouts - 1 && p.layouts[pass.layout].slots < shared) ++pass.layout;
+  pass.in_shared = !draws(p) && buckets <= p.layouts[pass.layout].slots;
+  if (!pass.in_shared) pass.layout = 0;
   pass.advance(p.anchors.count);
   const int32_t fours = (p.anchors.count + 3) / 4 * 4;
   pass.by_fours = pass.in_shared && pass.is_last(p.anchors.count) && int64_t(fours) * stride <= p.slots;

@@ -15,21 +15,6 @@ namespace facenet_ext::cuda {
 
 // ---- phase 2 --------------------------------------------------------------------------------------------------------
 
-constexpr int32_t kShortStride = 64;  // two positives a lane
-
-template <class Acc>
-struct StripShared {
-  Edge<Acc> row, column;
-  alignas(16) Acc d2_ap[kStrip][kShortStride];  // where no anchor has more positives, and none that a block sorts
-};
-// In the ring: of floats, in the stage of it that send_tile() does not send for.
-template <class Acc>
-__device__ __forceinline__ StripShared<Acc>& strip_in(const TileShared<Acc>& tile) {
-  constexpr int32_t kFrom = sizeof(Acc) == 4 ? (kStages - 1) * kStageStep : 0;
-  static_assert(kFrom + int32_t(sizeof(StripShared<Acc>)) <= kStages * kStageStep);
-  return *reinterpret_cast<StripShared<Acc>*>(tile.ring + kFrom);
-}
-
 // By one warp: ascending thresholds, and how many of them are not farther than each positive.
 template <class Acc>
 __device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t positives,
@@ -135,15 +120,15 @@ __device__ void drop_pairs(const Problem<Acc>& p, const Pass& pass, const Edge<A
   }
 }
 
-// Rows of the first strip of all are on their way before the pass is known, and stand in shared memory when it begins. By the
-// first warp, as long as it has kStrip lanes.
+// Rows of the first strip of all are on their way before the pass is known, and stand in shared memory when it begins. By one
+// warp, as long as it has kStrip lanes.
 template <class Acc>
 __device__ __forceinline__ EdgeRow<Acc> load_first_row(const Problem<Acc>& p) {
-  return {p, p.anchors, block_index() * kStrip + min(thread_index(), kStrip), true};
+  return {p, p.anchors, block_index() * kStrip + min(thread_index() % 32, kStrip), true};
 }
 template <class Acc>
 __device__ __forceinline__ void store_first_row(const EdgeRow<Acc>& row, int32_t max_exponent, const TileShared<Acc>& tile) {
-  if (thread_index() < kStrip) row.store(max_exponent, strip_in(tile).row, thread_index());
+  if (thread_index() % 32 < kStrip) row.store(max_exponent, tile.strip->row, thread_index() % 32);
 }
 
 // Empties the buckets of all strips that are this block's, where they will be swept in shared memory, which those of doubles are
@@ -169,7 +154,7 @@ __device__ __forceinline__ void empty_buckets(const Problem<Acc>& p, const Pass&
 // sorts what it has found itself: a warp an anchor, or the block where there are more than kWarpSort.
 template <Math M, class Acc>
 __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& tile) {
-  StripShared<Acc>& s = strip_in(tile);
+  StripShared<Acc>& s = *tile.strip;
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
   const bool is_short = pass.stride <= min(kShortStride, kWarpSort);
   if (block_index() == 0 && thread == 0) p.counters->list_end = p.counters->list_overflows = 0;
@@ -519,9 +504,9 @@ __device__ __forceinline__ auto with_side(const Problem<Acc>& p, const TileShare
 }
 
 template <class Acc>
-__device__ __forceinline__ TileShared<Acc> lay_out_tile(const Problem<Acc>& p, uint8_t* shared_memory) {
+__device__ __forceinline__ TileShared<Acc> lay_out_tile(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
-  return carve_tile<Acc, sizeof(Acc) == 4>(carver, p.shared_slots);
+  return carve_tile<Acc, sizeof(Acc) == 4>(carver, p.layouts[pass.layout]);
 }
 
 // The first tile of a sweep, so far as it does not depend on what other blocks prepare. Behind a barrier.
@@ -535,7 +520,6 @@ __device__ __forceinline__ void begin_sweep(const Problem<Acc>& p, const Pass& p
     if (pass.in_shared) clear_beyond(pass, s.buckets);
   }
   __syncthreads();  // the cursor stands
-  if (s.cursor->row >= 0) address_tile(p, s);
 }
 
 // All tiles of the pass that are this block's, from the cursor's on, which is open. grid_arrive() stands behind phase 2: its
@@ -564,8 +548,12 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
 #pragma unroll 1
   while (s.cursor->row >= 0) {
     if (!is_waiting()) load_all();
+    if (thread_index() == 0) {
+      s.cursor[1] = *s.cursor;
+      next_tile(p, pass, s.cursor[1]);  // read behind the products' barriers
+    }
     compute_tile<M, kPartPitch<Acc>>(
-        p, s,
+        p, p.layouts[pass.layout], s,
         [&](int part) {
           if (part == 0 && is_waiting()) {
             grid_wait(ticket);  // thresholds, empty buckets, the order of the tiles' rows
@@ -592,13 +580,18 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
               store_buckets<kSide>(p, pass, s, s.order[1].index, s.cursor->row, 0);
             }
           }
+        },
+        [&] {
+          if (!p.layouts[pass.layout].apart || s.cursor[1].row < 0) return;
+          address_tile(p, s, s.cursor[1]);
+          send_tile(p, p.layouts[pass.layout], s);
         });
     __syncthreads();  // the tile is done with the ring, the edges, the buckets and the cursor
-    if (thread_index() == 0) next_tile(p, pass, *s.cursor);
+    if (thread_index() == 0) *s.cursor = s.cursor[1];
     __syncthreads();  // the cursor stands
     if (s.cursor->row < 0) break;
-    address_tile(p, s);
-    open_tile(p, pass, s);
+    if (p.layouts[pass.layout].apart) load_edges(p, pass.max_exponent, s);
+    else open_tile(p, p.layouts[pass.layout], pass.max_exponent, s);
   }
   if (is_waiting()) grid_wait(ticket);  // no tile at all
 }

@@ -188,71 +188,75 @@ __device__ __forceinline__ void add_row(uint32_t row, float coefficient, const F
   for (int k = 0; k < 4; ++k) sum.element[k] = fmaf(coefficient, x.element[k] - other.element[k], sum.element[k]);
 }
 
-// Loads kCount vectors that stand four vectors apart, the first `count` of them; the others are 0.
-template <int kCount, class T>
-__device__ __forceinline__ void load_fourth(const T* from, int32_t count, T (&to)[kCount]) {
-  if (count >= kCount) {  // without a question for each
+// Loads kCount vectors of 16 bytes that stand four vectors apart, of which there are `count`; in place of others the last one,
+// which is in front of `from` where the count is not positive.
+template <int kCount>
+__device__ __forceinline__ void load_fourth(const uint4* from, int32_t count, uint4 (&to)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i] = from[4 * i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      to[i] = T{};
-      if (i < count) to[i] = from[4 * i];
-    }
-  }
+  for (int i = 0; i < kCount; ++i) to[i] = from[4 * min(i, count - 1)];
 }
 
-// sum += coefficient * (x - row) over `count` entries, in pairs that stand four pairs apart. `slice`: in shared memory, this
-// lane's part of row 0. An entry of coefficient 0 may name any row: no difference of rows overflows. kSome: few may have
-// another one; late in training most pairs have no term.
+// Partners on their way while those before them are added. They are few: where there is none, any row is read.
+using Partners = uint4[kInFlight / 2];
+
+// sum += coefficient * (x - row) over `count` entries, in pairs that stand four pairs apart; next: the first of them. `slice`: in
+// shared memory, this lane's part of row 0. An entry of coefficient 0 may name any row: no difference of rows overflows. kSome:
+// few may have another one; late in training most pairs have no term.
 template <int kLanes, bool kSome>
-__device__ __forceinline__ void add_list(uint32_t slice, const Entry<float>* list, int32_t count, const Four& x, Four& sum) {
-  using Pair = Vector<Entry<float>, 2>;
-  const Pair* pairs = reinterpret_cast<const Pair*>(list);
+__device__ __forceinline__ void add_list(uint32_t slice, const uint4* pairs, int32_t count, Partners& next, const Four& x,
+                                         Four& sum) {
+  constexpr int kPairs = kInFlight / 2;
 #pragma unroll 1
-  for (int32_t left = (count + 1) / 2; left > 0; left -= kInFlight / 2) {
-    Pair pair[kInFlight / 2];
-    load_fourth(pairs, left, pair);
-    pairs += 4 * (kInFlight / 2);
-    if constexpr (kSome) {
-      uint32_t any = 0;
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) any |= ordered_bits(pair[i / 2].element[i % 2].coefficient);
-      if (any == 0) continue;
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const Entry<float>& entry = pair[i / 2].element[i % 2];
-      add_row(slice + static_cast<uint32_t>(entry.row) * (16 * kLanes), entry.coefficient, x, sum);
-    }
-  }
-}
-
-// The same over the row's class.
-template <int kLanes>
-__device__ __forceinline__ void add_mates(uint32_t slice, const float* weights, const int32_t* mates, int32_t size, int32_t own,
-                                          const Four& x, Four& sum) {
-  using Index = Vector<int32_t, 4>;
-#pragma unroll 1
-  for (int32_t left = size; left > 0; left -= kMatesInFlight, weights += 4 * kMatesInFlight, mates += kMatesInFlight) {
-    Four weight[kMatesInFlight / 4];
-    Index mate[kMatesInFlight / 4];
-    load_fourth(reinterpret_cast<const Four*>(weights), (left + 3) >> 2, weight);
-    if (left >= kMatesInFlight) {
-#pragma unroll
-      for (int i = 0; i < kMatesInFlight / 4; ++i) mate[i] = reinterpret_cast<const Index*>(mates)[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kMatesInFlight; ++i) mate[i / 4].element[i % 4] = i < left ? mates[i] : own;
-    }
+  for (int32_t left = (count + 1) / 2; left > 0; left -= kPairs) {
+    uint4 pair[kPairs];
     uint32_t any = 0;
 #pragma unroll
-    for (int i = 0; i < kMatesInFlight; ++i) any |= ordered_bits(weight[i / 4].element[i % 4]);
-    if (any == 0) continue;
+    for (int i = 0; i < kPairs; ++i) {
+      pair[i] = next[i];
+      if (i >= left) pair[i].y = pair[i].w = 0;
+      any |= pair[i].y | pair[i].w;
+    }
+    pairs += 4 * kPairs;
+    load_fourth(pairs, left - kPairs, next);
+    if (kSome && any == 0) continue;
 #pragma unroll
-    for (int i = 0; i < kMatesInFlight; ++i) {
-      add_row(slice + static_cast<uint32_t>(mate[i / 4].element[i % 4]) * (16 * kLanes), weight[i / 4].element[i % 4], x, sum);
+    for (int i = 0; i < kPairs; ++i) {
+      add_row(slice + pair[i].x * (16 * kLanes), __uint_as_float(pair[i].y), x, sum);
+      add_row(slice + pair[i].z * (16 * kLanes), __uint_as_float(pair[i].w), x, sum);
+    }
+  }
+}
+__device__ __forceinline__ void load_list(const uint4* pairs, int32_t count, Partners& next) {
+  if (count > 0) load_fourth(pairs, (count + 1) / 2, next);
+}
+
+// The same over the row's class: weights by fours that stand four fours apart, and indices.
+struct MatesAhead {
+  uint4 weight[kMatesInFlight / 4], mate[kMatesInFlight / 4];
+  __device__ __forceinline__ void load(const uint4* weights, const uint4* mates, int32_t fours) {
+    load_fourth(weights, fours, weight);
+#pragma unroll
+    for (int i = 0; i < kMatesInFlight / 4; ++i) mate[i] = mates[min(i, fours - 1)];
+  }
+};
+template <int kLanes>
+__device__ __forceinline__ void add_mates(uint32_t slice, const uint4* weights, const uint4* mates, int32_t size,
+                                          MatesAhead& next, const Four& x, Four& sum) {
+  constexpr int kFours = kMatesInFlight / 4;
+#pragma unroll 1
+  for (int32_t left = (size + 3) / 4; left > 0; left -= kFours) {
+    const MatesAhead now = next;
+    weights += 4 * kFours;
+    mates += kFours;
+    next.load(weights, mates, left - kFours);
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
+      const uint4 w = now.weight[i], m = now.mate[i];
+      if (i >= left || (w.x | w.y | w.z | w.w) == 0) continue;
+      add_row(slice + m.x * (16 * kLanes), __uint_as_float(w.x), x, sum);
+      add_row(slice + m.y * (16 * kLanes), __uint_as_float(w.y), x, sum);
+      add_row(slice + m.z * (16 * kLanes), __uint_as_float(w.z), x, sum);
+      add_row(slice + m.w * (16 * kLanes), __uint_as_float(w.w), x, sum);
     }
   }
 }
@@ -320,21 +324,29 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
       if (item != block_index() || top != here.row) row = GatherRow(p, position, end);
       const int32_t index = row.index, begin = row.begin, mates_end = row.end;
       const int32_t length = has ? p.times_chosen[index] : 0;
+      const int32_t positives = helps ? 0 : count_positives(p, begin, mates_end);
+      const auto* entries = reinterpret_cast<const uint4*>(p.entry + side_by_side<2>(position, pass.entry_places(), 0));
+      Partners partners;
+      load_list(entries, positives, partners);
       const Four x = *reinterpret_cast<const Four*>(shared_words(slice + static_cast<uint32_t>(index) * (16 * kLanes)));
       Four negatives{}, sum{};
-      const int32_t positives = helps ? 0 : count_positives(p, begin, mates_end);
-      add_list<kLanes, true>(slice, p.entry + side_by_side<2>(position, pass.entry_places(), 0), positives, x, negatives);
+      add_list<kLanes, true>(slice, entries, positives, partners, x, negatives);
       if (is_waiting) {
         grid_wait(ticket);  // 5a of all blocks
         count = divisor_count(p);  // on its way to the end
         is_waiting = false;
       }
       const Mates mates(p, begin, mates_end);
-      add_mates<kLanes>(slice, p.threshold + side_by_side<4>(position, pass.weight_places(), 0),
-                        sorted_index(p, rows) + mates.from, is_helped ? 0 : mates.size, index, x, sum);
+      const auto* weights = reinterpret_cast<const uint4*>(p.threshold + side_by_side<4>(position, pass.weight_places(), 0));
+      const auto* mate = reinterpret_cast<const uint4*>(sorted_index(p, rows) + mates.from);
+      const auto* list = reinterpret_cast<const uint4*>(chosen(p) + side_by_side<2>(position, p.list_places, 0));
+      const int32_t size = is_helped ? 0 : mates.size;
+      MatesAhead of_class;
+      if (size > 0) of_class.load(weights, mate, (size + 3) / 4);
+      load_list(list, helps ? 0 : length, partners);
+      add_mates<kLanes>(slice, weights, mate, size, of_class, x, sum);
       if (helps) s.of_mates[(warp - busy) * 32 + lane] = sum;
-      add_list<kLanes, false>(slice, chosen(p) + side_by_side<2>(position, p.list_places, 0), helps ? 0 : length, x,
-                              negatives);
+      add_list<kLanes, false>(slice, list, helps ? 0 : length, partners, x, negatives);
       if (turn.helpers > 0) {
         __syncthreads();  // the helpers' sums
         if (is_helped) sum = s.of_mates[warp * 32 + lane];

@@ -2,7 +2,7 @@
 //
 //            columns: 32 per warp                    A warp (m, n) owns 32 x 32 products, all of them in registers.
 //          n = 0     1     2     3                   The rows stream through shared memory in stages of 64 bytes per row
-//        +-----+-----+-----+-----+                   (16 KB for both operands), kStages deep, copied asynchronously.
+//        +-----+-----+-----+-----+                   (16 KB for both operands), copied asynchronously (RingLayout).
 //  m = 0 |w 0  |w 1  |w 2  |w 3  |  32 rows          At the end the distances go to shared memory, part by part
 //        +-----+-----+-----+-----+                   (kPart columns of all rows), where any thread may walk along a row or
 //      1 |w 4  |     |     |     |                   down a column: the fragment layout of the products suits neither.
@@ -40,6 +40,16 @@ struct Edge {
   int32_t own[kSide];         // the row's own position among the candidates, or -1
 };
 
+constexpr int32_t kShortStride = 64;  // two positives a lane
+
+// Phase 2 (select.cuh): some anchors, columns that may be their positives, and distances, where no anchor has more positives,
+// and none that a block sorts.
+template <class Acc>
+struct StripShared {
+  Edge<Acc> row, column;
+  alignas(16) Acc d2_ap[kStrip][kShortStride];
+};
+
 constexpr int kNotOffered = -1;  // stands for the distance of a pair that is no anchor with its negative
 
 // Where a block stands among its tiles. One thread moves it; the others read it, so that no register holds it meanwhile.
@@ -61,7 +71,7 @@ constexpr int kBucketPitch = kSide + kPart<float>;
 constexpr int kMaxSharedSlots = 63;  // thresholds that six steps of a search tell apart
 constexpr int kBeyond = 8;           // rows of infinite thresholds that a search may look at
 
-struct Buckets {  // row r of [shared_slots + 1 + kBeyond]
+struct Buckets {  // row r of [RingLayout::slots + 1 + kBeyond]
   float threshold[kBucketPitch];  // number r - 1; infinite where there is no positive. Of row 0: nobody reads it
   uint32_t least[kBucketPitch];   // the least tag in bucket r. Of row 0: what serves no positive
 };
@@ -79,34 +89,45 @@ struct Order {  // of the tile's candidates by index
 constexpr int kPieces = 2 * kSide * (kStageBytes / 16) / kThreads;  // of 16 bytes, that a thread copies per stage
 static_assert(kPieces % 2 == 0, "as many of rows as of columns, whatever the thread");
 
+constexpr int32_t kStageStep = 2 * kSide * kStageBytes;  // bytes of the ring
+
 template <class Acc>
 struct TileShared {
-  Cursor* cursor;
+  Cursor* cursor;  // [2] this tile, the next one
   Edge<Acc>* row;
   Edge<Acc>* column;
   uint32_t*
       from;  // [kPieces][kThreads] where a thread's pieces begin in the operands, in units of 16 bytes
-  uint8_t* ring;  // [kStages][2 kSide][kStageBytes]
-  Acc* part;  // [kSide][kPartPitch], in the ring's memory: the ring is empty when a part is written
-  Buckets* buckets;  // [shared_slots + 1 + kBeyond], or none
+  uint8_t* ring;  // [stages][2 kSide][kStageBytes]
+  Acc* part;  // [kSide][kPartPitch], in the ring's memory, which is empty when a part is written, or beside it (RingLayout)
+  StripShared<Acc>* strip;  // where nothing is sent to before phase 2 ends
+  Buckets* buckets;  // [RingLayout::slots + 1 + kBeyond], or none
   Ranges* ranges;
   Order* order;  // of rows and of columns
 };
 
 template <class Acc, bool kBuckets>
-__host__ __device__ TileShared<Acc> carve_tile(Carver& carver, int32_t shared_slots) {
-  constexpr int64_t kRing = int64_t(kStages) * 2 * kSide * kStageBytes;
+__host__ __device__ TileShared<Acc> carve_tile(Carver& carver, const RingLayout& layout) {
+  const int64_t ring = int64_t(layout.stages) * 2 * kSide * kStageBytes;
   constexpr int64_t kPartBytes = int64_t(kSide) * kPartPitch<Acc> * sizeof(Acc);
   TileShared<Acc> s;
-  s.cursor = carver.take<Cursor>(1);
+  s.cursor = carver.take<Cursor>(2);
   s.row = carver.take<Edge<Acc>>(1);
   s.column = carver.take<Edge<Acc>>(1);
   s.from = carver.take<uint32_t>(kPieces * kThreads);
-  s.ring = carver.take<uint8_t>(kRing > kPartBytes ? kRing : kPartBytes);
-  s.part = reinterpret_cast<Acc*>(s.ring);
+  int64_t memory = ring > kPartBytes || layout.apart ? ring : kPartBytes;
+  if (sizeof(Acc) == 8 && memory < kStages * int64_t(kStageStep)) memory = kStages * int64_t(kStageStep);  // for the strip
+  s.ring = carver.take<uint8_t>(memory);
   s.ranges = carver.take<Ranges>(kBuckets ? 1 : 0);
   s.order = carver.take<Order>(kBuckets ? 2 : 0);
-  s.buckets = carver.take<Buckets>(kBuckets && shared_slots > 0 ? shared_slots + 1 + kBeyond : 0);
+  s.part = reinterpret_cast<Acc*>(s.ring);
+  if (layout.apart) s.part = carver.take<Acc>(int64_t(kSide) * kPartPitch<Acc>);
+  static_assert(sizeof(StripShared<float>) <= kStageStep && sizeof(StripShared<double>) <= kStages * kStageStep);
+  if (sizeof(Acc) == 8) s.strip = reinterpret_cast<StripShared<Acc>*>(s.ring);  // whose tiles are sent for behind it
+  else if (layout.stages == 3 * layout.group) s.strip = reinterpret_cast<StripShared<Acc>*>(s.ring + (layout.stages - 1) * kStageStep);
+  else if (layout.apart) s.strip = reinterpret_cast<StripShared<Acc>*>(s.part);
+  else s.strip = carver.take<StripShared<Acc>>(kBuckets ? 1 : 0);
+  s.buckets = carver.take<Buckets>(kBuckets && layout.slots > 0 ? layout.slots + 1 + kBeyond : 0);
   return s;
 }
 
@@ -264,17 +285,15 @@ struct Products<Math::simt32> : CoreProducts<float> {};
 template <>
 struct Products<Math::simt64> : CoreProducts<double> {};
 
-constexpr int32_t kStageStep = 2 * kSide * kStageBytes;  // bytes of the ring
-
-// Where this thread's pieces of the cursor's tile begin: 16 bytes of a row (the first half of its pieces) or of a column in
+// Where this thread's pieces of a tile begin: 16 bytes of a row (the first half of its pieces) or of a column in
 // every stage.
 template <class Acc>
-__device__ __forceinline__ void address_tile(const Problem<Acc>& p, const TileShared<Acc>& s) {
+__device__ __forceinline__ void address_tile(const Problem<Acc>& p, const TileShared<Acc>& s, const Cursor& cursor) {
   const int thread = thread_index();
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
     const int piece = i * kThreads + thread, row = piece / (kStageBytes / 16);
-    const int32_t position = i < kPieces / 2 ? s.cursor->row + row : s.cursor->column + row - kSide;
+    const int32_t position = i < kPieces / 2 ? cursor.row + row : cursor.column + row - kSide;
     const int32_t last = (i < kPieces / 2 ? p.anchors.count : p.candidates.count) - 1;
     s.from[i * kThreads + thread] =
         static_cast<uint32_t>(min(position, last)) * static_cast<uint32_t>(p.pitch / 16) + piece % (kStageBytes / 16);
@@ -299,48 +318,64 @@ struct Pieces {
     }
   }
 };
-// Sends for all stages that the ring holds but one.
+// Sends for the first two groups of stages.
 template <class Acc>
-__device__ __forceinline__ void send_tile(const Problem<Acc>& p, const TileShared<Acc>& s) {
+__device__ __forceinline__ void send_tile(const Problem<Acc>& p, const RingLayout& layout, const TileShared<Acc>& s) {
   const Pieces pieces(s);
+  const int32_t group = layout.group * kStageBytes;
 #pragma unroll 1
-  for (int32_t stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < p.pitch / kStageBytes) pieces.copy_stage(p, s, stage * kStageStep, stage * kStageBytes);
-    cp_async_commit();  // also when empty: the count of groups then does not depend on the stage
+  for (int32_t begin = 0; begin < 2 * group; begin += group) {
+#pragma unroll 1
+    for (int32_t k = begin; k < min(begin + group, p.pitch); k += kStageBytes) {
+      pieces.copy_stage(p, s, k * (kStageStep / kStageBytes), k);
+    }
+    cp_async_commit();  // also when empty: the count of groups then does not depend on the length of rows
   }
 }
-// All that compute_tile() expects behind address_tile().
 template <class Acc>
-__device__ __forceinline__ void open_tile(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s) {
-  send_tile(p, s);
-  if (thread_index() < 2 * kSide) store_edge_of_tile(load_edge_of_tile(p, s), pass.max_exponent, s);
+__device__ __forceinline__ void load_edges(const Problem<Acc>& p, int32_t max_exponent, const TileShared<Acc>& s) {
+  if (thread_index() < 2 * kSide) store_edge_of_tile(load_edge_of_tile(p, s), max_exponent, s);
+}
+// All that compute_tile() expects.
+template <class Acc>
+__device__ __forceinline__ void open_tile(const Problem<Acc>& p, const RingLayout& layout, int32_t max_exponent,
+                                          const TileShared<Acc>& s) {
+  address_tile(p, s, *s.cursor);
+  send_tile(p, layout, s);
+  load_edges(p, max_exponent, s);
 }
 
 // Computes the cursor's tile, which is open, and calls body(part) for each part in s.part, between barriers: body may read
 // s.part, the edges and the cursor freely and must not wait for anything but this block. Distances inside a class and beyond
-// the edges become kNotOffered; few tiles have any. kPitch: of a row of the part.
-template <Math M, int kPitch = kPart<typename MathTraits<M>::Acc> + 1, class Acc, class Body>
-__device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const TileShared<Acc>& s, Body body) {
+// the edges become kNotOffered; few tiles have any. kPitch: of a row of the part. is_free(): the ring has been read, and may be
+// sent for where the part stands beside it.
+template <Math M, int kPitch = kPart<typename MathTraits<M>::Acc> + 1, class Acc, class Body, class Free = Nothing>
+__device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const RingLayout& layout, const TileShared<Acc>& s, Body body,
+                                             Free is_free = {}) {
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
-  const int32_t stages = p.pitch / kStageBytes;
-
   const Pieces pieces(s);  // in registers: shared memory has all that it can do with the stages
   Products<M> products;
   products.clear();
-  int32_t at = 0;  // of `stage` in the ring
+  int32_t at = 0, next = 0;  // the stage in the ring; the byte of the rows where the next group begins
 #pragma unroll 1  // unrolled, it would not fit in 128 registers
-  for (int32_t left = stages; left > 0; --left) {
-    cp_async_wait<kStages - 2>();  // this thread's pieces of the stage have landed
-    __syncthreads();  // everybody's have, and everybody is done with the stage that is overwritten next
-    if (left >= kStages) {
-      const int32_t to = at == 0 ? (kStages - 1) * kStageStep : at - kStageStep;
-      pieces.copy_stage(p, s, to, p.pitch - (left - kStages + 1) * kStageBytes);
+  for (int32_t k = 0; k < p.pitch; k += kStageBytes) {
+    if (k == next) {
+      const int32_t group = layout.group, end = layout.stages * kStageStep;
+      cp_async_wait<1>();  // this thread's pieces of the group have landed
+      __syncthreads();  // everybody's have, and everybody is done with the group that is overwritten next
+      next += group * kStageBytes;
+      int32_t to = at + 2 * group * kStageStep;
+#pragma unroll 1
+      for (int32_t sent = next + group * kStageBytes; sent < min(next + 2 * group * kStageBytes, p.pitch); sent += kStageBytes) {
+        pieces.copy_stage(p, s, to >= end ? to - end : to, sent);
+        to += kStageStep;
+      }
+      cp_async_commit();
     }
-    cp_async_commit();
     const uint8_t* ring = s.ring + at;
     products.add_stage(ring + 32 * (warp / kWarpsPerSide) * kStageBytes,
                        ring + (kSide + 32 * (warp % kWarpsPerSide)) * kStageBytes, lane);
-    at = at == (kStages - 1) * kStageStep ? 0 : at + kStageStep;
+    at = at + kStageStep == layout.stages * kStageStep ? 0 : at + kStageStep;
   }
   cp_async_wait<0>();
 
@@ -376,6 +411,7 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const TileSh
     }
     cp_async_wait<0>();  // what body() has sent for while it had the part before
     __syncthreads();  // the part is complete
+    if (part == 0) is_free();
     body(part);
   }
 }

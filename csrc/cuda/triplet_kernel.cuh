@@ -29,7 +29,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
   const LabelTable* labels = prepare<M, In>(p, scratch);
   grid_arrive(&block.ticket);  // positions, classes and operands of all rows
   clear_counters(p);
-  TileShared<Acc> tile = lay_out_tile(p, scratch);
+  TileShared<Acc> tile;
   // A block that has counted all labels knows the first pass and its own first tile while it waits for the others.
   const bool is_counted = kHasTable<M> && labels != nullptr;
   if (is_counted) {
@@ -38,6 +38,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
       if (thread_index() == 0) pass = first_pass(p, most);
     }
     __syncthreads();  // the pass stands, the labels have been read
+    tile = lay_out_tile(p, pass, scratch);
     begin_sweep(p, pass, tile);
     if (pass.in_shared) empty_buckets(p, pass);
   }
@@ -46,20 +47,25 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
   bool is_sent = is_counted && tile.cursor->row >= 0;
   const bool has_edge = is_sent && thread_index() < 2 * kSide;
   EdgeRow<Acc> edge;
-  if (is_sent) {
-    send_tile(p, tile);
-    if (has_edge) edge = load_edge_of_tile(p, tile);
-  }
-  if (thread_index() < 32) {
+  if (is_sent && has_edge) edge = load_edge_of_tile(p, tile);
+  if (thread_index() / 32 == kWarps - 1) {  // where that many, this one has no edge
     const EdgeRow<Acc> row = load_first_row(p);
     const Facts facts = gather_facts(p);
-    if (thread_index() == 0) {
+    if (thread_index() % 32 == 0) {
       if (!is_counted) pass = first_pass(p, facts.max_positives);
       pass.scale(facts);
       block.is_nan = facts.has_nonfinite && !p.mining;
       block.rows_to_send_for = p.candidates.count;
     }
+    if (!is_counted) {
+      __syncwarp();  // the pass stands for this warp
+      tile = lay_out_tile(p, pass, scratch);
+    }
     store_first_row(row, facts.max_exponent, tile);
+  }
+  if (is_sent) {
+    address_tile(p, tile, *tile.cursor);
+    send_tile(p, p.layouts[pass.layout], tile);
   }
   __syncthreads();  // the pass stands
   if (block.is_nan) {
@@ -67,6 +73,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
     write_nan(p);
     return;
   }
+  if (!is_counted) tile = lay_out_tile(p, pass, scratch);
   if (has_edge) store_edge_of_tile(edge, pass.max_exponent, tile);
 
 #pragma unroll 1
@@ -80,7 +87,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
       if (round > 0) grid_sync();  // the buckets' least distances
       if (!is_sent) {
         begin_sweep(p, pass, tile);
-        if (tile.cursor->row >= 0) open_tile(p, pass, tile);
+        if (tile.cursor->row >= 0) open_tile(p, p.layouts[pass.layout], pass.max_exponent, tile);
       }
       is_sent = false;
       sweep<M>(p, pass, round, &block.ticket, tile, [&] {
@@ -97,12 +104,18 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
     // Columns of X for phase 5, on their way while phase 4 runs; then nobody needs other passes.
     Carver later{scratch, 0, true};
     const SliceShared slice = carve_slice(later, p.candidates.count, p.slice_lanes, p.slice_helpers);
-    if constexpr (kSlices) {
-      if (pass.sliced) fetch_first_slice(p, slice.x, 0, block.rows_to_send_for);
-    }
-    Counted<Acc> counted = finish<In>(p, pass, &block.ticket, *slice.totals);
+    // L2 is not to be busy with them when a block comes late and what it finishes with waits behind them: half of them later.
+    const int32_t first_rows = block.rows_to_send_for / 2;
+    Counted<Acc> counted = finish<In>(p, pass, &block.ticket, *slice.totals, [&] {
+      if constexpr (kSlices) {
+        if (pass.sliced) fetch_first_slice(p, slice.x, 0, first_rows);
+      }
+    });
     if (!pass.sliced) counted.store(p, *slice.totals);
     grid_arrive(&block.ticket);  // coefficients and lists; where there is no barrier to come, the counters too
+    if constexpr (kSlices) {
+      if (pass.sliced) fetch_first_slice(p, slice.x, first_rows, block.rows_to_send_for);
+    }
     if (pass.sliced) counted.store(p, *slice.totals);
     [[maybe_unused]] const auto facts_of_rows = [&] {
       if constexpr (kSlices) return RowsOfPhase5{ListedRow(p, first_listed()), first_gathered(p)};
@@ -137,7 +150,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
     grid_sync();  // all are done with the slots, and the block with the pass
     if (thread_index() == 0) pass.advance(p.anchors.count);
     __syncthreads();  // the next pass stands
-    tile = lay_out_tile(p, scratch);  // other phases had the memory
+    tile = lay_out_tile(p, pass, scratch);  // other phases had the memory
   }
 }
 
@@ -147,26 +160,39 @@ __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (kIsCompiled<M>) run_phases<M, In>(p);
 }
 
-// Bytes of shared memory, with as many buckets per anchor as a block may have.
+// Bytes of shared memory, each layout with as many buckets per anchor as a block may have. has_more: some block has more than
+// one tile.
 template <Math M>
-int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p, int64_t* tile_bytes) {
+int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p, bool has_more, int64_t* tile_bytes) {
   using Acc = typename MathTraits<M>::Acc;
   const auto state = [] {
     Carver carver{nullptr, 0, true};
     carver.take<BlockState>(1);
     return carver;
   };
-  const auto bytes = [&](int32_t slots) {
-    Carver carver = state();
-    carve_tile<Acc, sizeof(Acc) == 4>(carver, slots);
-    return carver.used;
-  };
   const int64_t limit = max_shared_bytes();
-  p.shared_slots = 0;
-  if (M != Math::simt64) {
-    while (p.shared_slots < min(kMaxSharedSlots, kWarpSort) && bytes(p.shared_slots + 1) <= limit) ++p.shared_slots;
+  const int32_t most = M == Math::simt64 ? 0 : min(kMaxSharedSlots, kWarpSort), whole = p.pitch / kStageBytes;
+  int layouts = 0;
+  *tile_bytes = 0;
+  const auto add = [&](int32_t group, int32_t stages, bool apart) {
+    RingLayout layout{group, stages, apart, most};
+    const auto bytes = [&] {
+      Carver carver = state();
+      carve_tile<Acc, sizeof(Acc) == 4>(carver, layout);
+      return carver.used;
+    };
+    while (layout.slots > 0 && bytes() > limit) --layout.slots;
+    if (bytes() > limit) return;
+    *tile_bytes = max(*tile_bytes, bytes());
+    p.layouts[layouts++] = layout;
+  };
+  for (const bool apart : {true, false}) {
+    if (apart && !has_more) continue;
+    if (whole <= kMostStages) add(whole, whole, apart);
+    add(2, 6, apart);
   }
-  *tile_bytes = bytes(p.shared_slots);
+  add(1, kStages, false);
+  while (layouts < kLayouts) p.layouts[layouts] = p.layouts[layouts - 1], ++layouts;
   return max(*tile_bytes, choose_table<M>(p, state().used, limit));  // other phases take less; for slices see below
 }
 
@@ -175,8 +201,10 @@ Status launch_kernel(const TripletArgs& args, const char* name) {
   Problem<typename MathTraits<M>::Acc> problem;
   const int64_t bytes = make_problem<M>(args, static_cast<uint8_t*>(args.workspace), problem);
   if (args.workspace_bytes < bytes) return {Code::invalid, name, "workspace smaller than triplet_workspace_bytes"};
-  int64_t tile_bytes = 0, shared = choose_shared<M>(problem, &tile_bytes);
   const int64_t blocks = share_rows(args, problem);
+  const int64_t down = divide_up(args.num_anchors, kSide), along = divide_up(args.num_candidates, kSide);
+  const bool has_more = (problem.plain ? down * (down + 1) / 2 : down * along) > blocks;
+  int64_t tile_bytes = 0, shared = choose_shared<M>(problem, has_more, &tile_bytes);
   if constexpr (std::is_same<In, float>::value) {
     int64_t slice_bytes = 0;
     choose_slice(args, problem, blocks, max_shared_bytes(), tile_bytes, &slice_bytes);
