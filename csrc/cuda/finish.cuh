@@ -237,23 +237,23 @@ struct FinishShared {  // of a block; its pairs are fewer than 2^32
 // they are added up behind the phase's barrier where there is another one before somebody reads them.
 template <class Acc>
 struct Counted {
-  int32_t a;  // -1: no anchor
+  int32_t index;  // of the anchor; -1: none
   double loss, sum_ap, sum_an;
   uint32_t counts[5];  // as stat_counts
   Acc max_d2_ap;
 
-  __device__ __forceinline__ Counted() : a(-1), loss(0), sum_ap(0), sum_an(0), counts{}, max_d2_ap(0) {}
+  __device__ __forceinline__ Counted() : index(-1), loss(0), sum_ap(0), sum_an(0), counts{}, max_d2_ap(0) {}
   __device__ __forceinline__ void store_sums(const Problem<Acc>& p) {
-    if (a < 0) return;
+    if (index < 0) return;
     const int lane = thread_index() % 32;
     loss = warp_sum(loss);
-    if (lane == 0) p.loss_of_anchor[a] = loss;
+    if (lane == 0) p.loss_of_anchor[index] = loss;
     if (p.stat_counts == nullptr) return;
     sum_ap = warp_sum(sum_ap);
     sum_an = warp_sum(sum_an);
     if (lane != 0) return;
-    p.sum_d2_ap[a] = sum_ap;
-    p.sum_d2_an[a] = sum_an;
+    p.sum_d2_ap[index] = sum_ap;
+    p.sum_d2_an[index] = sum_an;
   }
   __device__ __forceinline__ void store(const Problem<Acc>& p, FinishShared& totals) {
     store_sums(p);
@@ -357,7 +357,7 @@ struct FewPairs {
     }
     if (__ballot_sync(kWholeWarp, is_near) != 0) return false;
     counted.store_sums(p);
-    counted.a = a;
+    counted.index = index;
     counted.loss = 0;
     bool is_active[kOwn], speaks[kOwn];
     uint32_t same[kOwn];
@@ -432,7 +432,7 @@ __device__ Counted<Acc> finish(const Problem<Acc>& p, const Pass& pass, const ui
     const int32_t count = anchor.count, anchor_index = anchor.index;
     const int32_t slot = pass.slot(a);
     counted.store_sums(p);
-    counted.a = a;
+    counted.index = anchor_index;
     counted.loss = counted.sum_ap = counted.sum_an = 0;
     const Expanded expanded(p, pass, a);
     // An atomic's answer takes long: the entry goes to its place in the list a turn later.

@@ -5,7 +5,8 @@
 //
 //   as anchor     + u(x, p) (x - p)  over its positives        - v(x, n) (x - n)  over its distinct negatives
 //   as positive   + u(a, x) (x - a)  over the anchors of its class
-//   as negative   - v(a, x) (x - a)  over the anchors that chose it: its list, ascending by place of the anchor's entry
+//   as negative   - v(a, x) (x - a)  over the anchors that chose it: its list, ascending by the anchor's index and pair (with
+//                                    several passes by place of the anchor's entry)
 //
 // times 2 (squared) or 1 (euclidean, cosine), over the number of counted pairs. Differences, not rowsum * x - S x:
 // near-duplicates keep their relative accuracy.
@@ -16,7 +17,7 @@
 // barrier, build them anew:
 //
 //   reserve     list_begin: the end of a piece of `list` for every row; the schedule decides where, not what it will hold
-//   fill        list[--list_begin[n]] = the entry's place, for all entries
+//   fill        list[--list_begin[n]] = the pair's number, for all entries
 //
 // slices.cuh does most of this for float rows that fit in shared memory, slice by slice.
 #pragma once
@@ -49,10 +50,11 @@ __device__ void fill_lists(const Problem<Acc>& p, const Pass& pass) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   for (int32_t a = pass.begin + block_index() * kWarps + warp; a < pass.end; a += grid_size() * kWarps) {
     const int32_t count = count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]);
+    const int32_t index = sorted_index(p, p.anchors)[a];
     for (int32_t r = lane; r < count; r += 32) {
       const int32_t place = pass.entry(a, r);
       if (p.entry[place].coefficient == 0) continue;
-      p.list[atomicAdd(&p.list_begin[p.entry[place].row], -1) - 1] = place;
+      p.list[atomicAdd(&p.list_begin[p.entry[place].row], -1) - 1] = pass.numbered(index, r, place);
     }
   }
 }
@@ -162,8 +164,11 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
         return sorted_index(p, p.anchors)[a];
       });
       gather<In>(p, p.anchors, x, first, list_count, sum, [&](int32_t e, Acc& coefficient) {
-        coefficient = -p.entry[list[e]].coefficient;
-        return sorted_index(p, p.anchors)[pass.anchor(list[e])];
+        const int32_t number = list[e];
+        const int32_t anchor = number / pass.stride, pair = number - anchor * pass.stride;  // the index, if of the only pass
+        const int32_t place = pass.holds_all ? pass.entry(p.anchors.position[anchor], pair) : number;
+        coefficient = -p.entry[place].coefficient;
+        return pass.holds_all ? anchor : sorted_index(p, p.anchors)[pass.begin + anchor];
       });
     }
     add_to_gradient(p, rows.gradient, index, first, pass.is_first(), sum);

@@ -212,6 +212,27 @@ def test_result_does_not_depend_on_schedule_or_grid(programs, tmp_path):
             np.testing.assert_array_equal(other.grad_candidates, first.grad_candidates)
 
 
+def test_order_of_labels_changes_no_bit(programs, tmp_path):
+    """Sums go by index where one pass holds all anchors: from slices, from memory, from lists that were too long."""
+    bases = [
+        simple(70, 32, 14, margin=1.0),
+        simple(70, 32, 14, margin=1.0, normalize=True, distance="euclidean"),
+        simple(70, 33, 14, margin=1.0, dtype="float64", reduction="sum"),
+        simple(60, 24, 12, margin=1.0, dtype="float16"),
+        simple(70, 32, 6, rows="collapsed", multiprocessors=1),  # a list that is too long for slices
+        simple(90, 20, 18, rows="mid", margin=1.0, negatives="random_active", normalize=True),
+        replace(simple(80, 12, 16, rows="mid", margin=1.0), offset=9, count=60),
+    ]
+    rng = np.random.default_rng(6)
+    for base in bases:
+        names = rng.permutation(base.labels.max() + 1)
+        renamed = replace(base, labels=names[base.labels])
+        want, got = run(programs(), [(base, False), (renamed, False)], tmp_path)
+        assert got.loss == want.loss, base.name
+        np.testing.assert_array_equal(got.grad_candidates, want.grad_candidates, base.name)
+        np.testing.assert_array_equal(got.stat_d2, want.stat_d2, base.name)
+
+
 def test_distances_are_symmetric_bit_for_bit(programs, tmp_path):
     """Symmetry is what lets one tile serve both sides: the same anchors, not in the plain form, where nothing is
     mirrored, must select the same negatives."""
