@@ -136,6 +136,7 @@ struct Problem {
   int32_t slice_lanes;  // of 16 bytes, that a slice of a row takes; 0: the gradient is not gathered from slices (slices.cuh)
   int32_t slice_rows;  // that a warp has at a time then
   uint32_t slices_reciprocal;  // of 2^31
+  bool writes_fours;  // rows of the gradient lie on 16 bytes and fill them
   int32_t slices, group_rows, slice_items;  // slices of a row, rows of a group, pairs of a slice and a group
   Acc margin;
   Acc width;  // random rules: eligible is t > d - width, or t >= d - width if `closed`
@@ -251,6 +252,7 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.rows_per_block = p.slice_lanes = p.group_rows = p.slice_items = p.slice_helpers = p.rows_under_tile = 0;  // share_rows(),
   p.slices = p.slice_rows = 1;  // choose_slice()
   p.slices_reciprocal = 1u << 31;
+  p.writes_fours = false;
   p.merges = 0;
   while ((int64_t(kSortChunk) << p.merges) < longest) ++p.merges;
 }

@@ -55,10 +55,21 @@ struct SliceItem {
 template <int kLanes>
 __device__ __forceinline__ void fetch_slice(const Problem<float>& p, int32_t item, float* slice, int32_t begin, int32_t end) {
   const int32_t column = SliceItem<kLanes>(p, item).column;
-  if (item < p.slice_items && column < p.dim) {
-    constexpr int32_t kRows = kThreads / kLanes;  // that a block copies at a time
-    int32_t row = begin + thread_index() / kLanes;
-    const int64_t stride = p.candidates.stride;
+  constexpr int32_t kRows = kThreads / kLanes;  // that a block copies at a time
+  const int64_t stride = p.candidates.stride;
+  int32_t row = begin + thread_index() / kLanes;
+  if (!p.candidates.aligned) {  // neighbouring lanes copy neighbouring columns: four copies of a lane are kLanes columns apart
+    const int32_t lane = thread_index() % kLanes, first = column - 3 * lane;
+    const float* from = static_cast<const float*>(p.candidates.x) + first + row * stride;
+    float* to = slice + begin * (4 * kLanes) + thread_index() * 4 - 3 * lane;
+#pragma unroll 1
+    for (; row < end && item < p.slice_items; row += kRows, from += kRows * stride, to += kThreads * 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (first + i * kLanes < p.dim) cp_async_4(to + i * kLanes, from + i * kLanes);
+      }
+    }
+  } else if (item < p.slice_items && column < p.dim) {
     const float* from = static_cast<const float*>(p.candidates.x) + column + row * stride;
     float* to = slice + begin * (4 * kLanes) + thread_index() * 4;
 #pragma unroll 4
@@ -343,7 +354,15 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
       const auto scale = static_cast<float>((p.euclidean || p.cosine ? 1 : 2) / divisor_of(count));
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum.element[i] = (sum.element[i] - negatives.element[i]) * scale;
-      *reinterpret_cast<Four*>(static_cast<float*>(rows.gradient_out) + int64_t(index) * p.dim + column) = sum;
+      float* const out = static_cast<float*>(rows.gradient_out) + int64_t(index) * p.dim + column;
+      if (p.writes_fours) {
+        *reinterpret_cast<Four*>(out) = sum;
+      } else {  // behind the last column a slice holds anything
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (column + i < p.dim) out[i] = sum.element[i];
+        }
+      }
     }
   }
   if (is_waiting) {  // no row: neither a copy nor a barrier may be left open
@@ -353,11 +372,12 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
 }
 
 // How wide slices are and which items there are, and the block's shared memory with one; slice_lanes stays 0 where none fits,
-// or the rows are not of the kind above. tile_bytes: what a tile takes of the same memory.
+// or the rows are not of the kind above. tile_bytes: what a tile takes of the same memory. Where the rows lie changes how they
+// are copied, not who sums what: the same bits.
 inline void choose_slice(const TripletArgs& args, Problem<float>& p, int64_t blocks, int64_t limit, int64_t tile_bytes,
                          int64_t* bytes) {
-  const bool aligned = p.candidates.aligned && reinterpret_cast<uintptr_t>(p.candidates.gradient_out) % 16 == 0;
-  if (!p.plain || p.normalize || !aligned || p.candidates.gradient_out == nullptr || blocks == 0) return;
+  if (!p.plain || p.normalize || p.candidates.gradient_out == nullptr || blocks == 0) return;
+  p.writes_fours = p.dim % 4 == 0 && reinterpret_cast<uintptr_t>(p.candidates.gradient_out) % 16 == 0;
   if (p.dim >= 1 << 18) return;  // SliceItem counts on few slices
   int32_t lanes = 8;
   while (lanes > 2 && 2 * lanes >= p.dim) lanes /= 2;  // fewer have all columns

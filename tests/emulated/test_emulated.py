@@ -134,6 +134,11 @@ def slice_cases() -> list:
     are gathered from memory after all: a list is too long, several passes."""
     shapes = [(70, 4), (33, 8), (65, 16), (130, 20), (70, 100), (48, 128), (15, 132)]
     cases = [simple(n, d, 9, rows="mid", margin=1.0, multiprocessors=m) for m, (n, d) in enumerate(shapes, 1)]
+    shapes = [(70, 3), (33, 13), (66, 18), (48, 33), (70, 130)]  # rows that do not lie on 16 bytes, or do not fill them
+    cases += [
+        simple(n, d, 9, rows="mid", margin=1.0, padding=m % 3, stats=m % 2 == 0, multiprocessors=m)
+        for m, (n, d) in enumerate(shapes, 1)
+    ]
     cases += [
         simple(300, 64, 60, margin=1.0, shared_kib=32, distance="euclidean", multiprocessors=3),
         simple(130, 40, 16, rows="duplicates", margin=0.25, negatives="hard", soft_margin=True),
@@ -182,6 +187,7 @@ def test_gradient_from_slices(programs, tmp_path):
         simple(520, 24, 130, margin=1.0, shared_kib=32),
         simple(460, 32, 115, margin=1.0, shared_kib=99, multiprocessors=5),
         with_schedule(simple(460, 32, 115, margin=1.0, shared_kib=99, multiprocessors=7), "one_warp_ahead", 2),
+        with_schedule(simple(460, 31, 115, margin=1.0, shared_kib=99, multiprocessors=7), "one_warp_ahead", 3),
     ]
     check(programs(), [*slice_cases(), *larger], tmp_path)
 
@@ -210,6 +216,22 @@ def test_result_does_not_depend_on_schedule_or_grid(programs, tmp_path):
         for other in others:
             assert other.loss == first.loss
             np.testing.assert_array_equal(other.grad_candidates, first.grad_candidates)
+
+
+def test_strides_change_no_bit(programs, tmp_path):
+    """Rows on 16 bytes and elsewhere are gathered from slices alike."""
+    bases = [
+        simple(70, d, 14, rows="mid", margin=1.0, distance=distance, multiprocessors=3, stats=distance == "euclidean")
+        for d in (4, 8, 16, 20, 36, 132)
+        for distance in ("sqeuclidean", "euclidean")
+    ]
+    cases = [replace(base, padding=padding) for base in bases for padding in (0, 1, 3, 4)]
+    results = run(programs(), [(case, False) for case in cases], tmp_path)
+    for i, base in enumerate(bases):
+        want, *others = results[4 * i : 4 * i + 4]
+        for other in others:
+            assert other.loss == want.loss, base.name
+            np.testing.assert_array_equal(other.grad_candidates, want.grad_candidates, base.name)
 
 
 def test_order_of_labels_changes_no_bit(programs, tmp_path):
