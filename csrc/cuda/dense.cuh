@@ -58,7 +58,7 @@ struct DenseProblem {
   int32_t* kept_begin;  // [A] by position: positives are the candidates at positions kept_begin .. kept_end, but itself
   int32_t* kept_end;
   int32_t* count;  // [A] thresholds: as many, or the one that is chosen
-  Acc* highest;  // [A] the last of them
+  Acc* highest;  // [A] the last of them; infinite: none
   int32_t* chosen;  // [A] hardest, easiest: which of them
   double* negative_sums;  // [kMaxChunks][A][2]: sum of weight * (d - middle threshold), sum of terms * d2 over the negatives
   uint64_t* radius;  // [blocks] ordered bits of the largest squared distance from row 0
@@ -397,7 +397,7 @@ __device__ void place_thresholds(const DenseProblem<Acc>& p, const DensePass<Acc
         const Acc t = r >= thresholds ? Acc(INFINITY) : p.euclidean ? sqrt(threshold[r]) : threshold[r];
         threshold[r] = t;
         pass.active(slot)[r] = pass.terms(slot)[r] = 0;
-        if (r == thresholds - 1) p.highest[first + i] = t;
+        if (r == max(thresholds - 1, 0)) p.highest[first + i] = t;
       }
     }
   }

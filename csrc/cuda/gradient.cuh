@@ -141,7 +141,7 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
     if (is_anchor) {
       const int32_t count = count_positives(p, p.anchors.mate_begin[anchor_position], p.anchors.mate_end[anchor_position]);
       gather<In>(p, p.candidates, x, first, count, sum, [&](int32_t e, Acc& coefficient) {
-        const Entry<Acc> entry = p.entry[pass.entry(anchor_position, e)];
+        const Entry<Acc>& entry = p.entry[pass.entry(anchor_position, e)];
         coefficient = -entry.coefficient;
         return entry.row;
       });

@@ -107,8 +107,8 @@ struct ListedRow {
   __device__ __forceinline__ ListedRow(const Problem<float>& p, int32_t position) {
     position = min(position, p.candidates.count - 1);  // no branch, which would cost registers
     index = sorted_index(p, p.candidates)[position];
-    begin = p.anchors.mate_begin[position];
-    end = p.anchors.mate_end[position];
+    begin = p.candidates.mate_begin[position];
+    end = p.candidates.mate_end[position];
   }
 };
 __device__ __forceinline__ int32_t first_listed() { return block_index() * kWarps + thread_index() / 32; }
@@ -126,20 +126,21 @@ __device__ __forceinline__ bool order_lists(const Problem<float>& p, const Pass&
     // rank among the row's positives and at the row's among the mate's.
     const Mates mates(p, begin, end);
     const int32_t stride = pass.stride, own_slot = position * stride - begin, own_rank = position - begin;
-    const auto weight_of = [&](int32_t e) -> float {  // without a branch, which would wait for each load
+    const auto weight_of = [&](int32_t e) -> float {
       const int32_t other = mates.from + e;
-      const bool is_mate = other >= begin && other < end && other != position, is_behind = other > position;
-      const float to = p.d2_ap[is_mate ? own_slot + other - (is_behind ? 1 : 0) : position * stride];
-      const float from = p.d2_ap[is_mate ? other * stride + own_rank - (is_behind ? 0 : 1) : position * stride];
-      return is_mate ? to + from : 0.f;
+      const bool is_mate = e < mates.size && other >= begin && other != position, is_behind = other > position;
+      const float to = is_mate ? p.d2_ap[own_slot + other - (is_behind ? 1 : 0)] : 0.f;
+      const float from = is_mate ? p.d2_ap[other * stride + own_rank - (is_behind ? 0 : 1)] : 0.f;
+      return to + from;
     };
+    const int32_t length = p.times_chosen[index];
     float weight[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) weight[i] = weight_of(lane + 32 * i);
-    const int32_t length = p.times_chosen[index];
     const int32_t* list = p.list + index * p.list_places;
-    Vector<int32_t, kOwn> own{};  // longer lists are read again and again
-    if (kOwn * lane < p.list_places) own = reinterpret_cast<const Vector<int32_t, kOwn>*>(list)[lane];
+    int32_t own[kOwn];  // longer lists are read again and again
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) own[i] = kOwn * lane + i < min(length, p.list_places) ? list[kOwn * lane + i] : 0;
     if (overflows != 0) return false;
     float* const weights = p.threshold + side_by_side<4>(position, pass.weight_places(), lane);
     const int32_t padded = (mates.size + 3) & ~3;
@@ -163,7 +164,7 @@ __device__ __forceinline__ bool order_lists(const Problem<float>& p, const Pass&
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const bool has = kOwn * lane + i < length;
-      const Listed listed(own.element[i]);
+      const Listed listed(own[i]);
       const int32_t key = listed.index() * turns + (listed.pair() >> 5);
       keys[i] = static_cast<uint32_t>(has ? key : 0x7bff) * 0x10001u;
     }
@@ -178,7 +179,7 @@ __device__ __forceinline__ bool order_lists(const Problem<float>& p, const Pass&
       }
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        if (kOwn * lane + i < length) write(count_of_half(ranks, i), entry_of(Listed(own.element[i])));
+        if (kOwn * lane + i < length) write(count_of_half(ranks, i), entry_of(Listed(own[i])));
       }
       continue;
     }

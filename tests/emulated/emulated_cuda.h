@@ -1,7 +1,7 @@
 // CUDA on the CPU, for tests: csrc/cuda compiled by the host compiler with -DFACENET_EXT_EMULATED includes this instead of the
 // CUDA headers. Every CUDA thread is a fiber; all blocks of the grid are resident, as in a cooperative launch. What runs here is
 // compiled with the sanitizers; the scheduler and the exchange between lanes (emulator.cpp) are not, so that ThreadSanitizer
-// sees exactly the kernel's own accesses and the orderings that CUDA promises:
+// sees exactly the kernel's own accesses and the orderings that CUDA promises (and initcheck.cpp what they read):
 //
 //   __syncthreads, __syncwarp, grid_sync   order memory between the threads that take part
 //   shuffles, ballots, mma, atomics        order nothing
@@ -62,6 +62,10 @@ struct Site {
 void run(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
 [[noreturn]] void fail(Site site, const char* message);
 uint8_t* shared_memory();
+
+// Memory that no kernel may read before it has written it, until it is forgotten. Nothing, but in the build with initcheck.cpp.
+void fresh(void* memory, int64_t bytes);
+void forget();
 
 void sync_block(Site site);
 void sync_grid(Site site);

@@ -201,6 +201,14 @@ def test_gradient_from_slices_under_sanitizers(programs, tmp_path, sanitizer):
     check(programs(sanitizer), [case for case in slice_cases() if len(case.x) < 200], tmp_path)
 
 
+def test_what_is_read_has_been_written(programs, tmp_path):
+    """What initcheck says on a GPU: no kernel reads memory that nobody has written, not even to throw it away."""
+    cases = [case for case in slice_cases() if len(case.x) < 200] + usual_cases() + bucket_cases((3, 17, 33))
+    cases += [simple(140, 2, 2, fallback="farthest"), simple(150, 1, 3, rows="grid", margin=0.25, dtype="float64")]
+    cases += [draw(seed) for seed in range(8000, 8030)] + [draw_rule(seed) for seed in range(9000, 9030)]
+    check(programs("init"), cases, tmp_path)
+
+
 def test_result_does_not_depend_on_schedule_or_grid(programs, tmp_path):
     """Bit for bit: no float is added in an order that threads decide."""
     for base in (

@@ -110,6 +110,12 @@ def test_mixed_cases_of_every_negative_in_other_builds(programs, tmp_path, sanit
     check_all(program, drawn(first, count, largest), tmp_path)
 
 
+def test_what_is_read_has_been_written(programs, tmp_path):
+    check_all(programs("init"), drawn(600, 40), tmp_path)
+    near = [near_case("float32", form) for form in ("plain", "offset", "foreign", "some")]
+    run(programs("init"), [(case, False) for case in near], tmp_path)
+
+
 def test_large_classes_take_several_passes(programs, tmp_path):
     """Two features leave about 60 slots per row, so anchors with 149 positives are worked off in three passes; a class
     does not fit in shared memory either, and its thresholds are longer than a warp sorts."""
