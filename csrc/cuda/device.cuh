@@ -3,6 +3,7 @@
 // __shfl_sync, atomicMin, …) for the host compiler.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>

@@ -8,7 +8,7 @@
 //   as negative   - v(a, x) (x - a)  over the anchors that chose it: its list, ascending by the anchor's index and pair (with
 //                                    several passes by place of the anchor's entry)
 //
-// times 2 (squared) or 1 (euclidean, cosine), over the number of counted pairs. Differences, not rowsum * x - S x:
+// times 2 (squared) or 1 (euclidean, cosine; Roots), over the number of counted pairs. Differences, not rowsum * x - S x:
 // near-duplicates keep their relative accuracy.
 //
 //   5 gather    a warp per row; bytes from L2: two rows per active pair; class rows mostly from L1
@@ -218,7 +218,8 @@ __device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass, bool o
   Carver carver{shared_memory, 0, true};
   GatherShared& s = *carver.take<GatherShared>(1);
   const int warp = thread_index() / 32, lane = thread_index() % 32;
-  const Acc scale = static_cast<Acc>((p.euclidean || p.cosine ? 1 : 2) / divisor(p));
+  Acc scale = static_cast<Acc>(p.slope / divisor(p));
+  if (p.euclidean) scale *= two_to<Acc>(-root_exponent<Acc>(pass));
   const int64_t rows_per_turn = int64_t(grid_size()) * kWarps;
 
 #pragma unroll 1

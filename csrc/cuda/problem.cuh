@@ -139,6 +139,8 @@ struct Problem {
   bool writes_fours;  // rows of the gradient lie on 16 bytes and fill them
   int32_t slices, group_rows, slice_items;  // slices of a row, rows of a group, pairs of a slice and a group
   Acc margin;
+  double exact_margin;
+  double slope;  // of a term by its distances' arguments: 2 if these are squares, else 1
   Acc width;  // random rules: eligible is t > d - width, or t >= d - width if `closed`
   bool closed;
   const int64_t* seed;
@@ -247,6 +249,8 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.dim = static_cast<int32_t>(args.dim);
   p.pitch = static_cast<int32_t>(divide_up(args.dim * MathTraits<M>::kElementBytes, kStageBytes) * kStageBytes);
   p.margin = static_cast<Acc>(args.margin);
+  p.exact_margin = args.margin;
+  p.slope = args.distance == Distance::sqeuclidean ? 2 : 1;
   const int64_t longest = args.num_anchors > args.num_candidates ? args.num_anchors : args.num_candidates;
   p.has_table = false;  // choose_table()
   p.rows_per_block = p.slice_lanes = p.group_rows = p.slice_items = p.slice_helpers = p.rows_under_tile = 0;  // share_rows(),

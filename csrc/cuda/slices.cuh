@@ -352,7 +352,8 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
         if (is_helped) sum = s.of_mates[warp * 32 + lane];
       }
       if (!has || helps || column >= p.dim) continue;
-      const auto scale = static_cast<float>((p.euclidean || p.cosine ? 1 : 2) / divisor_of(count));
+      auto scale = static_cast<float>(p.slope / divisor_of(count));
+      if (p.euclidean) scale *= two_to<float>(-root_exponent<float>(pass));
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum.element[i] = (sum.element[i] - negatives.element[i]) * scale;
       float* const out = static_cast<float*>(rows.gradient_out) + int64_t(index) * p.dim + column;

@@ -36,6 +36,7 @@ def test_what_the_runner_says_comes_back(programs):
 
 PROPERTIES = (
     "test_relabelling_changes_no_bit",
+    "test_scaling_by_a_power_of_two",
 )
 
 

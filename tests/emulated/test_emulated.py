@@ -93,6 +93,33 @@ def test_near_pairs_are_summed_in_direct_form(programs, tmp_path):
     check(programs(), cases, tmp_path)
 
 
+@pytest.mark.parametrize("exponent", [-140, -120, -100, -70, 60, 100])
+def test_euclidean_distances_scale_with_the_rows(programs, tmp_path, exponent):
+    """Squares of them vanish or overflow, they do not: far pairs, near ones, rows that are always summed directly,
+    equal rows, several passes."""
+    bases = [
+        simple(70, 10, 14, margin=0.2),
+        simple(70, 10, 14, margin=1e-3, rows="nearly_collapsed"),
+        simple(40, 130, 9, margin=0.2),
+        simple(66, 16, 11, margin=0.25, rows="duplicates", negatives="hard"),
+        simple(70, 9, 14, margin=0.2, capability=75),
+        simple(60, 12, 10, margin=0.2, dtype="bfloat16"),
+        simple(200, 2, 2, margin=0.2, fallback="farthest"),
+        replace(simple(70, 10, 14, margin=0.2), offset=5, count=50),
+    ]
+    for base in bases:
+        if base.dtype == "bfloat16" and exponent < -120:
+            continue  # below its least number
+        grain = 2.0 ** (-6 if base.dtype == "bfloat16" else -8)  # no bit of a scaled row is lost
+        x = exact(np.round(base.x / grain) * grain, base.dtype)
+        base = replace(base, x=x, distance="euclidean")
+        scaled = replace(base, x=exact(x * 2.0**exponent, base.dtype), margin=base.margin * 2.0**exponent)
+        want, got = run(programs(), [(base, False), (scaled, False)], tmp_path)
+        assert got.loss * 2.0**-exponent == pytest.approx(want.loss, rel=1e-6, abs=2.0 ** (-149 - exponent)), base.name
+        np.testing.assert_allclose(got.grad_candidates, want.grad_candidates, rtol=1e-5, atol=1e-7, err_msg=base.name)
+        np.testing.assert_array_equal(got.stat_counts, want.stat_counts, base.name)
+
+
 def bucket_cases(sizes: tuple[int, ...]) -> list:
     """As many thresholds as searches of each length tell apart, up to those that shared memory does not hold; ties,
     equal rows (thresholds of 0), and distances that a tag does not reach: closer than an eighth of the farthest

@@ -217,6 +217,18 @@ def test_near_pairs_keep_the_accuracy_of_their_difference(programs, tmp_path, dt
     assert error.max() <= NEAR_TOLERANCE[dtype], f"{error.max():.1e}"
 
 
+@pytest.mark.parametrize("exponent", [-140, -120, 60, 100])
+def test_euclidean_gradient_does_not_depend_on_the_scale(programs, tmp_path, exponent):
+    for negatives in ("all", "all_semi_hard"):
+        for rows in ("random", "nearly_collapsed"):
+            base = simple(40, 10, 9, rows=rows, distance="euclidean", negatives=negatives)
+            base = replace(base, x=np.round(base.x * 256) / 256)  # no bit of a scaled row is lost
+            scaled = replace(base, x=base.x * 2.0**exponent, margin=base.margin * 2.0**exponent)
+            want, got = run(programs(), [(base, False), (scaled, False)], tmp_path)
+            assert got.loss * 2.0**-exponent == pytest.approx(want.loss, rel=1e-6, abs=2.0 ** (-149 - exponent))
+            np.testing.assert_allclose(got.grad_candidates, want.grad_candidates, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("sanitizer", ["plain", "asan", "tsan"])
 def test_a_near_positive_and_its_twin_are_equally_far(programs, tmp_path, sanitizer):
     """A positive's distance is measured anew where its twin's of another label is, and by the same sum: the twin is not
