@@ -77,17 +77,22 @@ def test_dtypes(device, dtype):
 
 
 def test_half_precision_rounds_once(device):
-    """The gradient of a half-precision batch is the float32 gradient of the same values, rounded."""
+    """The gradient of a half-precision batch is the float32 gradient of the same values, rounded. Tensor cores sum more
+    halves at a time than split floats, and their gradient is gathered otherwise: there two float32 gradients are 1e-6
+    apart, and two losses 1e-8 of the distances, about 66, that they are differences of."""
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.randn(50, 33, device=device).to(dtype).requires_grad_()
         wide = x.detach().float().requires_grad_()
         y = torch.arange(50, device=device) // 5
         loss, wide_loss = triplet_loss(x, y), triplet_loss(wide, y)
-        assert torch.equal(loss, wide_loss)
+        apart = 1e-6 if device.type == "cuda" else 0.0
+        torch.testing.assert_close(loss, wide_loss, rtol=apart, atol=0.66 * apart)
         scale = 1000.0  # as a GradScaler's: multiplied before the rounding, so that nothing is lost to underflow
         (loss * scale).backward()
         (wide_loss * scale).backward()
-        assert torch.equal(x.grad, wide.grad.to(dtype))
+        apart *= wide.grad.abs().max()
+        low, high = (wide.grad - apart).to(dtype), (wide.grad + apart).to(dtype)  # rounding keeps the order
+        assert ((low <= x.grad) & (x.grad <= high)).all()
 
 
 @pytest.mark.parametrize(

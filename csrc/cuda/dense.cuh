@@ -58,7 +58,7 @@ struct DenseProblem {
   int32_t* kept_begin;  // [A] by position: positives are the candidates at positions kept_begin .. kept_end, but itself
   int32_t* kept_end;
   int32_t* count;  // [A] thresholds: as many, or the one that is chosen
-  Acc* highest;  // [A] the last of them
+  Acc* highest;  // [A] the last of them; infinite: none
   int32_t* chosen;  // [A] hardest, easiest: which of them
   double* negative_sums;  // [kMaxChunks][A][2]: sum of weight * (d - middle threshold), sum of terms * d2 over the negatives
   uint64_t* radius;  // [blocks] ordered bits of the largest squared distance from row 0
@@ -76,6 +76,8 @@ struct DensePass : Pass {
   Acc margin, band;  // in units of the tiles' distances
   Acc reach;  // a negative farther than this beyond a positive makes no active term with it
   double to_d, to_d2;  // true d or d2 / the tiles'
+  int32_t slope_exponent;  // euclidean: coefficients are 2^slope_exponent / d, d in the tiles' unit
+  Acc slope;  // 2^slope_exponent
   bool reads_input;  // differences of rows are the input's: moving rows away rounded theirs
   Acc from_input[2];  // to the tiles' unit by both; one factor alone may be more than Acc holds
   Acc* d2_ap;  // [slots] in order of the positive; after count_terms() the pair's gradient coefficient
@@ -106,6 +108,10 @@ __device__ __forceinline__ DensePass<Acc> first_dense_pass(const DenseProblem<Ac
   pass.chunks = static_cast<int32_t>(min((p.pool_bytes - slots * slot_bytes) / max(sums, int64_t(1)), int64_t(kMaxChunks)));
   pass.to_d2 = ldexp(1.0, 2 * pass.max_exponent);
   pass.to_d = p.euclidean ? ldexp(1.0, pass.max_exponent) : pass.to_d2;
+  // So that neither sums of coefficient * x nor what they are scaled by in the end leave the range where the rows are at its
+  // ends. (Nor coefficients: two rows of tiny ones are 2^-149 apart or more.)
+  pass.slope_exponent = pass.max_exponent < -93 ? 60 : pass.max_exponent > 60 ? -40 : 0;
+  pass.slope = ldexp(Acc(1), pass.slope_exponent);
   pass.from_input[0] = ldexp(Acc(1), -pass.max_exponent / 2);
   pass.from_input[1] = ldexp(Acc(1), -pass.max_exponent - -pass.max_exponent / 2);
   pass.margin = static_cast<Acc>(p.margin / pass.to_d);
@@ -397,7 +403,7 @@ __device__ void place_thresholds(const DenseProblem<Acc>& p, const DensePass<Acc
         const Acc t = r >= thresholds ? Acc(INFINITY) : p.euclidean ? sqrt(threshold[r]) : threshold[r];
         threshold[r] = t;
         pass.active(slot)[r] = pass.terms(slot)[r] = 0;
-        if (r == thresholds - 1) p.highest[first + i] = t;
+        if (r == max(thresholds - 1, 0)) p.highest[first + i] = t;
       }
     }
   }

@@ -89,7 +89,7 @@ __device__ void count_terms(const DenseProblem<Acc>& p, const DensePass<Acc>& pa
       } else if (k == p.chosen[a]) {
         u = of_rank[0];
       }
-      pass.d2_ap[slot + k] = !p.euclidean ? static_cast<Acc>(u) : d > 0 ? static_cast<Acc>(u) / d : Acc(0);
+      pass.d2_ap[slot + k] = !p.euclidean ? static_cast<Acc>(u) : d > 0 ? static_cast<Acc>(u) * pass.slope / d : Acc(0);
     }
   }
   if (lane == 0) {
@@ -260,7 +260,7 @@ __device__ void collect_row(const DenseProblem<Acc>& p, const DensePass<Acc>& pa
 template <class Acc>
 __device__ void collect_gradient(const DenseProblem<Acc>& p, const DensePass<Acc>& pass) {
   const Problem<Acc>& q = p.side[0];
-  const double factor = p.euclidean ? ldexp(1.0, -pass.max_exponent) : 2 * p.unit;
+  const double factor = p.euclidean ? ldexp(1.0, -pass.max_exponent - pass.slope_exponent) : 2 * p.unit;
   const Acc scale = static_cast<Acc>(factor / dense_divisor(p));
   if (q.candidates.gradient_out != nullptr) {
     for (int64_t i = int64_t(block_index()) * kWarps + thread_index() / 32; i < q.candidates.count;

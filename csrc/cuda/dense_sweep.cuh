@@ -311,7 +311,8 @@ __device__ __forceinline__ void weigh_part(const DenseProblem<Acc>& p, const Den
     Acc total = 0;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const Acc v = !p.euclidean ? static_cast<Acc>(weight[j]) : d[j] > 0 ? static_cast<Acc>(weight[j]) / d[j] : Acc(0);
+      Acc v = static_cast<Acc>(weight[j]);
+      if (p.euclidean) v = d[j] > 0 ? v * pass.slope / d[j] : Acc(0);
       const Acc d2 = cells[begin + j];
       cells[begin + j] = copysign(v, d2);
       total += signbit(d2) ? Acc(0) : v;

@@ -3,6 +3,7 @@
 // __shfl_sync, atomicMin, …) for the host compiler.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -147,6 +148,15 @@ __device__ __forceinline__ void cp_async_16(void* to_shared, const void* from_gl
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from_global) : "memory");
 #else
   *static_cast<uint4*>(to_shared) = *static_cast<const uint4*>(from_global);
+#endif
+}
+// The same of 4 bytes, for rows that do not lie on 16.
+__device__ __forceinline__ void cp_async_4(void* to_shared, const void* from_global) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from_global) : "memory");
+#else
+  *static_cast<uint32_t*>(to_shared) = *static_cast<const uint32_t*>(from_global);
 #endif
 }
 __device__ __forceinline__ void cp_async_commit() {

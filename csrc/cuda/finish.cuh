@@ -2,7 +2,7 @@
 //
 //   best     an empty bucket takes over what the next one that is not holds, which is closer than all behind it; bucket u - 1
 //            then holds the negative of a positive with u thresholds <= its own
-//   d2_ap    becomes the coefficient of (a - p) in the gradient (1, or 1 / d for the euclidean distance; 0: no hinge)
+//   d2_ap    becomes the coefficient of (a - p) in the gradient (1, or 1 / d for the euclidean distance, Roots; 0: no hinge)
 //   entry    the negative and the coefficient of (a - n); of 32 neighbouring pairs, those with one negative count as one
 //   list     per candidate, the entries that chose it
 //
@@ -110,6 +110,37 @@ struct Expanded {
   __device__ __forceinline__ float value(float d2) const { return unit != 0 ? d2 * unit : ldexpf(d2, exponent); }
 };
 
+// Euclidean distances in terms and coefficients: in units of 2^exponent, about the largest element of all rows. There they are
+// ordinary numbers where their squares, or what is divided by them, in the unit of the rows are none. A direct sum of squares
+// that vanishes or overflows is formed once more of scaled differences. Doubles have the range.
+constexpr int32_t kMaxRootExponent = 100;  // products of a coefficient and a difference are ordinary numbers too
+template <class Acc>
+__device__ __forceinline__ int32_t root_exponent(const Pass& pass) {
+  if (sizeof(Acc) == 8) return 0;
+  return min(max(pass.max_exponent + 13, -kMaxRootExponent), kMaxRootExponent);  // row_exponent()
+}
+template <class Acc>
+struct Roots {
+  int32_t exponent;
+  Acc margin;
+  __device__ __forceinline__ Roots(const Problem<Acc>& p, const Pass& pass) : exponent(0), margin(p.margin) {
+    if (sizeof(Acc) == 8 || !p.euclidean) return;
+    exponent = root_exponent<Acc>(pass);
+    margin = static_cast<Acc>(p.exact_margin * static_cast<double>(two_to<Acc>(-exponent)));
+  }
+  __device__ __forceinline__ Acc of_rows(Acc d2) const { return sqrt(d2) * two_to<Acc>(-exponent); }
+  __device__ __forceinline__ Acc of_tiles(const Pass& pass, Acc d2) const {
+    return sqrt(d2) * two_to<Acc>(pass.max_exponent - exponent);
+  }
+  // What the differences of a direct sum are to be multiplied by for the next one; 1: it is good. Between rows that are not
+  // tiny 0 is 0.
+  __device__ __forceinline__ Acc rescaled(Acc d2) const {
+    if (sizeof(Acc) == 8) return 1;
+    if (d2 < two_to<Acc>(-100) && (d2 > 0 || exponent < -20)) return two_to<Acc>(100);
+    return d2 - d2 == 0 ? Acc(1) : two_to<Acc>(-80);
+  }
+};
+
 // An anchor's buckets once empty ones have taken over what the next one that is not holds. What a bucket holds is closer than
 // what any behind it holds, so these are suffix minima.
 template <class Acc>
@@ -204,18 +235,24 @@ struct Filled<float> {
 // A pair's place in the loss.
 template <class Acc>
 struct Term {
-  Acc loss;  // 0: not active, NaN: active
+  Acc loss;  // 0: not active, NaN: active; a hinge of euclidean distances in their unit
   Acc c_ap, c_an;  // coefficients of (a - p) and of -(a - n) in the anchor's gradient, up to the common scale
   bool hard, semi_hard;
 };
-template <class Acc>
-__device__ __forceinline__ Term<Acc> term_of(const Problem<Acc>& p, Acc d2_ap, Acc d2_an) {
-  const Acc half = p.cosine ? Acc(0.5) : Acc(1);
-  const Acc d_ap = p.euclidean ? sqrt(d2_ap) : half * d2_ap, d_an = p.euclidean ? sqrt(d2_an) : half * d2_an;
-  const Acc gap = d_ap - d_an, hinge = gap + p.margin;
-  const bool hard = d2_an <= d2_ap;
+template <class Acc>  // d_ap, d_an: Roots, where asked for
+__device__ __forceinline__ Term<Acc> term_of(const Problem<Acc>& p, const Roots<Acc>& roots, Acc d2_ap, Acc d2_an, Acc d_ap,
+                                             Acc d_an) {
+  if (!p.euclidean) {
+    const Acc half = p.cosine ? Acc(0.5) : Acc(1);
+    d_ap = half * d2_ap;
+    d_an = half * d2_an;
+  }
+  Acc gap = d_ap - d_an;
+  const Acc hinge = gap + roots.margin;
+  const bool hard = d_an < d_ap || (d_an == d_ap && d2_an <= d2_ap);
   Term<Acc> term{hinge, 1, 1, hard, !hard && hinge > 0};
   if (p.soft_margin) {  // log(1 + exp(gap)) without overflow; its slope is the logistic function
+    gap *= two_to<Acc>(roots.exponent);
     const Acc small = exp(-fabs(gap));
     term.loss = (gap > 0 ? gap : Acc(0)) + log1p(small);
     term.c_ap = term.c_an = (gap > 0 ? Acc(1) : small) / (1 + small);
@@ -223,8 +260,9 @@ __device__ __forceinline__ Term<Acc> term_of(const Problem<Acc>& p, Acc d2_ap, A
   if (term.loss <= 0) {
     term.loss = term.c_ap = term.c_an = 0;
   } else if (p.euclidean) {
-    term.c_ap = d2_ap > 0 ? term.c_ap / d_ap : Acc(0);
-    term.c_an = d2_an > 0 ? term.c_an / d_an : Acc(0);
+    constexpr Acc kLeast = Acc(sizeof(Acc) == 8 ? DBL_MIN : double(FLT_MIN));  // so that no coefficient is infinite
+    term.c_ap = d_ap >= kLeast ? term.c_ap / d_ap : Acc(0);
+    term.c_an = d_an >= kLeast ? term.c_an / d_an : Acc(0);
   }
   return term;
 }
@@ -237,23 +275,23 @@ struct FinishShared {  // of a block; its pairs are fewer than 2^32
 // they are added up behind the phase's barrier where there is another one before somebody reads them.
 template <class Acc>
 struct Counted {
-  int32_t a;  // -1: no anchor
+  int32_t index;  // of the anchor; -1: none
   double loss, sum_ap, sum_an;
   uint32_t counts[5];  // as stat_counts
   Acc max_d2_ap;
 
-  __device__ __forceinline__ Counted() : a(-1), loss(0), sum_ap(0), sum_an(0), counts{}, max_d2_ap(0) {}
+  __device__ __forceinline__ Counted() : index(-1), loss(0), sum_ap(0), sum_an(0), counts{}, max_d2_ap(0) {}
   __device__ __forceinline__ void store_sums(const Problem<Acc>& p) {
-    if (a < 0) return;
+    if (index < 0) return;
     const int lane = thread_index() % 32;
     loss = warp_sum(loss);
-    if (lane == 0) p.loss_of_anchor[a] = loss;
+    if (lane == 0) p.loss_of_anchor[index] = loss;
     if (p.stat_counts == nullptr) return;
     sum_ap = warp_sum(sum_ap);
     sum_an = warp_sum(sum_an);
     if (lane != 0) return;
-    p.sum_d2_ap[a] = sum_ap;
-    p.sum_d2_an[a] = sum_an;
+    p.sum_d2_ap[index] = sum_ap;
+    p.sum_d2_an[index] = sum_an;
   }
   __device__ __forceinline__ void store(const Problem<Acc>& p, FinishShared& totals) {
     store_sums(p);
@@ -357,7 +395,7 @@ struct FewPairs {
     }
     if (__ballot_sync(kWholeWarp, is_near) != 0) return false;
     counted.store_sums(p);
-    counted.a = a;
+    counted.index = index;
     counted.loss = 0;
     bool is_active[kOwn], speaks[kOwn];
     uint32_t same[kOwn];
@@ -430,6 +468,7 @@ __device__ __forceinline__ Counted<Acc> finish(const Problem<Acc>& p, const Pass
     grid_wait(ticket);  // best and farthest
   }
   const bool has_stats = p.stat_counts != nullptr;
+  const Roots<Acc> roots(p, pass);
 
 #pragma unroll 1
   for (; a < pass.end; a += grid_size() * kWarps) {
@@ -438,7 +477,7 @@ __device__ __forceinline__ Counted<Acc> finish(const Problem<Acc>& p, const Pass
     const int32_t count = anchor.count, anchor_index = anchor.index;
     const int32_t slot = pass.slot(a);
     counted.store_sums(p);
-    counted.a = a;
+    counted.index = anchor_index;
     counted.loss = counted.sum_ap = counted.sum_an = 0;
     const Expanded expanded(p, pass, a);
     // An atomic's answer takes long: the entry goes to its place in the list a turn later.
@@ -476,7 +515,12 @@ __device__ __forceinline__ Counted<Acc> finish(const Problem<Acc>& p, const Pass
       }
       const bool counts_here = is_pair && !(is_fallback && p.without_negative);
       const bool is_direct = counts_here && (p.direct || expanded.is_near(d2_ap) || expanded.is_near(d2_an));
+      Acc d_ap = 0, d_an = 0;
       if (!p.direct) {
+        if (p.euclidean) {
+          d_ap = roots.of_tiles(pass, d2_ap);
+          d_an = roots.of_tiles(pass, d2_an);
+        }
         d2_ap = expanded.value(d2_ap);
         d2_an = expanded.value(d2_an);
       }
@@ -513,10 +557,39 @@ __device__ __forceinline__ Counted<Acc> finish(const Problem<Acc>& p, const Pass
           d2_an = its_d2_an;
         }
       }
+      if (p.euclidean) {
+        if (is_direct) {
+          d_ap = roots.of_rows(d2_ap);
+          d_an = roots.of_rows(d2_an);
+        }
+        const Acc scale_ap = roots.rescaled(d2_ap), scale_an = roots.rescaled(d2_an);
+        const bool again = is_direct && !p.mining && (scale_ap != 1 || scale_an != 1);
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(kWholeWarp, again); left != 0; left &= left - 1) {  // warp = pair
+          const int i = __ffs(static_cast<int>(left)) - 1;
+          const auto x = input_row<In>(p, p.anchors, anchor_index);
+          const auto to_ap = input_row<In>(p, p.candidates, __shfl_sync(kWholeWarp, positive, i));
+          const auto to_an = input_row<In>(p, p.candidates, __shfl_sync(kWholeWarp, negative, i));
+          const Acc its_scale_ap = __shfl_sync(kWholeWarp, scale_ap, i), its_scale_an = __shfl_sync(kWholeWarp, scale_an, i);
+          Acc sum_ap2 = 0, sum_an2 = 0;
+#pragma unroll 1
+          for (int32_t d = lane; d < p.dim; d += 32) {
+            const Acc ap = (x[d] - to_ap[d]) * its_scale_ap, an = (x[d] - to_an[d]) * its_scale_an;
+            sum_ap2 = fma(ap, ap, sum_ap2);
+            sum_an2 = fma(an, an, sum_an2);
+          }
+          sum_ap2 = warp_sum(sum_ap2);
+          sum_an2 = warp_sum(sum_an2);
+          if (lane == i) {
+            d_ap = roots.of_rows(sum_ap2) / scale_ap;
+            d_an = roots.of_rows(sum_an2) / scale_an;
+          }
+        }
+      }
       // lane = pair again: the rest
       Acc c_ap = 0, c_an = 0;
       if (counts_here) {
-        const Term<Acc> term = term_of(p, d2_ap, d2_an);
+        const Term<Acc> term = term_of(p, roots, d2_ap, d2_an, d_ap, d_an);
         c_ap = term.c_ap;
         c_an = term.c_an;
         ++counted.counts[0];
@@ -572,6 +645,7 @@ __device__ __forceinline__ Counted<Acc> finish(const Problem<Acc>& p, const Pass
       }
     }
     enter_list();
+    if (p.euclidean && !p.soft_margin) counted.loss *= static_cast<double>(two_to<Acc>(roots.exponent));
   }
   return counted;
 }

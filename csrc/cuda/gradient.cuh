@@ -5,9 +5,10 @@
 //
 //   as anchor     + u(x, p) (x - p)  over its positives        - v(x, n) (x - n)  over its distinct negatives
 //   as positive   + u(a, x) (x - a)  over the anchors of its class
-//   as negative   - v(a, x) (x - a)  over the anchors that chose it: its list, ascending by place of the anchor's entry
+//   as negative   - v(a, x) (x - a)  over the anchors that chose it: its list, ascending by the anchor's index and pair (with
+//                                    several passes by place of the anchor's entry)
 //
-// times 2 (squared) or 1 (euclidean, cosine), over the number of counted pairs. Differences, not rowsum * x - S x:
+// times 2 (squared) or 1 (euclidean, cosine; Roots), over the number of counted pairs. Differences, not rowsum * x - S x:
 // near-duplicates keep their relative accuracy.
 //
 //   5 gather    a warp per row; bytes from L2: two rows per active pair; class rows mostly from L1
@@ -16,7 +17,7 @@
 // barrier, build them anew:
 //
 //   reserve     list_begin: the end of a piece of `list` for every row; the schedule decides where, not what it will hold
-//   fill        list[--list_begin[n]] = the entry's place, for all entries
+//   fill        list[--list_begin[n]] = the pair's number, for all entries
 //
 // slices.cuh does most of this for float rows that fit in shared memory, slice by slice.
 #pragma once
@@ -49,10 +50,11 @@ __device__ void fill_lists(const Problem<Acc>& p, const Pass& pass) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   for (int32_t a = pass.begin + block_index() * kWarps + warp; a < pass.end; a += grid_size() * kWarps) {
     const int32_t count = count_positives(p, p.anchors.mate_begin[a], p.anchors.mate_end[a]);
+    const int32_t index = sorted_index(p, p.anchors)[a];
     for (int32_t r = lane; r < count; r += 32) {
       const int32_t place = pass.entry(a, r);
       if (p.entry[place].coefficient == 0) continue;
-      p.list[atomicAdd(&p.list_begin[p.entry[place].row], -1) - 1] = place;
+      p.list[atomicAdd(&p.list_begin[p.entry[place].row], -1) - 1] = pass.numbered(index, r, place);
     }
   }
 }
@@ -139,7 +141,7 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
     if (is_anchor) {
       const int32_t count = count_positives(p, p.anchors.mate_begin[anchor_position], p.anchors.mate_end[anchor_position]);
       gather<In>(p, p.candidates, x, first, count, sum, [&](int32_t e, Acc& coefficient) {
-        const Entry<Acc> entry = p.entry[pass.entry(anchor_position, e)];
+        const Entry<Acc>& entry = p.entry[pass.entry(anchor_position, e)];
         coefficient = -entry.coefficient;
         return entry.row;
       });
@@ -162,8 +164,11 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
         return sorted_index(p, p.anchors)[a];
       });
       gather<In>(p, p.anchors, x, first, list_count, sum, [&](int32_t e, Acc& coefficient) {
-        coefficient = -p.entry[list[e]].coefficient;
-        return sorted_index(p, p.anchors)[pass.anchor(list[e])];
+        const int32_t number = list[e];
+        const int32_t anchor = number / pass.stride, pair = number - anchor * pass.stride;  // the index, if of the only pass
+        const int32_t place = pass.holds_all ? pass.entry(p.anchors.position[anchor], pair) : number;
+        coefficient = -p.entry[place].coefficient;
+        return pass.holds_all ? anchor : sorted_index(p, p.anchors)[pass.begin + anchor];
       });
     }
     add_to_gradient(p, rows.gradient, index, first, pass.is_first(), sum);
@@ -213,7 +218,8 @@ __device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass, bool o
   Carver carver{shared_memory, 0, true};
   GatherShared& s = *carver.take<GatherShared>(1);
   const int warp = thread_index() / 32, lane = thread_index() % 32;
-  const Acc scale = static_cast<Acc>((p.euclidean || p.cosine ? 1 : 2) / divisor(p));
+  Acc scale = static_cast<Acc>(p.slope / divisor(p));
+  if (p.euclidean) scale *= two_to<Acc>(-root_exponent<Acc>(pass));
   const int64_t rows_per_turn = int64_t(grid_size()) * kWarps;
 
 #pragma unroll 1

@@ -146,8 +146,11 @@ struct Problem {
   int32_t slice_lanes;  // of 16 bytes, that a slice of a row takes; 0: the gradient is not gathered from slices (slices.cuh)
   int32_t slice_rows;  // that a warp has at a time then
   uint32_t slices_reciprocal;  // of 2^31
+  bool writes_fours;  // rows of the gradient lie on 16 bytes and fill them
   int32_t slices, group_rows, slice_items;  // slices of a row, rows of a group, pairs of a slice and a group
   Acc margin;
+  double exact_margin;
+  double slope;  // of a term by its distances' arguments: 2 if these are squares, else 1
   Acc width;  // random rules: eligible is t > d - width, or t >= d - width if `closed`
   bool closed;
   const int64_t* seed;
@@ -168,7 +171,7 @@ struct Problem {
   int32_t* tile_index;  // [C] the same indices in order
   uint64_t* farthest;  // [A] by position
   uint32_t* farthest_index;  // [A] double only
-  double* loss_of_anchor;  // [A] by position
+  double* loss_of_anchor;  // [A] by index: their sum does not depend on how labels sort
   double* sum_d2_ap;  // [A]
   double* sum_d2_an;  // [A]
   int32_t* times_chosen;  // [C] by index: entries in its list
@@ -256,12 +259,15 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.dim = static_cast<int32_t>(args.dim);
   p.pitch = static_cast<int32_t>(divide_up(args.dim * MathTraits<M>::kElementBytes, kStageBytes) * kStageBytes);
   p.margin = static_cast<Acc>(args.margin);
+  p.exact_margin = args.margin;
+  p.slope = args.distance == Distance::sqeuclidean ? 2 : 1;
   const int64_t longest = args.num_anchors > args.num_candidates ? args.num_anchors : args.num_candidates;
   p.has_table = false;  // choose_table()
   for (RingLayout& layout : p.layouts) layout = {1, kStages, false, 0};
   p.rows_per_block = p.slice_lanes = p.group_rows = p.slice_items = p.slice_helpers = p.rows_under_tile = 0;  // share_rows(),
   p.slices = p.slice_rows = 1;  // choose_slice()
   p.slices_reciprocal = 1u << 31;
+  p.writes_fours = false;
   p.merges = 0;
   while ((int64_t(kSortChunk) << p.merges) < longest) ++p.merges;
 }
@@ -433,23 +439,25 @@ struct alignas(16) Pass {
   int32_t layout;  // of the tile's memory
   bool by_fours;  // and `width` is a multiple of 4 that holds all anchors: thresholds are loaded by fours
   bool sliced;  // the gradient is gathered from slices (slices.cuh): one pass, whose entries stand side by side
+  bool holds_all;  // anchors: the only pass
   __device__ __forceinline__ bool has(int32_t a) const { return a >= begin && a < end; }
   __device__ __forceinline__ int32_t slot(int32_t a) const { return (a - begin) * stride; }
   // Places of an anchor's entries, an even number, and of the weights of its class, from a multiple of 4 on.
   __device__ __forceinline__ int32_t entry_places() const { return (stride + 1) & ~1; }
   __device__ __forceinline__ int32_t weight_places() const { return (stride + 7) & ~3; }
-  // Place of pair r of the anchor at position a in `entry`, from there to that of pair r + 32, and the way back to the anchor.
+  // Place of pair r of the anchor at position a in `entry`, and from there to that of pair r + 32.
   __device__ __forceinline__ int32_t entry(int32_t a, int32_t r) const {
     return sliced ? side_by_side<2>(a, entry_places(), r) : slot(a) + r;
   }
   __device__ __forceinline__ int32_t entry_step() const { return sliced ? kSlicedEntryStep : 32; }
-  __device__ __forceinline__ int32_t anchor(int32_t place) const {
-    if (!sliced) return begin + place / stride;
-    return place / (4 * entry_places()) * 4 + place / 2 % 4;
+  // What a list holds of pair r of the anchor at `index`: all in one pass its number in order of both, which no other order of
+  // the labels changes; else the place of its entry.
+  __device__ __forceinline__ int32_t numbered(int32_t index, int32_t r, int32_t place) const {
+    return holds_all ? index * stride + r : place;
   }
-  // What finish() enters in lists: if they are gathered from slices what slices.cuh takes apart, else places.
+  // What finish() enters in lists: if they are gathered from slices what slices.cuh takes apart.
   __device__ __forceinline__ int32_t listed(int32_t index, int32_t r, int32_t place) const {
-    return sliced ? Listed(index, r, 0).entry() : place;
+    return sliced ? Listed(index, r, 0).entry() : numbered(index, r, place);
   }
   // An anchor's first bucket and the way to its next. Where they fit in shared memory, those of neighbouring anchors are
   // neighbours: lanes that are anchors then touch contiguous global memory and different banks.
@@ -492,12 +500,14 @@ __device__ __forceinline__ Pass first_pass(const Problem<Acc>& p, int32_t max_po
             false,
             0,
             false,
+            false,
             false};
   const int32_t shared = draws(p) ? 0 : buckets;
   while (pass.layout < kLayouts - 1 && p.layouts[pass.layout].slots < shared) ++pass.layout;
   pass.in_shared = !draws(p) && buckets <= p.layouts[pass.layout].slots;
   if (!pass.in_shared) pass.layout = 0;
   pass.advance(p.anchors.count);
+  pass.holds_all = pass.is_last(p.anchors.count);
   const int32_t fours = (p.anchors.count + 3) / 4 * 4;
   pass.by_fours = pass.in_shared && pass.is_last(p.anchors.count) && int64_t(fours) * stride <= p.slots;
   if (pass.by_fours) pass.width = fours;

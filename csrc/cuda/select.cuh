@@ -43,7 +43,7 @@ __device__ __forceinline__ void sort_thresholds(const Problem<Acc>& p, const Pas
 }
 
 // The same for kShortStride positives at most, whose distances stand in shared memory alone, as yet. Returns whether there are
-// no equally far ones; then the base (buckets.cuh) has been stored too.
+// no equally far ones, nor none at all; then the base (buckets.cuh) has been stored too.
 template <class Acc>
 __device__ __forceinline__ bool sort_few_thresholds(const Problem<Acc>& p, const Pass& pass, int32_t a, int32_t positives,
                                                     const Acc* d2_ap) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ bool sort_few_thresholds(const Problem<Acc>& p, const
       if (pass.in_shared && below[k] == positives - 1) p.base[a] = base_of(p, own[k]);
     }
   }
-  return true;
+  return positives > 0;
 }
 
 // By one warp: which candidates of the class of anchor i (of the strip) make no pair with it. NaN is the farthest or the

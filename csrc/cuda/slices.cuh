@@ -55,10 +55,21 @@ struct SliceItem {
 template <int kLanes>
 __device__ __forceinline__ void fetch_slice(const Problem<float>& p, int32_t item, float* slice, int32_t begin, int32_t end) {
   const int32_t column = SliceItem<kLanes>(p, item).column;
-  if (item < p.slice_items && column < p.dim) {
-    constexpr int32_t kRows = kThreads / kLanes;  // that a block copies at a time
-    int32_t row = begin + thread_index() / kLanes;
-    const int64_t stride = p.candidates.stride;
+  constexpr int32_t kRows = kThreads / kLanes;  // that a block copies at a time
+  const int64_t stride = p.candidates.stride;
+  int32_t row = begin + thread_index() / kLanes;
+  if (!p.candidates.aligned) {  // neighbouring lanes copy neighbouring columns: four copies of a lane are kLanes columns apart
+    const int32_t lane = thread_index() % kLanes, first = column - 3 * lane;
+    const float* from = static_cast<const float*>(p.candidates.x) + first + row * stride;
+    float* to = slice + begin * (4 * kLanes) + thread_index() * 4 - 3 * lane;
+#pragma unroll 1
+    for (; row < end && item < p.slice_items; row += kRows, from += kRows * stride, to += kThreads * 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (first + i * kLanes < p.dim) cp_async_4(to + i * kLanes, from + i * kLanes);
+      }
+    }
+  } else if (item < p.slice_items && column < p.dim) {
     const float* from = static_cast<const float*>(p.candidates.x) + column + row * stride;
     float* to = slice + begin * (4 * kLanes) + thread_index() * 4;
 #pragma unroll 4
@@ -96,8 +107,8 @@ struct ListedRow {
   __device__ __forceinline__ ListedRow(const Problem<float>& p, int32_t position) {
     position = min(position, p.candidates.count - 1);  // no branch, which would cost registers
     index = sorted_index(p, p.candidates)[position];
-    begin = p.anchors.mate_begin[position];
-    end = p.anchors.mate_end[position];
+    begin = p.candidates.mate_begin[position];
+    end = p.candidates.mate_end[position];
   }
 };
 __device__ __forceinline__ int32_t first_listed() { return block_index() * kWarps + thread_index() / 32; }
@@ -115,20 +126,21 @@ __device__ __forceinline__ bool order_lists(const Problem<float>& p, const Pass&
     // rank among the row's positives and at the row's among the mate's.
     const Mates mates(p, begin, end);
     const int32_t stride = pass.stride, own_slot = position * stride - begin, own_rank = position - begin;
-    const auto weight_of = [&](int32_t e) -> float {  // without a branch, which would wait for each load
+    const auto weight_of = [&](int32_t e) -> float {
       const int32_t other = mates.from + e;
-      const bool is_mate = other >= begin && other < end && other != position, is_behind = other > position;
-      const float to = p.d2_ap[is_mate ? own_slot + other - (is_behind ? 1 : 0) : position * stride];
-      const float from = p.d2_ap[is_mate ? other * stride + own_rank - (is_behind ? 0 : 1) : position * stride];
-      return is_mate ? to + from : 0.f;
+      const bool is_mate = e < mates.size && other >= begin && other != position, is_behind = other > position;
+      const float to = is_mate ? p.d2_ap[own_slot + other - (is_behind ? 1 : 0)] : 0.f;
+      const float from = is_mate ? p.d2_ap[other * stride + own_rank - (is_behind ? 0 : 1)] : 0.f;
+      return to + from;
     };
+    const int32_t length = p.times_chosen[index];
     float weight[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) weight[i] = weight_of(lane + 32 * i);
-    const int32_t length = p.times_chosen[index];
     const int32_t* list = p.list + index * p.list_places;
-    Vector<int32_t, kOwn> own{};  // longer lists are read again and again
-    if (kOwn * lane < p.list_places) own = reinterpret_cast<const Vector<int32_t, kOwn>*>(list)[lane];
+    int32_t own[kOwn];  // longer lists are read again and again
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) own[i] = kOwn * lane + i < min(length, p.list_places) ? list[kOwn * lane + i] : 0;
     if (overflows != 0) return false;
     float* const weights = p.threshold + side_by_side<4>(position, pass.weight_places(), lane);
     const int32_t padded = (mates.size + 3) & ~3;
@@ -152,7 +164,7 @@ __device__ __forceinline__ bool order_lists(const Problem<float>& p, const Pass&
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const bool has = kOwn * lane + i < length;
-      const Listed listed(own.element[i]);
+      const Listed listed(own[i]);
       const int32_t key = listed.index() * turns + (listed.pair() >> 5);
       keys[i] = static_cast<uint32_t>(has ? key : 0x7bff) * 0x10001u;
     }
@@ -167,7 +179,7 @@ __device__ __forceinline__ bool order_lists(const Problem<float>& p, const Pass&
       }
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        if (kOwn * lane + i < length) write(count_of_half(ranks, i), entry_of(Listed(own.element[i])));
+        if (kOwn * lane + i < length) write(count_of_half(ranks, i), entry_of(Listed(own[i])));
       }
       continue;
     }
@@ -352,10 +364,19 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
         if (is_helped) sum = s.of_mates[warp * 32 + lane];
       }
       if (!has || helps || column >= p.dim) continue;
-      const auto scale = static_cast<float>((p.euclidean || p.cosine ? 1 : 2) / divisor_of(count));
+      auto scale = static_cast<float>(p.slope / divisor_of(count));
+      if (p.euclidean) scale *= two_to<float>(-root_exponent<float>(pass));
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum.element[i] = (sum.element[i] - negatives.element[i]) * scale;
-      *reinterpret_cast<Four*>(static_cast<float*>(rows.gradient_out) + int64_t(index) * p.dim + column) = sum;
+      float* const out = static_cast<float*>(rows.gradient_out) + int64_t(index) * p.dim + column;
+      if (p.writes_fours) {
+        *reinterpret_cast<Four*>(out) = sum;
+      } else {  // behind the last column a slice holds anything
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (column + i < p.dim) out[i] = sum.element[i];
+        }
+      }
     }
   }
   if (is_waiting) {  // no row: neither a copy nor a barrier may be left open
@@ -365,11 +386,12 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
 }
 
 // How wide slices are and which items there are, and the block's shared memory with one; slice_lanes stays 0 where none fits,
-// or the rows are not of the kind above. tile_bytes: what a tile takes of the same memory.
+// or the rows are not of the kind above. tile_bytes: what a tile takes of the same memory. Where the rows lie changes how they
+// are copied, not who sums what: the same bits.
 inline void choose_slice(const TripletArgs& args, Problem<float>& p, int64_t blocks, int64_t limit, int64_t tile_bytes,
                          int64_t* bytes) {
-  const bool aligned = p.candidates.aligned && reinterpret_cast<uintptr_t>(p.candidates.gradient_out) % 16 == 0;
-  if (!p.plain || p.normalize || !aligned || p.candidates.gradient_out == nullptr || blocks == 0) return;
+  if (!p.plain || p.normalize || p.candidates.gradient_out == nullptr || blocks == 0) return;
+  p.writes_fours = p.dim % 4 == 0 && reinterpret_cast<uintptr_t>(p.candidates.gradient_out) % 16 == 0;
   if (p.dim >= 1 << 18) return;  // SliceItem counts on few slices
   int32_t lanes = 8;
   while (lanes > 2 && 2 * lanes >= p.dim) lanes /= 2;  // fewer have all columns

@@ -1,7 +1,7 @@
 // CUDA on the CPU, for tests: csrc/cuda compiled by the host compiler with -DFACENET_EXT_EMULATED includes this instead of the
 // CUDA headers. Every CUDA thread is a fiber; all blocks of the grid are resident, as in a cooperative launch. What runs here is
 // compiled with the sanitizers; the scheduler and the exchange between lanes (emulator.cpp) are not, so that ThreadSanitizer
-// sees exactly the kernel's own accesses and the orderings that CUDA promises:
+// sees exactly the kernel's own accesses and the orderings that CUDA promises (and initcheck.cpp what they read):
 //
 //   __syncthreads, __syncwarp, grid_sync   order memory between the threads that take part
 //   shuffles, ballots, mma, atomics        order nothing
@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <type_traits>
 
 #include "triplet.h"
@@ -62,6 +63,10 @@ void run(unsigned blocks, unsigned threads, size_t shared_bytes, const std::func
 [[noreturn]] void fail(Site site, const char* message);
 uint8_t* shared_memory();
 
+// Memory that no kernel may read before it has written it, until it is forgotten. Nothing, but in the build with initcheck.cpp.
+void fresh(void* memory, int64_t bytes);
+void forget();
+
 void sync_block(Site site);
 void sync_grid(Site site);
 void arrive_grid(Site site);
@@ -77,10 +82,10 @@ void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b, bool bfloat, Si
 struct Copy {
   void* to;
   const void* from;
-  int group;
+  int bytes, group;
 };
 struct Copies {
-  Copy pending[64];
+  Copy pending[256];
   int count = 0, group = 0;
 };
 Copies& copies();
@@ -89,7 +94,10 @@ float float_from_half(uint16_t bits);
 uint16_t half_from_float(float x);
 uint16_t bfloat_from_float(float x);
 
-inline void copy_now(const Copy& copy) { *static_cast<uint4*>(copy.to) = *static_cast<const uint4*>(copy.from); }
+inline void copy_now(const Copy& copy) {
+  if (copy.bytes == 16) *static_cast<uint4*>(copy.to) = *static_cast<const uint4*>(copy.from);
+  else *static_cast<uint32_t*>(copy.to) = *static_cast<const uint32_t*>(copy.from);
+}
 
 template <class T>
 uint64_t to_word(T x) {
@@ -288,16 +296,18 @@ void search_step(uint32_t& at, float d) {
   if (*reinterpret_cast<const float*>(emu::shared_memory() + at + kBytes) < d) at += kBytes;
 }
 
-inline void cp_async_16(void* to, const void* from, EMU_WHERE) {
+inline void emu_cp_async(void* to, const void* from, int bytes, emu::Site site) {
   emu::Copies& copies = emu::copies();
-  const emu::Copy copy{to, from, copies.group};
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
-    emu::fail(EMU_SITE("cp.async"), "address is not a multiple of 16");
+  const emu::Copy copy{to, from, bytes, copies.group};
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+    emu::fail(site, "address is not a multiple of the size");
   }
   if (!emu::config.late_copies) return emu::copy_now(copy);
-  if (copies.count == 64) emu::fail(EMU_SITE("cp.async"), "more than 64 copies in flight");
+  if (copies.count == int(std::size(copies.pending))) emu::fail(site, "more copies in flight than the emulation holds");
   copies.pending[copies.count++] = copy;
 }
+inline void cp_async_16(void* to, const void* from, EMU_WHERE) { emu_cp_async(to, from, 16, EMU_SITE("cp.async of 16")); }
+inline void cp_async_4(void* to, const void* from, EMU_WHERE) { emu_cp_async(to, from, 4, EMU_SITE("cp.async of 4")); }
 inline void cp_async_commit() { ++emu::copies().group; }
 template <int kStillInFlight>
 void cp_async_wait() {

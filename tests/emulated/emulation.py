@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import struct
 import subprocess
 import tempfile
@@ -35,6 +36,7 @@ SANITIZERS = {
     "plain": ([], []),
     "asan": (["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], ["-DEMU_ASAN"]),
     "tsan": (["-fsanitize=thread"], ["-DEMU_TSAN"]),
+    "init": (["-fsanitize=thread"], ["-DEMU_INIT"]),  # its calls, but initcheck.cpp behind them
 }
 
 
@@ -77,7 +79,8 @@ def support(sanitizer: str) -> list[Path]:
     runner = ["-O1", "-ffp-contract=off", "-DFACENET_EXT_EMULATED", "-DFACENET_EXT_WITH_CUDA", *flags]
     # The emulator is not instrumented, and its loops must not become calls of memcpy, which the sanitizers intercept.
     emulator = ["-O2", "-fno-builtin", "-fno-tree-loop-distribute-patterns", *emulator_flags]
-    files = ((runner, "runner.cpp"), (emulator, "emulator.cpp"))
+    files = [(runner, "runner.cpp"), (emulator, "emulator.cpp")]
+    files += [(emulator, "initcheck.cpp")] if sanitizer == "init" else []
     jobs = [[compiler(), *COMMON, *options, "-c", str(HERE / file)] for options, file in files]
     return compile_all(jobs, Path(scratch().name) / sanitizer)
 
@@ -112,7 +115,8 @@ def build(
     with ONCE:
         objects += support(sanitizer)
     program = directory / "runner"
-    subprocess.run([compiler(), *COMMON, *flags, *map(str, objects), "-o", str(program)], check=True)
+    link = ["-no-pie"] if sanitizer == "init" else flags
+    subprocess.run([compiler(), *COMMON, *link, *map(str, objects), "-o", str(program)], check=True)
     return program
 
 
@@ -287,7 +291,10 @@ def run(program: Path, cases: list[tuple[Case, bool]], directory: Path, timeout:
         capture_output=True, text=True, errors="replace", timeout=timeout, env=environment(),
     )  # fmt: skip
     if done.returncode != 0:
-        raise Finding(f"exit status {done.returncode}\n{done.stderr[-6000:]}")
+        code = re.search(r"initcheck: .* code (0x[0-9a-f]+)", done.stderr)
+        where = ["addr2line", "-pifsCe", str(program), code[1]] if code else ["true"]
+        lines = subprocess.run(where, capture_output=True, text=True).stdout
+        raise Finding(f"exit status {done.returncode}\n{done.stderr[-6000:]}{lines}")
     data, at, results = target.read_bytes(), 0, []
 
     def take(dtype: str, *shape: int) -> np.ndarray:

@@ -299,6 +299,11 @@ void fail(Site site, const char* message) {
 uint8_t* shared_memory() { return blocks[blockIdx.x].shared; }
 Copies& copies() { return fibers[running].copies; }
 
+#ifndef EMU_INIT
+void fresh(void*, int64_t) {}
+void forget() {}
+#endif
+
 void maybe_switch() {
   if (config.schedule < Schedule::random || random_bits() % 16 != 0) return;
   pause(Wait::none, 0, {});

@@ -105,6 +105,10 @@ BUGS = {
         "triplet_kernel.cuh", "if (pass.in_shared && !has_buckets) empty", "if (!pass.in_shared && !has_buckets) empty",
         "plain",
     ),
+    "places_of_a_list_behind_its_end": (
+        "slices.cuh", "i < min(length, p.list_places)", "i < p.list_places", "init",
+    ),
+    "base_of_no_positive": ("select.cuh", "  return positives > 0;\n", "  return true;\n", "init"),
     "nothing_behind_the_last_positive": ("select.cuh", "(&s.d2_ap[0][0])[i] = last;", "(void)last;", "plain"),
     "pairs_with_one_negative": ("finish.cuh", "static_cast<float>(__popc(same[i]))", "1.f", "plain"),
     "usual_loss_of_a_near_pair": (
@@ -117,7 +121,7 @@ BUGS = {
     ),
     "entry_that_completes_no_pair": ("slices.cuh", "    if (length % 2 == 1 && lane == 0)", "    if (false)", "plain"),
     "weight_of_the_last_mate": (
-        "slices.cuh", "other < end && other != position", "other < end - 1 && other != position", "plain",
+        "slices.cuh", "e < mates.size && other >= begin", "e < mates.size - 1 && other >= begin", "plain",
     ),
     "plain_read_of_a_moving_minimum": (
         "select.cuh", "if (key < load_relaxed(best)) atomic_min(best, key);\n}", "if (key < *best) *best = key;\n}",
@@ -213,6 +217,7 @@ def cases(name: str | None):
         simple(64, 68, 16, rows="mid", margin=1.0, multiprocessors=1),  # and no warp without rows
         replace(simple(70, 9, 9, negatives="random_active"), offset=5, count=40),
         simple(70, 9, 9, positives="hardest", negatives="hard"),
+        simple(20, 8, 15, margin=1.0),  # classes of one
         with_nan(simple(70, 9, 3)),  # classes larger than what is kept in shared memory
         simple(140, 4, 2, margin=1.0),  # and than what the lanes of a warp keep
     ]

@@ -34,6 +34,7 @@ void* output(int64_t bytes, bool wanted, uint64_t seed) {
   if (!wanted) return nullptr;
   uint8_t* memory = static_cast<uint8_t*>(malloc(bytes > 0 ? size_t(bytes) : 1));
   for (int64_t i = 0; i < bytes; ++i) memory[i] = uint8_t(0x51 * (i + 1) + seed * 29);
+  emu::fresh(memory, bytes);
   return memory;
 }
 void write_and_free(void* memory, int64_t bytes) {
@@ -110,12 +111,14 @@ int main(int argc, char** argv) {
     for (int64_t i = 0; i < args.workspace_bytes; ++i) {
       static_cast<uint8_t*>(args.workspace)[i] = uint8_t(i * 37 + h.seed * 101);
     }
+    emu::fresh(args.workspace, args.workspace_bytes);
 
     emu::config.schedule = emu::Schedule(h.schedule);
     emu::config.seed = uint64_t(h.seed);
     emu::config.late_copies = h.late_copies != 0;
     emu::config.max_shared_bytes = h.shared_kib * 1024;
     const fe::Status status = fe::cuda::launch_triplet(args);
+    emu::forget();
     if (status.code != fe::Code::ok) {
       fprintf(stderr, "runner: %s: %s\n", status.where, status.what);
       return 4;

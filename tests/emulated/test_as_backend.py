@@ -4,6 +4,7 @@ tests/campaign.py --rules --emulated does."""
 from __future__ import annotations
 
 import pytest
+import test_properties
 import torch
 import triplet_loop
 from as_backend import emulated
@@ -31,3 +32,17 @@ def test_what_the_runner_says_comes_back(programs):
         launcher.shared_kib = -1
         with pytest.raises(Finding, match="exit status"):
             facenet_ext.triplet_loss(x, y)
+
+
+PROPERTIES = (
+    "test_relabelling_changes_no_bit",
+    "test_scaling_by_a_power_of_two",
+)
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_properties_hold_over_the_emulated_kernels(programs, name):
+    """The tests of test_properties.py that bits or exponents decide."""
+    with emulated(programs()) as launcher:
+        launcher.capability, launcher.shared_kib = 90, 99
+        getattr(test_properties, name)(device=torch.device("cpu"))

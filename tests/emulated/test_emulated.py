@@ -93,6 +93,33 @@ def test_near_pairs_are_summed_in_direct_form(programs, tmp_path):
     check(programs(), cases, tmp_path)
 
 
+@pytest.mark.parametrize("exponent", [-140, -120, -100, -70, 60, 100])
+def test_euclidean_distances_scale_with_the_rows(programs, tmp_path, exponent):
+    """Squares of them vanish or overflow, they do not: far pairs, near ones, rows that are always summed directly,
+    equal rows, several passes."""
+    bases = [
+        simple(70, 10, 14, margin=0.2),
+        simple(70, 10, 14, margin=1e-3, rows="nearly_collapsed"),
+        simple(40, 130, 9, margin=0.2),
+        simple(66, 16, 11, margin=0.25, rows="duplicates", negatives="hard"),
+        simple(70, 9, 14, margin=0.2, capability=75),
+        simple(60, 12, 10, margin=0.2, dtype="bfloat16"),
+        simple(200, 2, 2, margin=0.2, fallback="farthest"),
+        replace(simple(70, 10, 14, margin=0.2), offset=5, count=50),
+    ]
+    for base in bases:
+        if base.dtype == "bfloat16" and exponent < -120:
+            continue  # below its least number
+        grain = 2.0 ** (-6 if base.dtype == "bfloat16" else -8)  # no bit of a scaled row is lost
+        x = exact(np.round(base.x / grain) * grain, base.dtype)
+        base = replace(base, x=x, distance="euclidean")
+        scaled = replace(base, x=exact(x * 2.0**exponent, base.dtype), margin=base.margin * 2.0**exponent)
+        want, got = run(programs(), [(base, False), (scaled, False)], tmp_path)
+        assert got.loss * 2.0**-exponent == pytest.approx(want.loss, rel=1e-6, abs=2.0 ** (-149 - exponent)), base.name
+        np.testing.assert_allclose(got.grad_candidates, want.grad_candidates, rtol=1e-5, atol=1e-7, err_msg=base.name)
+        np.testing.assert_array_equal(got.stat_counts, want.stat_counts, base.name)
+
+
 def bucket_cases(sizes: tuple[int, ...]) -> list:
     """As many thresholds as searches of each length tell apart, up to those that shared memory does not hold; ties,
     equal rows (thresholds of 0), and distances that a tag does not reach: closer than an eighth of the farthest
@@ -134,6 +161,11 @@ def slice_cases() -> list:
     are gathered from memory after all: a list is too long, several passes."""
     shapes = [(70, 4), (33, 8), (65, 16), (130, 20), (70, 100), (48, 128), (15, 132)]
     cases = [simple(n, d, 9, rows="mid", margin=1.0, multiprocessors=m) for m, (n, d) in enumerate(shapes, 1)]
+    shapes = [(70, 3), (33, 13), (66, 18), (48, 33), (70, 130)]  # rows that do not lie on 16 bytes, or do not fill them
+    cases += [
+        simple(n, d, 9, rows="mid", margin=1.0, padding=m % 3, stats=m % 2 == 0, multiprocessors=m)
+        for m, (n, d) in enumerate(shapes, 1)
+    ]
     cases += [
         simple(300, 64, 60, margin=1.0, shared_kib=32, distance="euclidean", multiprocessors=3),
         simple(130, 40, 16, rows="duplicates", margin=0.25, negatives="hard", soft_margin=True),
@@ -182,6 +214,7 @@ def test_gradient_from_slices(programs, tmp_path):
         simple(520, 24, 130, margin=1.0, shared_kib=32),
         simple(460, 32, 115, margin=1.0, shared_kib=99, multiprocessors=5),
         with_schedule(simple(460, 32, 115, margin=1.0, shared_kib=99, multiprocessors=7), "one_warp_ahead", 2),
+        with_schedule(simple(460, 31, 115, margin=1.0, shared_kib=99, multiprocessors=7), "one_warp_ahead", 3),
     ]
     check(programs(), [*slice_cases(), *larger], tmp_path)
 
@@ -193,6 +226,14 @@ def test_gradient_from_slices_with_the_tiles_of_the_real_build(programs, tmp_pat
 @pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
 def test_gradient_from_slices_under_sanitizers(programs, tmp_path, sanitizer):
     check(programs(sanitizer), [case for case in slice_cases() if len(case.x) < 200], tmp_path)
+
+
+def test_what_is_read_has_been_written(programs, tmp_path):
+    """What initcheck says on a GPU: no kernel reads memory that nobody has written, not even to throw it away."""
+    cases = [case for case in slice_cases() if len(case.x) < 200] + usual_cases() + bucket_cases((3, 17, 33))
+    cases += [simple(140, 2, 2, fallback="farthest"), simple(150, 1, 3, rows="grid", margin=0.25, dtype="float64")]
+    cases += [draw(seed) for seed in range(8000, 8030)] + [draw_rule(seed) for seed in range(9000, 9030)]
+    check(programs("init"), cases, tmp_path)
 
 
 def test_result_does_not_depend_on_schedule_or_grid(programs, tmp_path):
@@ -210,6 +251,43 @@ def test_result_does_not_depend_on_schedule_or_grid(programs, tmp_path):
         for other in others:
             assert other.loss == first.loss
             np.testing.assert_array_equal(other.grad_candidates, first.grad_candidates)
+
+
+def test_strides_change_no_bit(programs, tmp_path):
+    """Rows on 16 bytes and elsewhere are gathered from slices alike."""
+    bases = [
+        simple(70, d, 14, rows="mid", margin=1.0, distance=distance, multiprocessors=3, stats=distance == "euclidean")
+        for d in (4, 8, 16, 20, 36, 132)
+        for distance in ("sqeuclidean", "euclidean")
+    ]
+    cases = [replace(base, padding=padding) for base in bases for padding in (0, 1, 3, 4)]
+    results = run(programs(), [(case, False) for case in cases], tmp_path)
+    for i, base in enumerate(bases):
+        want, *others = results[4 * i : 4 * i + 4]
+        for other in others:
+            assert other.loss == want.loss, base.name
+            np.testing.assert_array_equal(other.grad_candidates, want.grad_candidates, base.name)
+
+
+def test_order_of_labels_changes_no_bit(programs, tmp_path):
+    """Sums go by index where one pass holds all anchors: from slices, from memory, from lists that were too long."""
+    bases = [
+        simple(70, 32, 14, margin=1.0),
+        simple(70, 32, 14, margin=1.0, normalize=True, distance="euclidean"),
+        simple(70, 33, 14, margin=1.0, dtype="float64", reduction="sum"),
+        simple(60, 24, 12, margin=1.0, dtype="float16"),
+        simple(70, 32, 6, rows="collapsed", multiprocessors=1),  # a list that is too long for slices
+        simple(90, 20, 18, rows="mid", margin=1.0, negatives="random_active", normalize=True),
+        replace(simple(80, 12, 16, rows="mid", margin=1.0), offset=9, count=60),
+    ]
+    rng = np.random.default_rng(6)
+    for base in bases:
+        names = rng.permutation(base.labels.max() + 1)
+        renamed = replace(base, labels=names[base.labels])
+        want, got = run(programs(), [(base, False), (renamed, False)], tmp_path)
+        assert got.loss == want.loss, base.name
+        np.testing.assert_array_equal(got.grad_candidates, want.grad_candidates, base.name)
+        np.testing.assert_array_equal(got.stat_d2, want.stat_d2, base.name)
 
 
 def test_distances_are_symmetric_bit_for_bit(programs, tmp_path):

@@ -110,6 +110,12 @@ def test_mixed_cases_of_every_negative_in_other_builds(programs, tmp_path, sanit
     check_all(program, drawn(first, count, largest), tmp_path)
 
 
+def test_what_is_read_has_been_written(programs, tmp_path):
+    check_all(programs("init"), drawn(600, 40), tmp_path)
+    near = [near_case("float32", form) for form in ("plain", "offset", "foreign", "some")]
+    run(programs("init"), [(case, False) for case in near], tmp_path)
+
+
 def test_large_classes_take_several_passes(programs, tmp_path):
     """Two features leave about 60 slots per row, so anchors with 149 positives are worked off in three passes; a class
     does not fit in shared memory either, and its thresholds are longer than a warp sorts."""
@@ -209,6 +215,18 @@ def test_near_pairs_keep_the_accuracy_of_their_difference(programs, tmp_path, dt
         assert error.max() <= NEAR_TOLERANCE[dtype], f"{error.max():.1e}"
     error = np.linalg.norm(out.grad_candidates - grad_c, axis=1) / size_c
     assert error.max() <= NEAR_TOLERANCE[dtype], f"{error.max():.1e}"
+
+
+@pytest.mark.parametrize("exponent", [-140, -120, 60, 100])
+def test_euclidean_gradient_does_not_depend_on_the_scale(programs, tmp_path, exponent):
+    for negatives in ("all", "all_semi_hard"):
+        for rows in ("random", "nearly_collapsed"):
+            base = simple(40, 10, 9, rows=rows, distance="euclidean", negatives=negatives)
+            base = replace(base, x=np.round(base.x * 256) / 256)  # no bit of a scaled row is lost
+            scaled = replace(base, x=base.x * 2.0**exponent, margin=base.margin * 2.0**exponent)
+            want, got = run(programs(), [(base, False), (scaled, False)], tmp_path)
+            assert got.loss * 2.0**-exponent == pytest.approx(want.loss, rel=1e-6, abs=2.0 ** (-149 - exponent))
+            np.testing.assert_allclose(got.grad_candidates, want.grad_candidates, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "asan", "tsan"])

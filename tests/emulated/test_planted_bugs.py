@@ -7,7 +7,7 @@ from emulation import Finding
 from planted_bugs import BUGS
 
 
-@pytest.mark.parametrize("sanitizer", ["plain", "asan", "tsan"])
+@pytest.mark.parametrize("sanitizer", ["plain", "asan", "tsan", "init"])
 def test_without_a_bug_nothing_is_found(attempt, sanitizer):
     attempt(None, sanitizer)
 
@@ -19,3 +19,5 @@ def test_planted_bug_is_caught(attempt, name):
     assert "no longer contains" not in str(caught.value)
     if BUGS[name][3] == "tsan":
         assert "ThreadSanitizer" in str(caught.value)
+    if BUGS[name][3] == "init":
+        assert "initcheck" in str(caught.value)
