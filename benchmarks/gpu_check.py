@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -10,12 +11,21 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SHAPES = ((1800, 40, 128), (8192, 16, 128), (8192, 16, 256), (32768, 32, 512))  # N, K, D
+SHAPES = (  # N, K, D
+    (1800, 40, 128),
+    (4096, 16, 128),
+    (8192, 16, 128),
+    (8192, 16, 256),
+    (32768, 16, 512),
+    (262144, 16, 128),
+)
+REGIMES = {"init": None, "mid": 1.9, "separated": 1.0}  # noise around the classes' centres; None: nothing but noise
 DEVICE = "cuda"  # a rehearsal of accuracy() on a machine without a GPU says "cpu"
 BANDS = (0, 1e-3, 1e-1, 1, 3, 5)  # of the squared distance of unit rows
 
@@ -53,9 +63,9 @@ def build() -> dict:
 
 def tests() -> dict:
     """The package's tests on device="cuda"; one that is skipped for want of a GPU is a failure here."""
-    out = run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", "tests", "--ignore=tests/emulated", "-k", "cuda or gpu"], 240
-    )
+    workers = ["-n", str(min(6, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    command = ["pytest", "-q", "-rs", *workers, "tests", "--ignore=tests/emulated", "-k", "cuda or gpu"]
+    out = run([sys.executable, "-m", *command], 240)
     summary = out.strip().splitlines()[-1]
     if "passed" not in summary:
         raise RuntimeError(f"no test ran: {summary}")
@@ -68,12 +78,15 @@ def sanitizers() -> dict:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise RuntimeError("compute-sanitizer is not on PATH")
-    seen = {}
-    for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        out = run([tool, "--tool", check, "--error-exitcode", "1", sys.executable, __file__, "--small-set"], 150,
+    checks = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+    def summary(check: str) -> str:
+        out = run([tool, "--tool", check, "--error-exitcode", "1", sys.executable, __file__, "--small-set"], 200,
                   PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # fmt: skip
-        seen[check] = next((line.strip(" =") for line in reversed(out.splitlines()) if "SUMMARY" in line), "no summary")
-    return seen
+        return next((line.strip(" =") for line in reversed(out.splitlines()) if "SUMMARY" in line), "no summary")
+
+    with ThreadPoolExecutor(len(checks)) as pool:  # they spend their time on the host
+        return dict(zip(checks, pool.map(summary, checks), strict=True))
 
 
 def accuracy(n: int = 2048) -> dict:
@@ -191,8 +204,68 @@ def graphs() -> dict:
     return {"replays_equal_to_eager": replays}
 
 
+def repeats() -> dict:
+    """Loss and gradient of 100 calls, every other one on a second stream at the same time, bit for bit."""
+    import torch
+
+    import facenet_ext
+
+    seen = {}
+    for n, k, d in SHAPES[:3]:
+        x, labels = batch(n, k, d, "init")
+
+        def call(x=x, labels=labels):
+            y = x.clone().requires_grad_()
+            loss = facenet_ext.triplet_loss(y, labels)
+            loss.backward()
+            return loss.detach(), y.grad
+
+        expected, other = call(), torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        for _ in range(50):
+            here = call()
+            with torch.cuda.stream(other):
+                there = call()
+            torch.cuda.synchronize()
+            for got in (here, there):
+                if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
+                    raise RuntimeError(f"{n} x {d}: calls with the same input differ")
+        seen[f"{n} x {d}, K {k}"] = 100
+    return seen
+
+
+def batch(n: int, k: int, d: int, regime: str):
+    import torch
+
+    labels = torch.arange(n, device="cuda") // k
+    x = torch.randn(n, d, device="cuda")
+    if REGIMES[regime] is not None:
+        centres = torch.nn.functional.normalize(torch.randn((n + k - 1) // k, d, device="cuda"))
+        x = centres[labels] + x * (REGIMES[regime] / d**0.5)
+    return torch.nn.functional.normalize(x), labels
+
+
+def median_us(action, samples: int, calls: int = 1, flush=None) -> float:
+    """Of one of `calls` calls in a row, on the device's clock."""
+    import torch
+
+    seen = []
+    for _ in range(samples):
+        if flush is not None:
+            flush.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(calls):
+            action()
+        end.record()
+        end.synchronize()
+        seen.append(begin.elapsed_time(end) * 1e3 / calls)
+    return round(sorted(seen)[samples // 2], 2)
+
+
 def times() -> dict:
-    """Forward and backward, median of 30: eager and graph, hot and cold L2, at initialisation and separated."""
+    """Forward and backward, medians: eager, as a graph's replays, with a cold L2; peak memory above the input; beside
+    them a bare X @ X.T in TF32 and in float32, in slices of 8,192 rows where it is larger."""
     import torch
 
     import facenet_ext
@@ -200,38 +273,48 @@ def times() -> dict:
     flush = torch.empty(256 * 1024 * 1024, dtype=torch.uint8, device="cuda")
     rows = {}
     for n, k, d in SHAPES:
-        labels = torch.arange(n, device="cuda") // k
-        noise = torch.randn(n, d, device="cuda")
-        centres = torch.nn.functional.normalize(torch.randn(n // k + 1, d, device="cuda"))
-        for regime, x in (("init", noise), ("separated", centres[labels] + noise / d**0.5)):
-            x = torch.nn.functional.normalize(x).requires_grad_()
+        samples, calls = (31, 20) if n <= 8192 else (3, 1)
+        name = f"{n} x {d}, K {k}"
+        for regime in REGIMES:
+            x, labels = batch(n, k, d, regime)
+            x.requires_grad_()
 
             def step(x=x, labels=labels):
                 x.grad = None
                 facenet_ext.triplet_loss(x, labels).backward()
 
             step()
+            x.grad = None
+            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             step()
-            row = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
+            row = {
+                "peak_bytes": torch.cuda.max_memory_allocated() - before,
+                "promised_bytes": n * (24 * d + 1024) + 8 * n * d,  # workspace, gradient before and after backward
+            }
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 step()
-            for name, action in (("eager", step), ("graph", graph.replay)):
-                for cold in (False, True):
-                    samples = []
-                    for _ in range(33):
-                        if cold:
-                            flush.zero_()
-                        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                        begin.record()
-                        action()
-                        end.record()
-                        end.synchronize()
-                        samples.append(begin.elapsed_time(end) * 1e3)
-                    row[f"{name}_{'cold' if cold else 'hot'}_us"] = round(sorted(samples[3:])[15], 2)
-            rows[f"{n} x {d}, K {k}, {regime}"] = row
+            median_us(graph.replay, samples)
+            row["graph_us"] = median_us(graph.replay, samples, calls)
+            row["graph_cold_us"] = median_us(graph.replay, samples, flush=flush)
+            row["eager_us"] = median_us(step, samples, calls)
+            rows[f"{name}, {regime}"] = row
+            if row["peak_bytes"] > row["promised_bytes"]:
+                raise RuntimeError(f"{name}, {regime}: {row['peak_bytes']} bytes, promised: {row['promised_bytes']}")
+        for tf32 in (True, False):
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            x, _ = batch(n, k, d, "init")
+
+            def product(x=x):
+                for part in x.split(8192):
+                    part @ x.T
+
+            median_us(product, samples)
+            product_us = median_us(product, samples, calls)
+            rows[f"{name}, X @ X.T in {'TF32' if tf32 else 'float32'}"] = {"eager_us": product_us}
+        torch.backends.cuda.matmul.allow_tf32 = False
     return rows
 
 
@@ -259,7 +342,8 @@ def small_set() -> None:
 def machine() -> dict:
     facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "platform": platform.platform()}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    facts["commit"] = commit.stdout.strip() or "unknown"
+    # Where the sources are a copy without their history, whoever copied them says of what.
+    facts["commit"] = commit.stdout.strip() or os.environ.get("FACENET_EXT_COMMIT", "unknown")
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
     facts["uncommitted_changes"] = bool(changed.stdout.strip())
     try:
@@ -301,20 +385,29 @@ def main() -> int:
         small_set()
         return 0
     sys.path.insert(0, str(ROOT))
-    todo = [build, tests, sanitizers] if options.quick else [build, tests, sanitizers, accuracy, graphs, times]
+    # Steps of one group run at the same time; what is timed runs alone.
+    todo = [[build], [tests, sanitizers]]
+    if not options.quick:
+        todo += [[accuracy], [graphs], [repeats], [times]]
     report = {"machine": machine(), "quick": options.quick, "steps": {}}
     if "gpu" not in report["machine"]:
         print("gpu_check needs a machine with a GPU and a torch that sees it; this one has none.", file=sys.stderr)
         return 2
-    for step in todo:
+
+    def perform(step) -> dict:
         begin = time.perf_counter()
         try:
             entry = {"result": "passed", "seen": step()}
         except Exception as error:  # noqa: BLE001 - whatever a step dies of belongs into the report
             entry = {"result": "FAILED", "error": f"{type(error).__name__}: {error}"}
         entry["seconds"] = round(time.perf_counter() - begin, 1)
-        report["steps"][step.__name__] = entry
         print(f"{step.__name__}: {entry['result']} after {entry['seconds']} s", flush=True)
+        return entry
+
+    for group in todo:
+        with ThreadPoolExecutor(len(group)) as pool:
+            for step, entry in zip(group, pool.map(perform, group), strict=True):
+                report["steps"][step.__name__] = entry
     stamp = report["machine"]["date"].replace(":", "").replace("+0000", "Z")
     path = options.results / f"gpu_check_{report['machine']['gpu'].replace(' ', '_')}_{stamp}.json"
     write_atomically(path, report)

@@ -39,12 +39,12 @@ def environment(device: str, threads: int) -> dict:
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" where tracked files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, with "-dirty" where tracked files differ from it; outside of one FACENET_EXT_COMMIT."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    except (OSError, subprocess.CalledProcessError):  # of a copy without history, whoever made it says what it is
+        return os.environ.get("FACENET_EXT_COMMIT", "unknown")
 
 
 def cpu_model() -> str:

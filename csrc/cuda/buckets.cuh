@@ -108,7 +108,7 @@ struct BucketsOf {
     bucket = a - pass.begin + r * width;
     step = kStep * width;
     has = pass.has(a);
-    row = s.buckets + 1 + r;
+    row = s.buckets() + 1 + r;
     at = place + thread_index() % kWidth;
   }
 };
@@ -123,7 +123,7 @@ __device__ __forceinline__ void send_for_thresholds(const Problem<float>& p, con
   const bool has = first + four < pass.end;
   const int32_t step = kStep * pass.width;
   const float* from = p.threshold + first + four + r * pass.width;
-  Buckets* row = s.buckets + 1 + r;
+  Buckets* row = s.buckets() + 1 + r;
 #pragma unroll 1
   for (int32_t left = pass.buckets - r; left > 0; left -= kStep, from += step, row += kStep) {
     if (has) cp_async_16(row->threshold + place + four, from);
@@ -195,7 +195,7 @@ __device__ __forceinline__ void store_buckets(const Problem<float>& p, const Pas
   for (int i = 0; i < kEach; ++i) base[i] = ordered_bits(s.ranges->base[place + 32 * i + lane]);
   const uint32_t indices = shared_address(index);
   const bool is_first = s.cursor->is_first;  // then there is hardly anything to compare with
-  const Buckets* row = s.buckets + 1 + warp;
+  const Buckets* row = s.buckets() + 1 + warp;
   uint64_t* best = p.best + (first + lane - pass.begin) + int64_t(warp) * pass.width;
   const int64_t step = int64_t(kWarps) * pass.width;
 #pragma unroll 1
@@ -232,7 +232,7 @@ __device__ __forceinline__ void offer_beyond_tags(const Problem<float>& p, const
   int32_t low = 0, high = count;  // thresholds below d
   while (low < high) {
     const int32_t middle = (low + high) / 2;
-    const bool below = s.buckets[middle + 1].threshold[place] < d;
+    const bool below = s.buckets()[middle + 1].threshold[place] < d;
     low = below ? middle + 1 : low;
     high = below ? high : middle;
   }
@@ -256,11 +256,11 @@ __device__ __forceinline__ uint32_t offer_in_range(const Problem<float>& p, cons
   const int32_t* index = side.index;
   const uint32_t* rank = side.order.rank + side.from;
   const auto stop = *reinterpret_cast<const Vector<int32_t, 4>*>(pass.stop);
-  const auto threshold = [&](int k) { return s.buckets[stop.element[k]].threshold[place]; };
+  const auto threshold = [&](int k) { return s.buckets()[stop.element[k]].threshold[place]; };
   const float first = threshold(0), second = threshold(1), third = threshold(2), fourth = threshold(3);
   constexpr uint32_t kBytes = kRange * uint32_t(sizeof(Buckets));
-  const uint32_t base = ordered_bits(s.ranges->base[place]), row0 = shared_address(&s.buckets[0].threshold[place]);
-  const uint32_t row2 = row0 + 2 * kBytes, least_behind = shared_address(&s.buckets[0].least[place]) - row0;
+  const uint32_t base = ordered_bits(s.ranges->base[place]), row0 = shared_address(&s.buckets()[0].threshold[place]);
+  const uint32_t row2 = row0 + 2 * kBytes, least_behind = shared_address(&s.buckets()[0].least[place]) - row0;
   const bool is_first = s.cursor->is_first;
   uint32_t farthest = 0;
 #pragma unroll 1
@@ -321,7 +321,7 @@ __device__ __forceinline__ uint32_t offer_in_range(const Problem<float>& p, cons
     const int32_t buckets = s.ranges->last[place];
     // 0: no anchor of this pass. Where a tag is in the last bucket, nothing beyond tags is wanted.
     uint32_t far = load_relaxed(&s.ranges->far[place]);
-    if (far != 0 && load_relaxed(&s.buckets[buckets].least[place]) < kNoTags) far = ordered_bits(s.ranges->base[place]);
+    if (far != 0 && load_relaxed(&s.buckets()[buckets].least[place]) < kNoTags) far = ordered_bits(s.ranges->base[place]);
     uint32_t beyond = 0;  // those that no tag holds
 #pragma unroll
     for (int j = 0; j < kSearches; ++j) {
@@ -364,7 +364,7 @@ __device__ __forceinline__ void offer_farthest_in_shared(const Problem<float>& p
                                                          uint32_t farthest) {
   const int32_t last = s.ranges->last[side.place];
   if (last == 0 || load_relaxed(&s.ranges->far[side.place]) < kInfinity) return;
-  if (load_relaxed(&s.buckets[last].least[side.place]) < kNoTags) return;
+  if (load_relaxed(&s.buckets()[last].least[side.place]) < kNoTags) return;
   uint64_t key = 0;
   if (farthest != 0) {
     const uint32_t rank = (farthest ^ (kRanks - 1)) % kRanks;

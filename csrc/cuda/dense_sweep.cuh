@@ -63,7 +63,13 @@ struct SweepShared {
 };
 
 // Of a tile's memory: what is left holds thresholds and histograms.
-__host__ __device__ constexpr RingLayout narrow_ring() { return {1, kStages, false, 0}; }
+__host__ __device__ constexpr RingLayout narrow_ring() { return {1, kStages, false, 0, {}}; }
+
+// A tile's distances, later weights: in the ring's memory.
+template <class Acc>
+__device__ __forceinline__ Acc* part_of(const SweepShared<Acc>& s) {
+  return reinterpret_cast<Acc*>(s.tile.ring);
+}
 
 template <class Acc>
 __host__ __device__ SweepShared<Acc> carve_sweep(Carver& carver, int32_t slots) {
@@ -72,7 +78,7 @@ __host__ __device__ SweepShared<Acc> carve_sweep(Carver& carver, int32_t slots) 
                 int64_t(kStages) * 2 * kSide * kStageBytes);
   SweepShared<Acc> s;
   s.tile = carve_tile<Acc, false>(carver, narrow_ring());
-  s.total = s.tile.part + kPartElements;
+  s.total = reinterpret_cast<Acc*>(s.tile.ring) + kPartElements;
   s.loss = s.total + kSums;
   s.d2_an = s.loss + kSums;
   s.x = s.d2_an + kSums;
@@ -184,6 +190,7 @@ __device__ void next_item(const DenseProblem<Acc>& p, const DensePass<Acc>& pass
 template <class Acc>
 __device__ void next_tile_of(const DensePass<Acc>& pass, DenseItem& item, Cursor& cursor) {
   cursor.row = -1;
+  cursor.part_at = 0;
   for (; item.column < item.column_end && cursor.row < 0; item.column += kSide) {
     if (!(item.side == 0 && meets(pass, item.row)) && !meets(pass, item.column)) continue;
     cursor.row = item.row;
@@ -199,7 +206,7 @@ __device__ __forceinline__ void find_near(const DenseProblem<Acc>& p, const Dens
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   const int group = warp / kWarpsPerSide, first_row = warp % kWarpsPerSide * 32;
   const int first_column = part * kPart<Acc> + group * kColumnsEach<Acc>;
-  Acc* const cells = s.tile.part + (first_row + lane) * (kPart<Acc> + 1) + group * kColumnsEach<Acc>;
+  Acc* const cells = part_of(s) + (first_row + lane) * (kPart<Acc> + 1) + group * kColumnsEach<Acc>;
   uint32_t near = 0;  // of this lane's cells
 #pragma unroll 4
   for (int j = 0; j < kColumnsEach<Acc>; ++j) {
@@ -231,7 +238,7 @@ __device__ __forceinline__ void weigh_part(const DenseProblem<Acc>& p, const Den
   const int group = warp / kWarpsPerSide, place = warp % kWarpsPerSide * 32 + lane, at = group * kSide + place;
   const int32_t row = s.tile.cursor->row + place,
                 first = s.tile.cursor->column + part * kPart<Acc> + group * kColumnsEach<Acc>;
-  Acc* const cells = s.tile.part + place * (kPart<Acc> + 1) + group * kColumnsEach<Acc>;
+  Acc* const cells = part_of(s) + place * (kPart<Acc> + 1) + group * kColumnsEach<Acc>;
   const bool rows_are_anchors = s.item->side == 0, counted = p.stats || p.closed;
   const bool columns_are_anchors = multiplies(p, *s.item) && (!rows_are_anchors || q.plain);
   const int32_t mate_begin = s.tile.row->mate_begin[place], mate_end = s.tile.row->mate_end[place];
@@ -353,7 +360,7 @@ __device__ __forceinline__ void add_near(const DenseProblem<Acc>& p, const Dense
     uint32_t lanes = 0;
     for (int group = 0; group < kWarpsPerSide; ++group) lanes |= s.near[group * kWarpsPerSide + row / 32];
     if ((lanes >> row % 32 & 1) == 0) continue;
-    Acc* const cells = s.tile.part + row * (kPart<Acc> + 1);
+    Acc* const cells = part_of(s) + row * (kPart<Acc> + 1);
     const int32_t index = s.tile.row->index[row];
 #pragma unroll 1
     for (int32_t begin = 0; begin < q.dim; begin += 32) {
@@ -383,7 +390,7 @@ __device__ __forceinline__ void multiply_part(const DenseProblem<Acc>& p, const 
                                               const SweepShared<Acc>& s, int part) {
   const Problem<Acc>& q = p.side[s.item->side];
   const int warp = thread_index() / 32, lane = thread_index() % 32, first = warp * kRowsEach;
-  const Acc* weights = s.tile.part + first * (kPart<Acc> + 1);
+  const Acc* weights = part_of(s) + first * (kPart<Acc> + 1);
   const int32_t* columns = s.tile.column->index + part * kPart<Acc>;
 #pragma unroll 1
   for (int32_t begin = 0; begin < q.dim; begin += kSlice<Acc>) {

@@ -562,12 +562,7 @@ __device__ const LabelTable* prepare(const Problem<Acc>& p, uint8_t* shared_memo
 // What finish() counts in. Behind prepare(), where nobody waits for it.
 template <class Acc>
 __device__ void clear_counters(const Problem<Acc>& p) {
-  if (block_index() == 0 && thread_index() == 0) {
-    *p.counters = Counters{};
-    // slices.cuh reads indices by fours.
-    int32_t* indices = p.candidates.sorted_index[p.merges & 1];
-    for (int32_t c = p.candidates.count; c % 4 != 0; ++c) indices[c] = 0;
-  }
+  if (block_index() == 0 && thread_index() == 0) *p.counters = Counters{};
 #pragma unroll 1
   for (int64_t c = int64_t(block_index()) * kThreads + thread_index(); c < p.candidates.count;
        c += int64_t(grid_size()) * kThreads) {

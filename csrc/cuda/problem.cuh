@@ -21,7 +21,7 @@ constexpr int kMostStages = 8;    // of rows that stand in the ring whole
 constexpr int kStrip = 16;        // anchors whose positives a block finds together: the height of an mma
 constexpr int kRowsPerBlock = 8;  // a grid has at most a block per so many rows
 #ifndef FACENET_EXT_SORT_CHUNK
-#define FACENET_EXT_SORT_CHUNK 4096  // up to here labels are sorted by counting alone; the tests build with 64
+#define FACENET_EXT_SORT_CHUNK 8192  // up to here labels are sorted by counting alone; the tests build with 64
 #endif
 constexpr int kSortChunk = FACENET_EXT_SORT_CHUNK;
 constexpr int kWarpSort = FACENET_EXT_SORT_CHUNK < 128 ? 16 : 128;  // longer lists are sorted by a block
@@ -112,10 +112,14 @@ struct Counters {
 
 // How a tile's memory is shared out. Stages come in groups with a barrier each, so that warps drift apart within one and the
 // products of one warp hide the loads of another; two groups are on their way while one is multiplied.
+struct RowRange {
+  int32_t begin, end;
+};
 struct RingLayout {
   int32_t group, stages;  // stages of a group; of the ring, three groups or whole rows
   bool apart;  // distances stand beside the ring: the next tile is on its way while they are searched
-  int32_t slots;  // an anchor's buckets that fit in beside it; -1: none but in global memory, where any layout serves
+  int32_t slots;  // an anchor's buckets that fit in beside it
+  RowRange under;  // of a slice: rows that stand behind distances in the ring (slices.cuh)
 };
 constexpr int kLayouts = 5;
 
@@ -141,8 +145,8 @@ struct Problem {
   bool has_table;  // of labels, in shared memory: prepare.cuh
   int32_t merges;  // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
   RingLayout layouts[kLayouts];  // of a tile's memory, the best one first
-  int32_t rows_under_tile;  // of a slice: those behind stand where a tile needs no memory
   int32_t slice_helpers;  // warps of a block for which a group has no rows, and which have memory to help others
+  int32_t slice_offset;  // of a slice's rows in shared memory, from where a tile begins too
   int32_t slice_lanes;  // of 16 bytes, that a slice of a row takes; 0: the gradient is not gathered from slices (slices.cuh)
   int32_t slice_rows;  // that a warp has at a time then
   uint32_t slices_reciprocal;  // of 2^31
@@ -263,8 +267,8 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.slope = args.distance == Distance::sqeuclidean ? 2 : 1;
   const int64_t longest = args.num_anchors > args.num_candidates ? args.num_anchors : args.num_candidates;
   p.has_table = false;  // choose_table()
-  for (RingLayout& layout : p.layouts) layout = {1, kStages, false, 0};
-  p.rows_per_block = p.slice_lanes = p.group_rows = p.slice_items = p.slice_helpers = p.rows_under_tile = 0;  // share_rows(),
+  for (RingLayout& layout : p.layouts) layout = {1, kStages, false, 0, {}};
+  p.rows_per_block = p.slice_lanes = p.group_rows = p.slice_items = p.slice_helpers = p.slice_offset = 0;  // share_rows(),
   p.slices = p.slice_rows = 1;  // choose_slice()
   p.slices_reciprocal = 1u << 31;
   p.writes_fours = false;
@@ -282,7 +286,7 @@ void lay_out_rows(Carver& carver, const Problem<Acc>& p, Rows<Acc>& rows, const 
   rows.count = static_cast<int32_t>(count);
   for (int buffer = 0; buffer < 2; ++buffer) {
     rows.sorted_label[buffer] = carver.take<int64_t>(count);
-    rows.sorted_index[buffer] = carver.take<int32_t>(divide_up(count, 4) * 4);
+    rows.sorted_index[buffer] = carver.take<int32_t>(count);
   }
   rows.position = carver.take<int32_t>(count);
   rows.mate_begin = carver.take<int32_t>(count);
@@ -481,7 +485,7 @@ struct BlockState {  // what every phase finds at the beginning of shared memory
   Pass pass;
   uint32_t ticket;  // of the grid barrier that this block has arrived at and not waited for
   bool is_nan;  // some element is not finite, and so is all that comes out
-  int32_t rows_to_send_for;  // of the first slice: those behind are on their way (slices.cuh)
+  RowRange sent;  // of the first slice: rows on their way (slices.cuh)
 };
 
 template <class Acc>

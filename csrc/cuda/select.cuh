@@ -128,7 +128,7 @@ __device__ __forceinline__ EdgeRow<Acc> load_first_row(const Problem<Acc>& p) {
 }
 template <class Acc>
 __device__ __forceinline__ void store_first_row(const EdgeRow<Acc>& row, int32_t max_exponent, const TileShared<Acc>& tile) {
-  if (thread_index() % 32 < kStrip) row.store(max_exponent, tile.strip->row, thread_index() % 32);
+  if (thread_index() % 32 < kStrip) row.store(max_exponent, tile.strip()->row, thread_index() % 32);
 }
 
 // Empties the buckets of all strips that are this block's, where they will be swept in shared memory, which those of doubles are
@@ -154,7 +154,7 @@ __device__ __forceinline__ void empty_buckets(const Problem<Acc>& p, const Pass&
 // sorts what it has found itself: a warp an anchor, or the block where there are more than kWarpSort.
 template <Math M, class Acc>
 __device__ void find_thresholds(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& tile) {
-  StripShared<Acc>& s = *tile.strip;
+  StripShared<Acc>& s = *tile.strip();
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
   const bool is_short = pass.stride <= min(kShortStride, kWarpSort);
   if (block_index() == 0 && thread == 0) p.counters->list_end = p.counters->list_overflows = 0;
@@ -493,14 +493,14 @@ __device__ __forceinline__ auto with_side(const Problem<Acc>& p, const TileShare
   if (warp < row_warps) {  // rows as anchors, lane = row
     const int each = kPart<Acc> * kWarpsPerSide / row_warps;
     const int row = warp % kWarpsPerSide * 32 + lane, from = warp / kWarpsPerSide * each;
-    return body(Side<1, Acc>{*s.row, row, s.cursor->row + row, row, each, s.part + row * kPartPitch<Acc> + from,
+    return body(Side<1, Acc>{*s.row, row, s.cursor->row + row, row, each, s.part() + row * kPartPitch<Acc> + from,
                              s.column->index + first + from, s.order[1], first + from});
   }
   // columns as anchors, lane = column
   constexpr int kEach = kSide * kPartWarps<Acc> / (kWarps / 2);
   const int column = warp % kPartWarps<Acc> * 32 + lane, from = (warp - row_warps) / kPartWarps<Acc> * kEach;
   return body(Side<kPartPitch<Acc>, Acc>{*s.column, first + column, s.cursor->column + first + column, kSide + column, kEach,
-                                         s.part + from * kPartPitch<Acc> + column, s.row->index + from, s.order[0], from});
+                                         s.part() + from * kPartPitch<Acc> + column, s.row->index + from, s.order[0], from});
 }
 
 template <class Acc>
@@ -514,10 +514,11 @@ template <class Acc>
 __device__ __forceinline__ void begin_sweep(const Problem<Acc>& p, const Pass& pass, const TileShared<Acc>& s) {
   if (thread_index() == 0) {
     s.cursor->row = -1;
+    s.cursor->part_at = s.part_at;
     next_tile(p, pass, *s.cursor);
   }
   if constexpr (sizeof(Acc) == 4) {
-    if (pass.in_shared) clear_beyond(pass, s.buckets);
+    if (pass.in_shared) clear_beyond(pass, s.buckets());
   }
   __syncthreads();  // the cursor stands
 }

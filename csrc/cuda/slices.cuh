@@ -82,13 +82,11 @@ __device__ __forceinline__ void fetch_first_slice(const Problem<float>& p, float
   else if (p.slice_lanes == 4) fetch_slice<4>(p, block_index(), slice, begin, end);
   else fetch_slice<2>(p, block_index(), slice, begin, end);
 }
-// The first slice's rows that stand behind what a tile takes are sent for while tiles are searched: L2 has nothing else to do
-// then, and phase 4 is too short for all of them. scratch: where both begin.
-__device__ __forceinline__ void fetch_rows_behind(const Problem<float>& p, uint8_t* scratch) {
-  Carver none{nullptr, 0, true};
-  const SliceShared slice = carve_slice(none, p.candidates.count, p.slice_lanes, p.slice_helpers);
-  fetch_first_slice(p, reinterpret_cast<float*>(scratch + reinterpret_cast<uintptr_t>(slice.x)), p.rows_under_tile,
-                    p.candidates.count);
+// The first slice's rows that stand where a block's last tile has been multiplied, behind its distances (RingLayout::under), are
+// sent for while these are searched: L2 has nothing else to do then, and phase 4, which it would slow down, is too short for
+// all of them. scratch: where tiles and slices begin.
+__device__ __forceinline__ void fetch_rows_under_search(const Problem<float>& p, const RowRange& under, uint8_t* scratch) {
+  fetch_first_slice(p, reinterpret_cast<float*>(scratch + p.slice_offset), under.begin, under.end);
 }
 
 // What chose the rows, four of them side by side; in the memory of `best`.
@@ -200,75 +198,71 @@ __device__ __forceinline__ void add_row(uint32_t row, float coefficient, const F
   for (int k = 0; k < 4; ++k) sum.element[k] = fmaf(coefficient, x.element[k] - other.element[k], sum.element[k]);
 }
 
-// Loads kCount vectors of 16 bytes that stand four vectors apart, of which there are `count`; in place of others the last one,
-// which is in front of `from` where the count is not positive.
-template <int kCount>
-__device__ __forceinline__ void load_fourth(const uint4* from, int32_t count, uint4 (&to)[kCount]) {
+// Loads kCount vectors that stand four vectors apart, the first `count` of them; the others are 0.
+template <int kCount, class T>
+__device__ __forceinline__ void load_fourth(const T* from, int32_t count, T (&to)[kCount]) {
+  if (count >= kCount) {  // without a question for each
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) to[i] = from[4 * min(i, count - 1)];
+    for (int i = 0; i < kCount; ++i) to[i] = from[4 * i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      to[i] = T{};
+      if (i < count) to[i] = from[4 * i];
+    }
+  }
 }
 
-// Partners on their way while those before them are added. They are few: where there is none, any row is read.
-using Partners = uint4[kInFlight / 2];
-
-// sum += coefficient * (x - row) over `count` entries, in pairs that stand four pairs apart; next: the first of them. `slice`: in
-// shared memory, this lane's part of row 0. An entry of coefficient 0 may name any row: no difference of rows overflows. kSome:
-// few may have another one; late in training most pairs have no term.
+// sum += coefficient * (x - row) over `count` entries, in pairs that stand four pairs apart. `slice`: in shared memory, this
+// lane's part of row 0. An entry of coefficient 0 may name any row: no difference of rows overflows. kSome: few may have
+// another one; late in training most pairs have no term.
 template <int kLanes, bool kSome>
-__device__ __forceinline__ void add_list(uint32_t slice, const uint4* pairs, int32_t count, Partners& next, const Four& x,
-                                         Four& sum) {
-  constexpr int kPairs = kInFlight / 2;
+__device__ __forceinline__ void add_list(uint32_t slice, const Entry<float>* list, int32_t count, const Four& x, Four& sum) {
+  using Pair = Vector<Entry<float>, 2>;
+  const Pair* pairs = reinterpret_cast<const Pair*>(list);
 #pragma unroll 1
-  for (int32_t left = (count + 1) / 2; left > 0; left -= kPairs) {
-    uint4 pair[kPairs];
+  for (int32_t left = (count + 1) / 2; left > 0; left -= kInFlight / 2) {
+    Pair pair[kInFlight / 2];
+    load_fourth(pairs, left, pair);
+    pairs += 4 * (kInFlight / 2);
+    if constexpr (kSome) {
+      uint32_t any = 0;
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) any |= ordered_bits(pair[i / 2].element[i % 2].coefficient);
+      if (any == 0) continue;
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const Entry<float>& entry = pair[i / 2].element[i % 2];
+      add_row(slice + static_cast<uint32_t>(entry.row) * (16 * kLanes), entry.coefficient, x, sum);
+    }
+  }
+}
+
+// The same over the row's class.
+template <int kLanes>
+__device__ __forceinline__ void add_mates(uint32_t slice, const float* weights, const int32_t* mates, int32_t size, int32_t own,
+                                          const Four& x, Four& sum) {
+  using Index = Vector<int32_t, 4>;
+#pragma unroll 1
+  for (int32_t left = size; left > 0; left -= kMatesInFlight, weights += 4 * kMatesInFlight, mates += kMatesInFlight) {
+    Four weight[kMatesInFlight / 4];
+    Index mate[kMatesInFlight / 4];
+    load_fourth(reinterpret_cast<const Four*>(weights), (left + 3) >> 2, weight);
+    if (left >= kMatesInFlight) {
+#pragma unroll
+      for (int i = 0; i < kMatesInFlight / 4; ++i) mate[i] = reinterpret_cast<const Index*>(mates)[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kMatesInFlight; ++i) mate[i / 4].element[i % 4] = i < left ? mates[i] : own;
+    }
     uint32_t any = 0;
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      pair[i] = next[i];
-      if (i >= left) pair[i].y = pair[i].w = 0;
-      any |= pair[i].y | pair[i].w;
-    }
-    pairs += 4 * kPairs;
-    load_fourth(pairs, left - kPairs, next);
-    if (kSome && any == 0) continue;
+    for (int i = 0; i < kMatesInFlight; ++i) any |= ordered_bits(weight[i / 4].element[i % 4]);
+    if (any == 0) continue;
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      add_row(slice + pair[i].x * (16 * kLanes), __uint_as_float(pair[i].y), x, sum);
-      add_row(slice + pair[i].z * (16 * kLanes), __uint_as_float(pair[i].w), x, sum);
-    }
-  }
-}
-__device__ __forceinline__ void load_list(const uint4* pairs, int32_t count, Partners& next) {
-  if (count > 0) load_fourth(pairs, (count + 1) / 2, next);
-}
-
-// The same over the row's class: weights by fours that stand four fours apart, and indices.
-struct MatesAhead {
-  uint4 weight[kMatesInFlight / 4], mate[kMatesInFlight / 4];
-  __device__ __forceinline__ void load(const uint4* weights, const uint4* mates, int32_t fours) {
-    load_fourth(weights, fours, weight);
-#pragma unroll
-    for (int i = 0; i < kMatesInFlight / 4; ++i) mate[i] = mates[min(i, fours - 1)];
-  }
-};
-template <int kLanes>
-__device__ __forceinline__ void add_mates(uint32_t slice, const uint4* weights, const uint4* mates, int32_t size,
-                                          MatesAhead& next, const Four& x, Four& sum) {
-  constexpr int kFours = kMatesInFlight / 4;
-#pragma unroll 1
-  for (int32_t left = (size + 3) / 4; left > 0; left -= kFours) {
-    const MatesAhead now = next;
-    weights += 4 * kFours;
-    mates += kFours;
-    next.load(weights, mates, left - kFours);
-#pragma unroll
-    for (int i = 0; i < kFours; ++i) {
-      const uint4 w = now.weight[i], m = now.mate[i];
-      if (i >= left || (w.x | w.y | w.z | w.w) == 0) continue;
-      add_row(slice + m.x * (16 * kLanes), __uint_as_float(w.x), x, sum);
-      add_row(slice + m.y * (16 * kLanes), __uint_as_float(w.y), x, sum);
-      add_row(slice + m.z * (16 * kLanes), __uint_as_float(w.z), x, sum);
-      add_row(slice + m.w * (16 * kLanes), __uint_as_float(w.w), x, sum);
+    for (int i = 0; i < kMatesInFlight; ++i) {
+      add_row(slice + static_cast<uint32_t>(mate[i / 4].element[i % 4]) * (16 * kLanes), weight[i / 4].element[i % 4], x, sum);
     }
   }
 }
@@ -336,29 +330,21 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
       if (item != block_index() || top != here.row) row = GatherRow(p, position, end);
       const int32_t index = row.index, begin = row.begin, mates_end = row.end;
       const int32_t length = has ? p.times_chosen[index] : 0;
-      const int32_t positives = helps ? 0 : count_positives(p, begin, mates_end);
-      const auto* entries = reinterpret_cast<const uint4*>(p.entry + side_by_side<2>(position, pass.entry_places(), 0));
-      Partners partners;
-      load_list(entries, positives, partners);
       const Four x = *reinterpret_cast<const Four*>(shared_words(slice + static_cast<uint32_t>(index) * (16 * kLanes)));
       Four negatives{}, sum{};
-      add_list<kLanes, true>(slice, entries, positives, partners, x, negatives);
+      const int32_t positives = helps ? 0 : count_positives(p, begin, mates_end);
+      add_list<kLanes, true>(slice, p.entry + side_by_side<2>(position, pass.entry_places(), 0), positives, x, negatives);
       if (is_waiting) {
         grid_wait(ticket);  // 5a of all blocks
         count = divisor_count(p);  // on its way to the end
         is_waiting = false;
       }
       const Mates mates(p, begin, mates_end);
-      const auto* weights = reinterpret_cast<const uint4*>(p.threshold + side_by_side<4>(position, pass.weight_places(), 0));
-      const auto* mate = reinterpret_cast<const uint4*>(sorted_index(p, rows) + mates.from);
-      const auto* list = reinterpret_cast<const uint4*>(chosen(p) + side_by_side<2>(position, p.list_places, 0));
-      const int32_t size = is_helped ? 0 : mates.size;
-      MatesAhead of_class;
-      if (size > 0) of_class.load(weights, mate, (size + 3) / 4);
-      load_list(list, helps ? 0 : length, partners);
-      add_mates<kLanes>(slice, weights, mate, size, of_class, x, sum);
+      add_mates<kLanes>(slice, p.threshold + side_by_side<4>(position, pass.weight_places(), 0),
+                        sorted_index(p, rows) + mates.from, is_helped ? 0 : mates.size, index, x, sum);
       if (helps) s.of_mates[(warp - busy) * 32 + lane] = sum;
-      add_list<kLanes, false>(slice, list, helps ? 0 : length, partners, x, negatives);
+      add_list<kLanes, false>(slice, chosen(p) + side_by_side<2>(position, p.list_places, 0), helps ? 0 : length, x,
+                              negatives);
       if (turn.helpers > 0) {
         __syncthreads();  // the helpers' sums
         if (is_helped) sum = s.of_mates[warp * 32 + lane];
@@ -386,21 +372,19 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
 }
 
 // How wide slices are and which items there are, and the block's shared memory with one; slice_lanes stays 0 where none fits,
-// or the rows are not of the kind above. tile_bytes: what a tile takes of the same memory. Where the rows lie changes how they
-// are copied, not who sums what: the same bits.
-inline void choose_slice(const TripletArgs& args, Problem<float>& p, int64_t blocks, int64_t limit, int64_t tile_bytes,
-                         int64_t* bytes) {
+// or the rows are not of the kind above. Where the rows lie changes how they are copied, not who sums what: the same bits.
+inline void choose_slice(const TripletArgs& args, Problem<float>& p, int64_t blocks, int64_t limit, int64_t* bytes) {
   if (!p.plain || p.normalize || p.candidates.gradient_out == nullptr || blocks == 0) return;
   p.writes_fours = p.dim % 4 == 0 && reinterpret_cast<uintptr_t>(p.candidates.gradient_out) % 16 == 0;
   if (p.dim >= 1 << 18) return;  // SliceItem counts on few slices
   int32_t lanes = 8;
   while (lanes > 2 && 2 * lanes >= p.dim) lanes /= 2;  // fewer have all columns
   for (; lanes >= 2; lanes /= 2) {  // narrower slices would read the lists too often
-    int64_t before = 0, used = 0;  // bytes in front of the slice, and with it
+    int64_t used = 0;
     const auto fits = [&](int32_t helpers) {
       Carver carver{nullptr, 0, true};
       carver.take<BlockState>(1);
-      before = reinterpret_cast<intptr_t>(carve_slice(carver, args.num_candidates, lanes, helpers).x);
+      carve_slice(carver, args.num_candidates, lanes, helpers);
       used = carver.used;
       return used <= limit;
     };
@@ -416,10 +400,16 @@ inline void choose_slice(const TripletArgs& args, Problem<float>& p, int64_t blo
     p.slice_helpers = min(kWarps - busy, busy);
     while (!fits(p.slice_helpers)) --p.slice_helpers;
     *bytes = used;
-    // Rows behind a tile, in whole turns of fetch_slice()'s loop.
-    const int64_t under = min(divide_up(max(tile_bytes - before, int64_t(0)), 16 * lanes), args.num_candidates);
-    const int64_t turn = 4 * kThreads / lanes;
-    p.rows_under_tile = static_cast<int32_t>(args.num_candidates - (args.num_candidates - under) / turn * turn);
+    Carver front{nullptr, 0, true};
+    p.slice_offset = static_cast<int32_t>(reinterpret_cast<intptr_t>(carve_slice(front, p.candidates.count, lanes, p.slice_helpers).x));
+    for (RingLayout& layout : p.layouts) {
+      Carver tile{nullptr, 0, true};
+      const auto ring = reinterpret_cast<intptr_t>(carve_tile<float, true>(tile, layout).ring) - p.slice_offset;
+      const int64_t begin = ring + kSide * kPartPitch<float> * 4, end = ring + int64_t(layout.stages) * kStageStep;
+      const auto row_at = [&](int64_t byte) { return min(byte / (16 * lanes), args.num_candidates); };
+      layout.under = {static_cast<int32_t>(row_at(begin + 16 * lanes - 1)), static_cast<int32_t>(row_at(end))};
+      if (layout.apart || begin < 0 || layout.under.begin >= layout.under.end) layout.under = {0, 0};  // the ring is in use
+    }
     return;
   }
 }

@@ -56,6 +56,7 @@ constexpr int kNotOffered = -1;  // stands for the distance of a pair that is no
 struct Cursor {
   int32_t row, column;  // first position of the tile; row < 0: no tile is left
   int32_t top, next;    // first row of tiles of the group, next tile of this block in the group
+  int32_t part_at;      // where distances stand, in bytes behind the ring's begin
   bool is_first;
 };
 
@@ -98,12 +99,18 @@ struct TileShared {
   Edge<Acc>* column;
   uint32_t*
       from;  // [kPieces][kThreads] where a thread's pieces begin in the operands, in units of 16 bytes
-  uint8_t* ring;  // [stages][2 kSide][kStageBytes]
-  Acc* part;  // [kSide][kPartPitch], in the ring's memory, which is empty when a part is written, or beside it (RingLayout)
-  StripShared<Acc>* strip;  // where nothing is sent to before phase 2 ends
-  Buckets* buckets;  // [RingLayout::slots + 1 + kBeyond], or none
   Ranges* ranges;
   Order* order;  // of rows and of columns
+  uint8_t* ring;  // [stages][2 kSide][kStageBytes]
+  int32_t part_at, strip_at, buckets_at;  // bytes behind `ring`: not pointers, which would wait in registers
+  // [kSide][kPartPitch], in the ring's memory, which is empty when a part is written, or beside it (RingLayout). What the offset
+  // is stands with the cursor: here it would wait in a register, and be spilled.
+  __device__ __forceinline__ Acc* part() const { return reinterpret_cast<Acc*>(ring + cursor->part_at); }
+  // Where nothing is sent to before phase 2 ends.
+  __host__ __device__ __forceinline__ StripShared<Acc>* strip() const { return reinterpret_cast<StripShared<Acc>*>(ring + strip_at); }
+  __host__ __device__ __forceinline__ Buckets* buckets() const {  // [RingLayout::slots + 1 + kBeyond], or none
+    return reinterpret_cast<Buckets*>(ring + buckets_at);
+  }
 };
 
 template <class Acc, bool kBuckets>
@@ -115,19 +122,23 @@ __host__ __device__ TileShared<Acc> carve_tile(Carver& carver, const RingLayout&
   s.row = carver.take<Edge<Acc>>(1);
   s.column = carver.take<Edge<Acc>>(1);
   s.from = carver.take<uint32_t>(kPieces * kThreads);
+  s.ranges = carver.take<Ranges>(kBuckets ? 1 : 0);
+  s.order = carver.take<Order>(kBuckets ? 2 : 0);
   int64_t memory = ring > kPartBytes || layout.apart ? ring : kPartBytes;
   if (sizeof(Acc) == 8 && memory < kStages * int64_t(kStageStep)) memory = kStages * int64_t(kStageStep);  // for the strip
   s.ring = carver.take<uint8_t>(memory);
-  s.ranges = carver.take<Ranges>(kBuckets ? 1 : 0);
-  s.order = carver.take<Order>(kBuckets ? 2 : 0);
-  s.part = reinterpret_cast<Acc*>(s.ring);
-  if (layout.apart) s.part = carver.take<Acc>(int64_t(kSide) * kPartPitch<Acc>);
+  const auto behind_ring = [&](const void* p) {
+    return static_cast<int32_t>(reinterpret_cast<intptr_t>(p) - reinterpret_cast<intptr_t>(s.ring));
+  };
+  s.part_at = s.strip_at = 0;
+  if (layout.apart) s.part_at = behind_ring(carver.take<Acc>(int64_t(kSide) * kPartPitch<Acc>));
   static_assert(sizeof(StripShared<float>) <= kStageStep && sizeof(StripShared<double>) <= kStages * kStageStep);
-  if (sizeof(Acc) == 8) s.strip = reinterpret_cast<StripShared<Acc>*>(s.ring);  // whose tiles are sent for behind it
-  else if (layout.stages == 3 * layout.group) s.strip = reinterpret_cast<StripShared<Acc>*>(s.ring + (layout.stages - 1) * kStageStep);
-  else if (layout.apart) s.strip = reinterpret_cast<StripShared<Acc>*>(s.part);
-  else s.strip = carver.take<StripShared<Acc>>(kBuckets ? 1 : 0);
-  s.buckets = carver.take<Buckets>(kBuckets && layout.slots > 0 ? layout.slots + 1 + kBeyond : 0);
+  if (sizeof(Acc) == 4) {  // tiles of doubles are sent for behind phase 2
+    if (layout.stages == 3 * layout.group) s.strip_at = (layout.stages - 1) * kStageStep;
+    else if (layout.apart) s.strip_at = s.part_at;
+    else s.strip_at = behind_ring(carver.take<StripShared<Acc>>(kBuckets ? 1 : 0));
+  }
+  s.buckets_at = behind_ring(carver.take<Buckets>(kBuckets && layout.slots > 0 ? layout.slots + 1 + kBeyond : 0));
   return s;
 }
 
@@ -400,8 +411,9 @@ __device__ __forceinline__ void compute_tile(const Problem<Acc>& p, const RingLa
   for (int part = 0; part < kParts<Acc>; ++part) {
     __syncthreads();  // the ring, or the part before, has been read
     if (n / kPartWarps<Acc> == part) {
+      Acc* const cells = s.part() + 32 * m * kPitch + 32 * n - part * kPart<Acc>;
       products.for_each(after % 32, [&](int i, int r, int c, Acc) {
-        Acc* to = s.part + (32 * m + r) * kPitch + 32 * n + c - part * kPart<Acc>;
+        Acc* to = cells + r * kPitch + c;
         if constexpr (Products<M>::kByTwos && kPitch % 2 == 0) {
           if (i % 2 == 0) *reinterpret_cast<Vector<Acc, 2>*>(to) = {d2[i], d2[i + 1]};
         } else {

@@ -55,7 +55,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
       if (!is_counted) pass = first_pass(p, facts.max_positives);
       pass.scale(facts);
       block.is_nan = facts.has_nonfinite && !p.mining;
-      block.rows_to_send_for = p.candidates.count;
+      block.sent = {0, 0};
     }
     if (!is_counted) {
       __syncwarp();  // the pass stands for this warp
@@ -92,9 +92,10 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
       is_sent = false;
       sweep<M>(p, pass, round, &block.ticket, tile, [&] {
         if constexpr (kSlices) {
-          if (!pass.sliced || p.rows_under_tile == p.candidates.count) return;
-          fetch_rows_behind(p, scratch);
-          if (thread_index() == 0) block.rows_to_send_for = p.rows_under_tile;
+          const RowRange& under = p.layouts[pass.layout].under;
+          if (!pass.sliced || under.end == 0 || tile.cursor[1].row >= 0) return;  // other tiles will have the memory
+          fetch_rows_under_search(p, under, scratch);
+          if (thread_index() == 0) block.sent = under;
         }
       });
     }
@@ -104,18 +105,18 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
     // Columns of X for phase 5, on their way while phase 4 runs; then nobody needs other passes.
     Carver later{scratch, 0, true};
     const SliceShared slice = carve_slice(later, p.candidates.count, p.slice_lanes, p.slice_helpers);
-    // L2 is not to be busy with them when a block comes late and what it finishes with waits behind them: half of them later.
-    const int32_t first_rows = block.rows_to_send_for / 2;
     Counted<Acc> counted = finish<In>(p, pass, &block.ticket, *slice.totals, [&] {
       if constexpr (kSlices) {
-        if (pass.sliced) fetch_first_slice(p, slice.x, 0, first_rows);
+        if (!pass.sliced) return;
+        const RowRange sent = block.sent;
+#pragma unroll 1
+        for (int behind = 0; behind < 2; ++behind) {
+          fetch_first_slice(p, slice.x, behind ? sent.end : 0, behind ? p.candidates.count : sent.begin);
+        }
       }
     });
     if (!pass.sliced) counted.store(p, *slice.totals);
     grid_arrive(&block.ticket);  // coefficients and lists; where there is no barrier to come, the counters too
-    if constexpr (kSlices) {
-      if (pass.sliced) fetch_first_slice(p, slice.x, first_rows, block.rows_to_send_for);
-    }
     if (pass.sliced) counted.store(p, *slice.totals);
     [[maybe_unused]] const auto facts_of_rows = [&] {
       if constexpr (kSlices) return RowsOfPhase5{ListedRow(p, first_listed()), first_gathered(p)};
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // Bytes of shared memory, each layout with as many buckets per anchor as a block may have. has_more: some block has more than
 // one tile.
 template <Math M>
-int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p, bool has_more, int64_t* tile_bytes) {
+int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p, bool has_more) {
   using Acc = typename MathTraits<M>::Acc;
   const auto state = [] {
     Carver carver{nullptr, 0, true};
@@ -173,9 +174,9 @@ int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p, bool has_more, in
   const int64_t limit = max_shared_bytes();
   const int32_t most = M == Math::simt64 ? 0 : min(kMaxSharedSlots, kWarpSort), whole = p.pitch / kStageBytes;
   int layouts = 0;
-  *tile_bytes = 0;
+  int64_t tile_bytes = 0;
   const auto add = [&](int32_t group, int32_t stages, bool apart) {
-    RingLayout layout{group, stages, apart, most};
+    RingLayout layout{group, stages, apart, most, {}};
     const auto bytes = [&] {
       Carver carver = state();
       carve_tile<Acc, sizeof(Acc) == 4>(carver, layout);
@@ -183,7 +184,7 @@ int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p, bool has_more, in
     };
     while (layout.slots > 0 && bytes() > limit) --layout.slots;
     if (bytes() > limit) return;
-    *tile_bytes = max(*tile_bytes, bytes());
+    tile_bytes = max(tile_bytes, bytes());
     p.layouts[layouts++] = layout;
   };
   for (const bool apart : {true, false}) {
@@ -193,7 +194,7 @@ int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p, bool has_more, in
   }
   add(1, kStages, false);
   while (layouts < kLayouts) p.layouts[layouts] = p.layouts[layouts - 1], ++layouts;
-  return max(*tile_bytes, choose_table<M>(p, state().used, limit));  // other phases take less; for slices see below
+  return max(tile_bytes, choose_table<M>(p, state().used, limit));  // other phases take less; for slices see below
 }
 
 template <Math M, class In>
@@ -204,10 +205,10 @@ Status launch_kernel(const TripletArgs& args, const char* name) {
   const int64_t blocks = share_rows(args, problem);
   const int64_t down = divide_up(args.num_anchors, kSide), along = divide_up(args.num_candidates, kSide);
   const bool has_more = (problem.plain ? down * (down + 1) / 2 : down * along) > blocks;
-  int64_t tile_bytes = 0, shared = choose_shared<M>(problem, has_more, &tile_bytes);
+  int64_t shared = choose_shared<M>(problem, has_more);
   if constexpr (std::is_same<In, float>::value) {
     int64_t slice_bytes = 0;
-    choose_slice(args, problem, blocks, max_shared_bytes(), tile_bytes, &slice_bytes);
+    choose_slice(args, problem, blocks, max_shared_bytes(), &slice_bytes);
     if (slice_bytes > shared) shared = slice_bytes;
   }
   return launch_cooperative(triplet_kernel<M, In>, name, static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared),

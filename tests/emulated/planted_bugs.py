@@ -63,7 +63,8 @@ BUGS = {
     "first_tile_sent_before_all_rows_are_there": (
         "triplet_kernel.cuh",
         "  grid_wait(&block.ticket);\n  bool is_sent = is_counted && tile.cursor->row >= 0;\n",
-        "  bool is_sent = is_counted && tile.cursor->row >= 0;\n  if (is_sent) send_tile(p, tile);\n"
+        "  bool is_sent = is_counted && tile.cursor->row >= 0;\n  if (is_sent) address_tile(p, tile, *tile.cursor);\n"
+        "  if (is_sent) send_tile(p, p.layouts[pass.layout], tile);\n"
         "  grid_wait(&block.ticket);\n",
         "tsan",
     ),
@@ -95,7 +96,7 @@ BUGS = {
         "plain",
     ),
     "slice_arrives_in_a_tile": (
-        "slices.cuh", "(slice.x)), p.rows_under_tile,", "(slice.x)), 0,", "plain",
+        "slices.cuh", "under.begin, under.end);", "0, under.end);", "plain",
     ),
     "block_barrier_before_helpers_sums_are_read": (
         "slices.cuh", "        __syncthreads();  // the helpers' sums\n", "", "tsan",
@@ -127,7 +128,7 @@ BUGS = {
         "select.cuh", "if (key < load_relaxed(best)) atomic_min(best, key);\n}", "if (key < *best) *best = key;\n}",
         "tsan",
     ),
-    "copies_not_waited_for": ("tile.cuh", "cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()", "plain"),
+    "copies_not_waited_for": ("tile.cuh", "cp_async_wait<1>()", "cp_async_wait<2>()", "plain"),
     "wrong_shuffle_mask": (
         "device.cuh", "x += __shfl_xor_sync(kWholeWarp,", "x += __shfl_xor_sync(0x0000ffffu,", "plain",
     ),
@@ -148,7 +149,7 @@ BUGS = {
     ),
     "swapped_accumulator_rows": ("tile.cuh", "lane / 4 + i / 2 * 8,", "lane / 4 + i % 2 * 8,", "plain"),
     "ties_to_the_highest_index": (
-        "buckets.cuh", "count_if_less(rank, indices[other], mine)", "count_if_less(rank, mine, indices[other])",
+        "buckets.cuh", "first + i <= last ? other : INT32_MAX, mine)", "first + i <= last ? -other : INT32_MAX, -mine)",
         "plain",
     ),
     "negative_not_farther_than_the_positive": (
@@ -202,8 +203,8 @@ int64_t dense_workspace_bytes(const TripletArgs&) { return -1; }
 
 
 def cases(name: str | None):
-    if name == "slice_arrives_in_a_tile":  # a slice is longer than a tile
-        return [simple(460, 32, 115, margin=1.0, shared_kib=99, multiprocessors=5)]
+    if name == "slice_arrives_in_a_tile":  # a block has one tile, and a slice is longer than its distances
+        return [simple(190, 64, 47, margin=1.0, multiprocessors=12, late_copies=late) for late in (False, True)]
     plain = [
         simple(70, 80, 12, margin=1.0, stats=True),
         simple(130, 17, 30, rows="mid", margin=0.5, multiprocessors=3),

@@ -172,6 +172,8 @@ def slice_cases() -> list:
         simple(90, 36, 12, rows="separated", margin=3.0, negatives="random_active", reduction="sum"),
         simple(70, 32, 6, rows="collapsed", fallback="farthest", multiprocessors=1),
         simple(200, 4, 2, rows="mid", margin=1.0),
+        simple(190, 64, 47, margin=1.0, multiprocessors=12),  # rows arrive behind a tile's distances while they are searched
+        simple(190, 61, 47, margin=1.0, multiprocessors=12, late_copies=False),
     ]
     return [with_schedule(case, SCHEDULES[i % 4], i + 1) for i, case in enumerate(cases)]
 
@@ -210,7 +212,7 @@ def test_usual_loss_with_the_tiles_of_the_real_build(programs, tmp_path):
 
 
 def test_gradient_from_slices(programs, tmp_path):
-    larger = [  # a slice that leaves a tile no memory, and one with rows behind the tile
+    larger = [  # a slice that leaves a tile no memory
         simple(520, 24, 130, margin=1.0, shared_kib=32),
         simple(460, 32, 115, margin=1.0, shared_kib=99, multiprocessors=5),
         with_schedule(simple(460, 32, 115, margin=1.0, shared_kib=99, multiprocessors=7), "one_warp_ahead", 2),

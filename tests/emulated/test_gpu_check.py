@@ -16,7 +16,7 @@ def gpu_check(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "machine", lambda: {"date": "2000-01-02T03:04:05+00:00", "gpu": "Some GPU"})
-    for name in ("build", "tests", "sanitizers", "accuracy", "graphs", "times"):
+    for name in ("build", "tests", "sanitizers", "accuracy", "graphs", "repeats", "times"):
         step = lambda name=name: {"saw": name}  # noqa: E731
         step.__name__ = name
         monkeypatch.setattr(module, name, step)
@@ -28,7 +28,7 @@ def test_report_and_table(gpu_check, monkeypatch, tmp_path, capsys):
     assert gpu_check.main() == 0
     (path,) = tmp_path.iterdir()
     report = json.loads(path.read_text())
-    assert list(report["steps"]) == ["build", "tests", "sanitizers", "accuracy", "graphs", "times"]
+    assert list(report["steps"]) == ["build", "tests", "sanitizers", "accuracy", "graphs", "repeats", "times"]
     assert report["steps"]["graphs"]["seen"] == {"saw": "graphs"}
     assert "times        passed" in capsys.readouterr().out
 
