@@ -53,8 +53,8 @@ def build() -> dict:
 
     major, minor = torch.cuda.get_device_capability()
     begin = time.perf_counter()
-    flags = f"-DFACENET_EXT_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={major}{minor}"
-    run([sys.executable, "setup.py", "build_ext", "--inplace"], 300, CMAKE_ARGS=flags)
+    switches = {"FACENET_EXT_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": f"{major}{minor}"}
+    run([sys.executable, "setup.py", "build_ext", "--inplace"], 300, **switches)
     info = run(
         [sys.executable, "-c", "import torch, json, facenet_ext; print(json.dumps(facenet_ext.build_info()))"], 60
     )
@@ -343,9 +343,10 @@ def machine() -> dict:
     facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "platform": platform.platform()}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     # Where the sources are a copy without their history, whoever copied them says of what.
-    facts["commit"] = commit.stdout.strip() or os.environ.get("FACENET_EXT_COMMIT", "unknown")
+    facts["commit"] = os.environ.get("FACENET_EXT_COMMIT") or commit.stdout.strip() or "unknown"
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
-    facts["uncommitted_changes"] = bool(changed.stdout.strip())
+    if "FACENET_EXT_COMMIT" not in os.environ:
+        facts["uncommitted_changes"] = bool(changed.stdout.strip())
     try:
         import torch
 

@@ -39,12 +39,15 @@ def environment(device: str, threads: int) -> dict:
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" where tracked files differ from it; outside of one FACENET_EXT_COMMIT."""
+    """The checkout's commit, with "-dirty" where tracked files differ from it. FACENET_EXT_COMMIT, where set, is what
+    whoever copied the sources without their history says of them."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    if "FACENET_EXT_COMMIT" in os.environ:
+        return os.environ["FACENET_EXT_COMMIT"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # of a copy without history, whoever made it says what it is
-        return os.environ.get("FACENET_EXT_COMMIT", "unknown")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def cpu_model() -> str:

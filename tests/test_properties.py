@@ -70,8 +70,14 @@ def test_relabelling_changes_no_bit(device, batch, start):
     _, class_of = torch.unique(y, return_inverse=True)
     classes = int(class_of.max()) + 1 if len(y) else 0
     names = start + torch.randperm(max(classes, 1), generator=generator).to(device) * 1_000_003
+    # On a GPU the labels decide which anchors a pass holds, where there are several (csrc/cuda/README.md), and sums are
+    # added in order of the passes.
+    several_passes = device.type == "cuda" and len(y) > 0 and int(class_of.bincount().max()) > 24 + x.shape[1] // 2
     for a, b in zip(value_and_grad(x, y, **options), value_and_grad(x, names[class_of], **options), strict=True):
-        assert torch.equal(a, b)
+        if several_passes:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(a, b)
     normalize = options.get("normalize", False)
     renamed = mine_triplets(x, names[class_of], normalize=normalize)
     for a, b in zip(mine_triplets(x, y, normalize=normalize), renamed, strict=True):

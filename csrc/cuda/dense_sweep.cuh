@@ -62,9 +62,6 @@ struct SweepShared {
   int32_t* active;  // [shared_slots][kSide] the histogram; read from `item`
 };
 
-// Of a tile's memory: what is left holds thresholds and histograms.
-__host__ __device__ constexpr RingLayout narrow_ring() { return {1, kStages, false, 0, {}}; }
-
 // A tile's distances, later weights: in the ring's memory.
 template <class Acc>
 __device__ __forceinline__ Acc* part_of(const SweepShared<Acc>& s) {

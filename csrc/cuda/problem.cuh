@@ -112,16 +112,13 @@ struct Counters {
 
 // How a tile's memory is shared out. Stages come in groups with a barrier each, so that warps drift apart within one and the
 // products of one warp hide the loads of another; two groups are on their way while one is multiplied.
-struct RowRange {
-  int32_t begin, end;
-};
 struct RingLayout {
   int32_t group, stages;  // stages of a group; of the ring, three groups or whole rows
   bool apart;  // distances stand beside the ring: the next tile is on its way while they are searched
   int32_t slots;  // an anchor's buckets that fit in beside it
-  RowRange under;  // of a slice: rows that stand behind distances in the ring (slices.cuh)
 };
 constexpr int kLayouts = 5;
+constexpr __host__ __device__ RingLayout narrow_ring() { return {1, kStages, false, 0}; }
 
 template <class Acc>
 struct Problem {
@@ -146,7 +143,6 @@ struct Problem {
   int32_t merges;  // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
   RingLayout layouts[kLayouts];  // of a tile's memory, the best one first
   int32_t slice_helpers;  // warps of a block for which a group has no rows, and which have memory to help others
-  int32_t slice_offset;  // of a slice's rows in shared memory, from where a tile begins too
   int32_t slice_lanes;  // of 16 bytes, that a slice of a row takes; 0: the gradient is not gathered from slices (slices.cuh)
   int32_t slice_rows;  // that a warp has at a time then
   uint32_t slices_reciprocal;  // of 2^31
@@ -267,8 +263,8 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.slope = args.distance == Distance::sqeuclidean ? 2 : 1;
   const int64_t longest = args.num_anchors > args.num_candidates ? args.num_anchors : args.num_candidates;
   p.has_table = false;  // choose_table()
-  for (RingLayout& layout : p.layouts) layout = {1, kStages, false, 0, {}};
-  p.rows_per_block = p.slice_lanes = p.group_rows = p.slice_items = p.slice_helpers = p.slice_offset = 0;  // share_rows(),
+  for (RingLayout& layout : p.layouts) layout = narrow_ring();
+  p.rows_per_block = p.slice_lanes = p.group_rows = p.slice_items = p.slice_helpers = 0;  // share_rows(),
   p.slices = p.slice_rows = 1;  // choose_slice()
   p.slices_reciprocal = 1u << 31;
   p.writes_fours = false;
@@ -481,11 +477,14 @@ struct alignas(16) Pass {
   }
 };
 
+// Of doubles there is one, which is known when they are compiled: their kernels have no register to spare.
+__device__ __forceinline__ const RingLayout& layout_of(const Problem<float>& p, const Pass& pass) { return p.layouts[pass.layout]; }
+__device__ __forceinline__ RingLayout layout_of(const Problem<double>&, const Pass&) { return narrow_ring(); }
+
 struct BlockState {  // what every phase finds at the beginning of shared memory
   Pass pass;
   uint32_t ticket;  // of the grid barrier that this block has arrived at and not waited for
   bool is_nan;  // some element is not finite, and so is all that comes out
-  RowRange sent;  // of the first slice: rows on their way (slices.cuh)
 };
 
 template <class Acc>

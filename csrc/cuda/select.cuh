@@ -506,7 +506,7 @@ __device__ __forceinline__ auto with_side(const Problem<Acc>& p, const TileShare
 template <class Acc>
 __device__ __forceinline__ TileShared<Acc> lay_out_tile(const Problem<Acc>& p, const Pass& pass, uint8_t* shared_memory) {
   Carver carver{shared_memory, 0, true};
-  return carve_tile<Acc, sizeof(Acc) == 4>(carver, p.layouts[pass.layout]);
+  return carve_tile<Acc, sizeof(Acc) == 4>(carver, layout_of(p, pass));
 }
 
 // The first tile of a sweep, so far as it does not depend on what other blocks prepare. Behind a barrier.
@@ -524,10 +524,10 @@ __device__ __forceinline__ void begin_sweep(const Problem<Acc>& p, const Pass& p
 }
 
 // All tiles of the pass that are this block's, from the cursor's on, which is open. grid_arrive() stands behind phase 2: its
-// results are waited for when the first tile's products are there. Calls meanwhile() once, before the first search.
-template <Math M, class Acc, class Meanwhile>
+// results are waited for when the first tile's products are there.
+template <Math M, class Acc>
 __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, int round, const uint32_t* ticket,
-                                      const TileShared<Acc>& s, Meanwhile meanwhile) {
+                                      const TileShared<Acc>& s) {
   const auto load_columns = [&](int part) {
     if constexpr (sizeof(Acc) == 4) {
       if (!serves_columns(p, *s.cursor)) return;
@@ -554,14 +554,13 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
       next_tile(p, pass, s.cursor[1]);  // read behind the products' barriers
     }
     compute_tile<M, kPartPitch<Acc>>(
-        p, p.layouts[pass.layout], s,
+        p, layout_of(p, pass), s,
         [&](int part) {
           if (part == 0 && is_waiting()) {
             grid_wait(ticket);  // thresholds, empty buckets, the order of the tiles' rows
             load_all();
             cp_async_wait<0>();
             __syncthreads();  // the buckets
-            meanwhile();
           }
           [[maybe_unused]] const uint32_t farthest =
               with_side(p, s, part, [&](const auto& side) { return offer_side(p, pass, s, round, side); });
@@ -583,16 +582,16 @@ __device__ __forceinline__ void sweep(const Problem<Acc>& p, const Pass& pass, i
           }
         },
         [&] {
-          if (!p.layouts[pass.layout].apart || s.cursor[1].row < 0) return;
+          if (!layout_of(p, pass).apart || s.cursor[1].row < 0) return;
           address_tile(p, s, s.cursor[1]);
-          send_tile(p, p.layouts[pass.layout], s);
+          send_tile(p, layout_of(p, pass), s);
         });
     __syncthreads();  // the tile is done with the ring, the edges, the buckets and the cursor
     if (thread_index() == 0) *s.cursor = s.cursor[1];
     __syncthreads();  // the cursor stands
     if (s.cursor->row < 0) break;
-    if (p.layouts[pass.layout].apart) load_edges(p, pass.max_exponent, s);
-    else open_tile(p, p.layouts[pass.layout], pass.max_exponent, s);
+    if (layout_of(p, pass).apart) load_edges(p, pass.max_exponent, s);
+    else open_tile(p, layout_of(p, pass), pass.max_exponent, s);
   }
   if (is_waiting()) grid_wait(ticket);  // no tile at all
 }

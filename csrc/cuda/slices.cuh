@@ -13,8 +13,7 @@
 //            +-----------+------+------+------+      stand side by side, so that one access brings an entry of each
 //            :                                :
 //
-// The slice is on its way while phase 4 runs, its rows behind a tile's memory while tiles are searched. The grid barrier behind
-// 5a is in halves: own negatives do not wait for it.
+// The slice is on its way while phase 4 runs. The grid barrier behind 5a is in halves: own negatives do not wait for it.
 // Bytes from L2: X once per group, each list once per slice. Shared memory: 16 L bytes per entry; per mate for R rows.
 #pragma once
 
@@ -51,17 +50,18 @@ struct SliceItem {
   }
 };
 
-// Sends for rows begin .. end of an item's slice. Nobody may be reading that memory.
+// Sends for an item's slice. Nobody may be reading that memory.
 template <int kLanes>
-__device__ __forceinline__ void fetch_slice(const Problem<float>& p, int32_t item, float* slice, int32_t begin, int32_t end) {
+__device__ __forceinline__ void fetch_slice(const Problem<float>& p, int32_t item, float* slice) {
   const int32_t column = SliceItem<kLanes>(p, item).column;
   constexpr int32_t kRows = kThreads / kLanes;  // that a block copies at a time
   const int64_t stride = p.candidates.stride;
-  int32_t row = begin + thread_index() / kLanes;
+  const int32_t end = p.candidates.count;
+  int32_t row = thread_index() / kLanes;
   if (!p.candidates.aligned) {  // neighbouring lanes copy neighbouring columns: four copies of a lane are kLanes columns apart
     const int32_t lane = thread_index() % kLanes, first = column - 3 * lane;
     const float* from = static_cast<const float*>(p.candidates.x) + first + row * stride;
-    float* to = slice + begin * (4 * kLanes) + thread_index() * 4 - 3 * lane;
+    float* to = slice + thread_index() * 4 - 3 * lane;
 #pragma unroll 1
     for (; row < end && item < p.slice_items; row += kRows, from += kRows * stride, to += kThreads * 4) {
 #pragma unroll
@@ -71,22 +71,16 @@ __device__ __forceinline__ void fetch_slice(const Problem<float>& p, int32_t ite
     }
   } else if (item < p.slice_items && column < p.dim) {
     const float* from = static_cast<const float*>(p.candidates.x) + column + row * stride;
-    float* to = slice + begin * (4 * kLanes) + thread_index() * 4;
+    float* to = slice + thread_index() * 4;
 #pragma unroll 4
     for (; row < end; row += kRows, from += kRows * stride, to += kThreads * 4) cp_async_16(to, from);
   }
   cp_async_commit();
 }
-__device__ __forceinline__ void fetch_first_slice(const Problem<float>& p, float* slice, int32_t begin, int32_t end) {
-  if (p.slice_lanes == 8) fetch_slice<8>(p, block_index(), slice, begin, end);
-  else if (p.slice_lanes == 4) fetch_slice<4>(p, block_index(), slice, begin, end);
-  else fetch_slice<2>(p, block_index(), slice, begin, end);
-}
-// The first slice's rows that stand where a block's last tile has been multiplied, behind its distances (RingLayout::under), are
-// sent for while these are searched: L2 has nothing else to do then, and phase 4, which it would slow down, is too short for
-// all of them. scratch: where tiles and slices begin.
-__device__ __forceinline__ void fetch_rows_under_search(const Problem<float>& p, const RowRange& under, uint8_t* scratch) {
-  fetch_first_slice(p, reinterpret_cast<float*>(scratch + p.slice_offset), under.begin, under.end);
+__device__ __forceinline__ void fetch_first_slice(const Problem<float>& p, float* slice) {
+  if (p.slice_lanes == 8) fetch_slice<8>(p, block_index(), slice);
+  else if (p.slice_lanes == 4) fetch_slice<4>(p, block_index(), slice);
+  else fetch_slice<2>(p, block_index(), slice);
 }
 
 // What chose the rows, four of them side by side; in the memory of `best`.
@@ -316,7 +310,7 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
   for (int32_t item = block_index(); item < p.slice_items; item += grid_size()) {
     if (item != block_index()) {
       __syncthreads();  // the slice before has been read
-      fetch_slice<kLanes>(p, item, s.x, 0, rows.count);
+      fetch_slice<kLanes>(p, item, s.x);
     }
     cp_async_wait<0>();
     __syncthreads();  // everybody's part of the slice has landed
@@ -400,16 +394,6 @@ inline void choose_slice(const TripletArgs& args, Problem<float>& p, int64_t blo
     p.slice_helpers = min(kWarps - busy, busy);
     while (!fits(p.slice_helpers)) --p.slice_helpers;
     *bytes = used;
-    Carver front{nullptr, 0, true};
-    p.slice_offset = static_cast<int32_t>(reinterpret_cast<intptr_t>(carve_slice(front, p.candidates.count, lanes, p.slice_helpers).x));
-    for (RingLayout& layout : p.layouts) {
-      Carver tile{nullptr, 0, true};
-      const auto ring = reinterpret_cast<intptr_t>(carve_tile<float, true>(tile, layout).ring) - p.slice_offset;
-      const int64_t begin = ring + kSide * kPartPitch<float> * 4, end = ring + int64_t(layout.stages) * kStageStep;
-      const auto row_at = [&](int64_t byte) { return min(byte / (16 * lanes), args.num_candidates); };
-      layout.under = {static_cast<int32_t>(row_at(begin + 16 * lanes - 1)), static_cast<int32_t>(row_at(end))};
-      if (layout.apart || begin < 0 || layout.under.begin >= layout.under.end) layout.under = {0, 0};  // the ring is in use
-    }
     return;
   }
 }

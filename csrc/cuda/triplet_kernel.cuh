@@ -55,7 +55,6 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
       if (!is_counted) pass = first_pass(p, facts.max_positives);
       pass.scale(facts);
       block.is_nan = facts.has_nonfinite && !p.mining;
-      block.sent = {0, 0};
     }
     if (!is_counted) {
       __syncwarp();  // the pass stands for this warp
@@ -65,7 +64,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
   }
   if (is_sent) {
     address_tile(p, tile, *tile.cursor);
-    send_tile(p, p.layouts[pass.layout], tile);
+    send_tile(p, layout_of(p, pass), tile);
   }
   __syncthreads();  // the pass stands
   if (block.is_nan) {
@@ -87,17 +86,10 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
       if (round > 0) grid_sync();  // the buckets' least distances
       if (!is_sent) {
         begin_sweep(p, pass, tile);
-        if (tile.cursor->row >= 0) open_tile(p, p.layouts[pass.layout], pass.max_exponent, tile);
+        if (tile.cursor->row >= 0) open_tile(p, layout_of(p, pass), pass.max_exponent, tile);
       }
       is_sent = false;
-      sweep<M>(p, pass, round, &block.ticket, tile, [&] {
-        if constexpr (kSlices) {
-          const RowRange& under = p.layouts[pass.layout].under;
-          if (!pass.sliced || under.end == 0 || tile.cursor[1].row >= 0) return;  // other tiles will have the memory
-          fetch_rows_under_search(p, under, scratch);
-          if (thread_index() == 0) block.sent = under;
-        }
-      });
+      sweep<M>(p, pass, round, &block.ticket, tile);
     }
     grid_arrive(&block.ticket);  // best and farthest
     __syncthreads();  // the block is done with the sweep's memory
@@ -107,12 +99,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
     const SliceShared slice = carve_slice(later, p.candidates.count, p.slice_lanes, p.slice_helpers);
     Counted<Acc> counted = finish<In>(p, pass, &block.ticket, *slice.totals, [&] {
       if constexpr (kSlices) {
-        if (!pass.sliced) return;
-        const RowRange sent = block.sent;
-#pragma unroll 1
-        for (int behind = 0; behind < 2; ++behind) {
-          fetch_first_slice(p, slice.x, behind ? sent.end : 0, behind ? p.candidates.count : sent.begin);
-        }
+        if (pass.sliced) fetch_first_slice(p, slice.x);
       }
     });
     if (!pass.sliced) counted.store(p, *slice.totals);
@@ -176,7 +163,7 @@ int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p, bool has_more) {
   int layouts = 0;
   int64_t tile_bytes = 0;
   const auto add = [&](int32_t group, int32_t stages, bool apart) {
-    RingLayout layout{group, stages, apart, most, {}};
+    RingLayout layout{group, stages, apart, most};
     const auto bytes = [&] {
       Carver carver = state();
       carve_tile<Acc, sizeof(Acc) == 4>(carver, layout);
@@ -188,7 +175,7 @@ int64_t choose_shared(Problem<typename MathTraits<M>::Acc>& p, bool has_more) {
     p.layouts[layouts++] = layout;
   };
   for (const bool apart : {true, false}) {
-    if (apart && !has_more) continue;
+    if (M == Math::simt64 || (apart && !has_more)) continue;
     if (whole <= kMostStages) add(whole, whole, apart);
     add(2, 6, apart);
   }

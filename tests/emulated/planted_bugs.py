@@ -95,9 +95,6 @@ BUGS = {
         "triplet_kernel.cuh", "        cp_async_wait<0>();\n        __syncthreads();  // nothing", "        // nothing",
         "plain",
     ),
-    "slice_arrives_in_a_tile": (
-        "slices.cuh", "under.begin, under.end);", "0, under.end);", "plain",
-    ),
     "block_barrier_before_helpers_sums_are_read": (
         "slices.cuh", "        __syncthreads();  // the helpers' sums\n", "", "tsan",
     ),
@@ -203,8 +200,6 @@ int64_t dense_workspace_bytes(const TripletArgs&) { return -1; }
 
 
 def cases(name: str | None):
-    if name == "slice_arrives_in_a_tile":  # a block has one tile, and a slice is longer than its distances
-        return [simple(190, 64, 47, margin=1.0, multiprocessors=12, late_copies=late) for late in (False, True)]
     plain = [
         simple(70, 80, 12, margin=1.0, stats=True),
         simple(130, 17, 30, rows="mid", margin=0.5, multiprocessors=3),

@@ -172,7 +172,7 @@ def slice_cases() -> list:
         simple(90, 36, 12, rows="separated", margin=3.0, negatives="random_active", reduction="sum"),
         simple(70, 32, 6, rows="collapsed", fallback="farthest", multiprocessors=1),
         simple(200, 4, 2, rows="mid", margin=1.0),
-        simple(190, 64, 47, margin=1.0, multiprocessors=12),  # rows arrive behind a tile's distances while they are searched
+        simple(190, 64, 47, margin=1.0, multiprocessors=12),  # no block has two tiles
         simple(190, 61, 47, margin=1.0, multiprocessors=12, late_copies=False),
     ]
     return [with_schedule(case, SCHEDULES[i % 4], i + 1) for i, case in enumerate(cases)]
