@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     grid_sync();  // norms, radius
     copy_rows(p, scratch);
     grid_sync();  // the copy
-    prepare<M, Acc>(p.side[0], scratch);
+    LabelTable labels;
+    prepare<M, Acc>(p.side[0], scratch, labels);
     grid_sync();  // positions, classes and operands of all rows
     const Facts facts = gather_facts(p.side[0]);
     if (facts.has_nonfinite) {

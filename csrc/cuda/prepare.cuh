@@ -77,8 +77,8 @@ struct Operand {
 // split: a register is (hi, lo). hi * hi takes the lower halves of two registers; the cross terms lo * hi + hi * lo pair
 // (lo, hi) with (hi, lo) inside one register: B as it is loaded, in neighbouring registers, and A exchanged, which puts its
 // four where the mma wants them. Exchanging A and B then only exchanges two neighbours inside one mma's sum,
-// which the hardware adds without order: d(a, b) = d(b, a) bit for bit (seen under emulation; on hardware gpu_check.sh
-// measures it).
+// which the hardware adds without order: d(a, b) = d(b, a) bit for bit (seen under emulation; on an H200, no selection of
+// gpu_check.sh depends on the side).
 template <Math M>
 struct Fragments;
 
@@ -301,12 +301,12 @@ constexpr int32_t kNoKey = INT32_MIN;
 // How many rows of one chunk have each label, where all labels differ from the first one by less than 2^31. (Differences may
 // wrap: labels then have another order, in all blocks the same.)
 struct LabelTable {
-  int32_t key[kSortChunk];     // by index: the label, less the first one
-  int32_t slot[kSortChunk];    // a key, found by hashing it and then going on, or kNoKey; `slots` of them are in use
-  uint32_t count[kSortChunk];  // by slot: rows with its key; in the upper half those before the block's first row
-  int32_t full[kSortChunk];    // slots that have a key, in no order
-  int32_t fulls;
-  uint32_t are_wide;  // they do not
+  int32_t* key;     // [rows] by index: the label, less the first one
+  int32_t* slot;    // [slots] a key, found by hashing it and then going on, or kNoKey
+  uint32_t* count;  // [slots] rows with its key; in the upper half those before the block's first row
+  int32_t* full;    // [rows] slots that have a key, in no order
+  int32_t* fulls;   // [1] of them
+  uint32_t* are_wide;  // [1] labels differ by more
 };
 // Labels of a thread, in flight together; the first of them before anything else that a block does.
 struct SomeLabels {
@@ -319,7 +319,7 @@ struct SomeLabels {
 };
 // By a block, between barriers; are_wide and fulls are 0. some: those from thread_index() on; zero: label 0.
 __device__ __forceinline__ void load_keys(const int64_t* labels, int32_t count, SomeLabels some, int64_t zero,
-                                          LabelTable& table) {
+                                          const LabelTable& table) {
   static_assert(kSortChunk < 1 << 16, "counts are halves of a word");
   constexpr int kInFlight = SomeLabels::kInFlight;
 #pragma unroll 1
@@ -333,15 +333,18 @@ __device__ __forceinline__ void load_keys(const int64_t* labels, int32_t count, 
       are_wide |= difference != static_cast<int32_t>(difference) || static_cast<int32_t>(difference) == kNoKey;
       if (i < count) table.key[i] = static_cast<int32_t>(difference);
     }
-    if (are_wide) store_relaxed(&table.are_wide, 1u);
+    if (are_wide) store_relaxed(table.are_wide, 1u);
   }
 }
-// Bits of a slot's number: two slots for each row, one where there are many.
-__device__ __forceinline__ int slot_bits(int32_t count) {
+// Bits of a slot's number. Slots are a power of two: two for each row or more, down to one where there are many.
+inline int32_t slot_bits(int64_t count) {
   static_assert((kSortChunk & (kSortChunk - 1)) == 0 && kSortChunk >= 64, "slots are a power of two");
-  return 31 - __clz(min(max(4 * count - 1, 64), kSortChunk));
+  int32_t bits = 6;
+  while (bits < 12 && (2 << bits) < 4 * count && (2 << bits) <= kSortChunk) ++bits;
+  while ((1 << bits) < count) ++bits;
+  return bits;
 }
-__device__ __forceinline__ void empty_slots(int bits, LabelTable& table) {
+__device__ __forceinline__ void empty_slots(int bits, const LabelTable& table) {
   using Slots = Vector<int32_t, 4>;
 #pragma unroll 1
   for (int32_t i = thread_index(); i < (1 << bits) / 4; i += kThreads) {
@@ -351,7 +354,7 @@ __device__ __forceinline__ void empty_slots(int bits, LabelTable& table) {
 }
 // By a block, between barriers. Lanes take rows that are far apart: neighbours often have one label, and would wait for each
 // other. first: the block's first row.
-__device__ __forceinline__ void count_keys(int bits, int32_t count, int32_t first, LabelTable& table) {
+__device__ __forceinline__ void count_keys(int bits, int32_t count, int32_t first, const LabelTable& table) {
   const int32_t apart = (count + 31) / 32 | 1;  // odd: no bank conflict
   constexpr int kInFlight = 4;
 #pragma unroll 1
@@ -360,7 +363,7 @@ __device__ __forceinline__ void count_keys(int bits, int32_t count, int32_t firs
     uint32_t at[kInFlight], rows[kInFlight];
     const auto take_slot = [&](int k) {
       there[k] = atomicCAS(&table.slot[at[k]], kNoKey, key[k]);
-      if (there[k] == kNoKey && rows[k] != 0) table.full[atomicAdd(&table.fulls, 1)] = static_cast<int32_t>(at[k]);
+      if (there[k] == kNoKey && rows[k] != 0) table.full[atomicAdd(table.fulls, 1)] = static_cast<int32_t>(at[k]);
     };
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
@@ -386,7 +389,7 @@ __device__ __forceinline__ void count_keys(int bits, int32_t count, int32_t firs
 __device__ __forceinline__ Among find_among(const LabelTable& table, int32_t first, int32_t index) {
   const int lane = thread_index() % 32;
   const int32_t mine = table.key[index];
-  const int32_t fulls = table.fulls;
+  const int32_t fulls = *table.fulls;
   int32_t less = 0, equal = 0, before = 0;
 #pragma unroll 1
   for (int32_t i = lane; i < fulls; i += 32) {
@@ -405,7 +408,7 @@ __device__ __forceinline__ Among find_among(const LabelTable& table, int32_t fir
 __device__ __forceinline__ int32_t largest_class(const LabelTable& table) {
   int32_t most = 0;
 #pragma unroll 1
-  for (int32_t i = thread_index() % 32; i < table.fulls; i += 32) {
+  for (int32_t i = thread_index() % 32; i < *table.fulls; i += 32) {
     most = max(most, static_cast<int32_t>(table.count[table.full[i]] & 0xffff));
   }
   return warp_max(most);
@@ -458,13 +461,20 @@ constexpr bool kHasTable = M != Math::simt32 && M != Math::simt64;
 
 struct PrepareShared {
   Facts* facts;
-  LabelTable* table;  // or none
+  LabelTable table;
   uint8_t* staged;  // [kWarps][kStagedPitch]
 };
-__host__ __device__ inline PrepareShared carve_prepare(Carver& carver, bool has_table) {
+template <class Acc>
+__host__ __device__ PrepareShared carve_prepare(Carver& carver, const Problem<Acc>& p) {
+  const int32_t rows = p.has_table ? p.candidates.count : 0, slots = p.has_table ? 1 << p.slot_bits : 0;
   PrepareShared s;
   s.facts = carver.take<Facts>(1);
-  s.table = carver.take<LabelTable>(has_table ? 1 : 0);
+  s.table.key = carver.take<int32_t>(rows);
+  s.table.slot = carver.take<int32_t>(slots);
+  s.table.count = carver.take<uint32_t>(slots);
+  s.table.full = carver.take<int32_t>(rows);
+  s.table.fulls = carver.take<int32_t>(1);
+  s.table.are_wide = carver.take<uint32_t>(1);
   s.staged = carver.take<uint8_t>(kWarps * kStagedPitch);
   return s;
 }
@@ -474,22 +484,25 @@ template <Math M, class Acc>
 int64_t choose_table(Problem<Acc>& p, int64_t before, int64_t limit) {
   const auto bytes = [&](bool has_table) {
     Carver carver{nullptr, before, true};
-    carve_prepare(carver, has_table);
+    p.has_table = has_table;
+    carve_prepare(carver, p);
     return carver.used;
   };
-  p.has_table = kHasTable<M> && p.plain && p.merges == 0 && bytes(true) <= limit;
-  return bytes(p.has_table);
+  p.slot_bits = slot_bits(p.candidates.count);
+  const bool fits = kHasTable<M> && p.plain && p.merges == 0 && p.candidates.count > 0 && bytes(true) <= limit;
+  return bytes(fits);
 }
 
-// Returns the table of all labels, or null.
+// Returns whether all labels have been counted; then they are in `table`.
 template <Math M, class In, class Acc>
-__device__ const LabelTable* prepare(const Problem<Acc>& p, uint8_t* shared_memory) {
+__device__ bool prepare(const Problem<Acc>& p, uint8_t* shared_memory, LabelTable& table) {
   Carver carver{shared_memory, 0, true};
-  const PrepareShared s = carve_prepare(carver, kHasTable<M> && p.has_table);
+  const PrepareShared s = carve_prepare(carver, p);
+  table = s.table;
   Facts& facts = *s.facts;
   const int lane = thread_index() % 32;
   const bool one_chunk = p.merges == 0;
-  bool has_table = kHasTable<M> && p.has_table && p.candidates.count > 0;
+  bool has_table = kHasTable<M> && p.has_table;
   SomeLabels some;  // their way takes longest
   int64_t zero = 0;
   if (p.candidates.count > 0) {
@@ -498,23 +511,22 @@ __device__ const LabelTable* prepare(const Problem<Acc>& p, uint8_t* shared_memo
   }
   if (thread_index() == 0) {
     facts = Facts{0, kNoExponent, INT32_MIN, 0};
-    if (has_table) s.table->fulls = s.table->are_wide = 0;
+    if (has_table) *table.fulls = *table.are_wide = 0;
   }
   const RowsOfBlock mine(p);
-  const int bits = slot_bits(p.candidates.count);
   // Rows of the first turn, which are on their way while labels are counted.
   const int32_t ahead = mine.begin + thread_index() / 32;
   if (has_table && ahead < mine.end && lane * 32 < p.dim * int32_t(sizeof(In))) {
     prefetch(static_cast<const In*>(p.candidates.x) + int64_t(ahead) * p.candidates.stride + lane * (32 / int32_t(sizeof(In))));
   }
-  if (has_table) empty_slots(bits, *s.table);
+  if (has_table) empty_slots(p.slot_bits, table);
   __syncthreads();  // zero facts, empty slots
 
   if (has_table) {
-    load_keys(p.candidates.labels, p.candidates.count, some, zero, *s.table);
+    load_keys(p.candidates.labels, p.candidates.count, some, zero, table);
     __syncthreads();  // all keys
-    has_table = load_relaxed(&s.table->are_wide) == 0;
-    if (has_table) count_keys(bits, p.candidates.count, mine.begin, *s.table);
+    has_table = load_relaxed(table.are_wide) == 0;
+    if (has_table) count_keys(p.slot_bits, p.candidates.count, mine.begin, table);
     __syncthreads();  // all counts
   }
   const auto store = [&](const Rows<Acc>& rows, bool are_anchors, int32_t index, int32_t place, int32_t begin, int32_t end,
@@ -532,7 +544,7 @@ __device__ const LabelTable* prepare(const Problem<Acc>& p, uint8_t* shared_memo
     if (one_chunk) x = load_elements<In>(p, rows, row, lane * kLaneElements<Acc>);
     const int64_t label = has_table ? 0 : rows.labels[row];
     const int32_t first = row / kSortChunk * kSortChunk;
-    const Among own = has_table ? find_among(*s.table, mine.begin, row)
+    const Among own = has_table ? find_among(table, mine.begin, row)
                                 : count_labels(rows.labels, first, min(first + kSortChunk, rows.count), label, row);
     const int32_t place = first + own.less + own.before;
     if (lane == 0) {
@@ -556,7 +568,7 @@ __device__ const LabelTable* prepare(const Problem<Acc>& p, uint8_t* shared_memo
   }
   __syncthreads();  // the facts of all warps
   if (thread_index() == 0) p.facts[block_index()] = facts;
-  return has_table ? s.table : nullptr;
+  return has_table;
 }
 
 // What finish() counts in. Behind prepare(), where nobody waits for it.

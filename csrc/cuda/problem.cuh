@@ -140,6 +140,7 @@ struct Problem {
   int32_t pitch;  // bytes of a row in `operand`, a multiple of kStageBytes
   int32_t rows_per_block;  // that a block prepares, of both sets
   bool has_table;  // of labels, in shared memory: prepare.cuh
+  int32_t slot_bits;  // 2^slot_bits slots in it
   int32_t merges;  // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
   RingLayout layouts[kLayouts];  // of a tile's memory, the best one first
   int32_t slice_helpers;  // warps of a block for which a group has no rows, and which have memory to help others
@@ -263,6 +264,7 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.slope = args.distance == Distance::sqeuclidean ? 2 : 1;
   const int64_t longest = args.num_anchors > args.num_candidates ? args.num_anchors : args.num_candidates;
   p.has_table = false;  // choose_table()
+  p.slot_bits = 0;
   for (RingLayout& layout : p.layouts) layout = narrow_ring();
   p.rows_per_block = p.slice_lanes = p.group_rows = p.slice_items = p.slice_helpers = 0;  // share_rows(),
   p.slices = p.slice_rows = 1;  // choose_slice()

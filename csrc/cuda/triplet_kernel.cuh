@@ -26,15 +26,16 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
   constexpr int kStateBytes = (sizeof(BlockState) + 15) / 16 * 16 + kSharedRedzone;
   uint8_t* const scratch = shared_memory + kStateBytes;
 
-  const LabelTable* labels = prepare<M, In>(p, scratch);
+  LabelTable labels;
+  const bool has_counted = prepare<M, In>(p, scratch, labels);
   grid_arrive(&block.ticket);  // positions, classes and operands of all rows
   clear_counters(p);
   TileShared<Acc> tile;
   // A block that has counted all labels knows the first pass and its own first tile while it waits for the others.
-  const bool is_counted = kHasTable<M> && labels != nullptr;
+  const bool is_counted = kHasTable<M> && has_counted;
   if (is_counted) {
     if (thread_index() < 32) {
-      const int32_t most = count_positives(p, 0, largest_class(*labels));
+      const int32_t most = count_positives(p, 0, largest_class(labels));
       if (thread_index() == 0) pass = first_pass(p, most);
     }
     __syncthreads();  // the pass stands, the labels have been read
@@ -48,7 +49,7 @@ __device__ __forceinline__ void run_phases(const Problem<typename MathTraits<M>:
   const bool has_edge = is_sent && thread_index() < 2 * kSide;
   EdgeRow<Acc> edge;
   if (is_sent && has_edge) edge = load_edge_of_tile(p, tile);
-  if (thread_index() / 32 == kWarps - 1) {  // where that many, this one has no edge
+  if (thread_index() / 32 == kWarps - 1) {  // of 16 warps the last has no edge to load
     const EdgeRow<Acc> row = load_first_row(p);
     const Facts facts = gather_facts(p);
     if (thread_index() % 32 == 0) {

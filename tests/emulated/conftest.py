@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 # (sanitizer, warps per side, sort chunk)
-PROGRAMS = (("plain", 2, 64), ("asan", 2, 64), ("tsan", 2, 64), ("init", 2, 64), ("plain", 4, 4096))
+PROGRAMS = (("plain", 2, 64), ("asan", 2, 64), ("tsan", 2, 64), ("init", 2, 64), ("plain", 4, 8192))
 
 
 @pytest.fixture(scope="session")

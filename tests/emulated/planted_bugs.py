@@ -125,6 +125,16 @@ BUGS = {
         "select.cuh", "if (key < load_relaxed(best)) atomic_min(best, key);\n}", "if (key < *best) *best = key;\n}",
         "tsan",
     ),
+    "next_tile_sent_while_the_ring_is_read": (
+        "tile.cuh", "  cp_async_wait<0>();\n\n  const int after",
+        "  is_free();\n  cp_async_wait<0>();\n\n  const int after", "tsan",
+    ),
+    "next_tile_forgotten": (
+        "select.cuh", "          send_tile(p, layout_of(p, pass), s);\n", "", "plain",
+    ),
+    "strip_in_a_group_that_is_sent": (
+        "tile.cuh", "s.strip_at = (layout.stages - 1) * kStageStep;", "s.strip_at = 0;", "tsan",
+    ),
     "copies_not_waited_for": ("tile.cuh", "cp_async_wait<1>()", "cp_async_wait<2>()", "plain"),
     "wrong_shuffle_mask": (
         "device.cuh", "x += __shfl_xor_sync(kWholeWarp,", "x += __shfl_xor_sync(0x0000ffffu,", "plain",
@@ -200,6 +210,8 @@ int64_t dense_workspace_bytes(const TripletArgs&) { return -1; }
 
 
 def cases(name: str | None):
+    if name == "strip_in_a_group_that_is_sent":  # rows longer than the ring, few enough to be sent for before phase 2
+        return [with_schedule(simple(60, 140, 12, margin=1.0), "one_warp_ahead", seed) for seed in (2, 3)]
     plain = [
         simple(70, 80, 12, margin=1.0, stats=True),
         simple(130, 17, 30, rows="mid", margin=0.5, multiprocessors=3),

@@ -19,7 +19,7 @@ def test_mixed_cases(programs, tmp_path, first):
 
 @pytest.mark.parametrize("first", range(1000, 1030, 10))
 def test_mixed_cases_with_the_tiles_of_the_real_build(programs, tmp_path, first):
-    check(programs("plain", 4, 4096), [draw(seed) for seed in range(first, first + 10)], tmp_path)
+    check(programs("plain", 4, 8192), [draw(seed) for seed in range(first, first + 10)], tmp_path)
 
 
 @pytest.mark.parametrize("first", range(2000, 2060, 20))
@@ -38,7 +38,7 @@ def test_mixed_rules(programs, tmp_path, first):
 
 
 def test_mixed_rules_with_the_tiles_of_the_real_build(programs, tmp_path):
-    check(programs("plain", 4, 4096), [draw_rule(seed) for seed in range(5000, 5020)], tmp_path)
+    check(programs("plain", 4, 8192), [draw_rule(seed) for seed in range(5000, 5020)], tmp_path)
 
 
 def test_mixed_rules_under_address_and_undefined_behaviour_sanitizers(programs, tmp_path):
@@ -208,7 +208,7 @@ def test_usual_loss_with_the_tiles_of_the_real_build(programs, tmp_path):
     many = ((122, 3), (130, 2), (132, 2))
     cases = [simple(n, 32, k, margin=1.0, stats=False, multiprocessors=m) for m, (n, k) in enumerate(many, 1)]
     cases += [simple(125, 32, 3, rows="mid", margin=1.0, stats=False), simple(84, 64, 2, margin=0.1, stats=False)]
-    check(programs("plain", 4, 4096), [replace(case, shared_kib=227) for case in [*usual_cases(), *cases]], tmp_path)
+    check(programs("plain", 4, 8192), [replace(case, shared_kib=227) for case in [*usual_cases(), *cases]], tmp_path)
 
 
 def test_gradient_from_slices(programs, tmp_path):
@@ -222,7 +222,7 @@ def test_gradient_from_slices(programs, tmp_path):
 
 
 def test_gradient_from_slices_with_the_tiles_of_the_real_build(programs, tmp_path):
-    check(programs("plain", 4, 4096), [replace(case, shared_kib=99) for case in slice_cases()], tmp_path)
+    check(programs("plain", 4, 8192), [replace(case, shared_kib=99) for case in slice_cases()], tmp_path)
 
 
 @pytest.mark.parametrize("sanitizer", ["asan", "tsan"])

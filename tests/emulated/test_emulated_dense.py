@@ -106,7 +106,7 @@ def test_mixed_cases_of_every_negative(programs, tmp_path, first):
     "sanitizer, first, count, largest", [("plain", 1000, 30, 130), ("asan", 2000, 40, 130), ("tsan", 3000, 16, 70)]
 )
 def test_mixed_cases_of_every_negative_in_other_builds(programs, tmp_path, sanitizer, first, count, largest):
-    program = programs("plain", 4, 4096) if sanitizer == "plain" else programs(sanitizer)
+    program = programs("plain", 4, 8192) if sanitizer == "plain" else programs(sanitizer)
     check_all(program, drawn(first, count, largest), tmp_path)
 
 
