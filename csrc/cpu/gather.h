@@ -56,6 +56,19 @@ void direct_distances(const typename S::T* x, const typename S::T* base, int64_t
   }
 }
 
+// A list longer than kBlock is summed block by block, each into a row that starts from 0: added straight to a total that
+// has outgrown them, thousands of terms would each lose what the total's last bit rounds away. add(to, first, end) sums a
+// part of the list into `to`.
+template <class T, class Add>
+void in_blocks(int64_t n, T* out, T* block, int64_t size, Add add) {
+  if (n <= kBlock) return add(out, 0, n);
+  for (int64_t first = 0; first < n; first += kBlock) {
+    fill(block, size, T(0));
+    add(block, first, first + kBlock < n ? first + kBlock : n);
+    for (int64_t k = 0; k < size; ++k) out[k] += block[k];
+  }
+}
+
 // A row's weighted differences to rows of `base`, summed into `out` in the order in which they are given.
 template <class S>
 struct Gather {
@@ -66,43 +79,51 @@ struct Gather {
   int64_t dim;    // padded
   int32_t* at;    // [kList]
   T* weight;      // [kList]
+  T* block;       // [dim]
   T* out;         // [dim]
 
   // out += sum over i < n of weight_of(i) (x - base[row_of(i)]), kList at a time.
   template <class RowOf, class WeightOf>
   void add(int64_t n, RowOf row_of, WeightOf weight_of) const {
-    constexpr int kWide = S::W == 16 ? 8 : 4;  // vectors that leave registers for their sums
-    for (int64_t first = 0; first < n; first += kList) {
-      const int64_t end = first + kList < n ? first + kList : n;
-      int64_t k = 0;
-      for (; k + kWide * S::W <= dim; k += kWide * S::W) part<kWide>(k, first, end, row_of, weight_of);
-      for (; k < dim; k += S::W) part<1>(k, first, end, row_of, weight_of);
-    }
+    in_blocks(n, out, block, dim, [&](T* to, int64_t first, int64_t end) { add(to, first, end, row_of, weight_of); });
   }
   // The same where many weights are 0, as they are late in training: those are left out first, without a branch.
   template <class RowOf, class WeightOf>
   void add_some(int64_t n, RowOf row_of, WeightOf weight_of) const {
     int32_t* const list = at;
     T* const list_weight = weight;
-    for (int64_t i = 0; i < n;) {
-      int64_t some = 0;
-      const int64_t end = i + kList < n ? i + kList : n;
-      for (; i < end; ++i) {
-        const T w = weight_of(i);
-        typename KeyOf<T>::Bits bits;  // a comparison of numbers asks for NaN too, by a jump
-        __builtin_memcpy(&bits, &w, sizeof bits);
-        list[some] = static_cast<int32_t>(row_of(i));
-        list_weight[some] = w;
-        some += (bits << 1) != 0;
+    in_blocks(n, out, block, dim, [&](T* to, int64_t i, int64_t last) {
+      while (i < last) {
+        int64_t some = 0;
+        const int64_t end = i + kList < last ? i + kList : last;
+        for (; i < end; ++i) {
+          const T w = weight_of(i);
+          typename KeyOf<T>::Bits bits;  // a comparison of numbers asks for NaN too, by a jump
+          __builtin_memcpy(&bits, &w, sizeof bits);
+          list[some] = static_cast<int32_t>(row_of(i));
+          list_weight[some] = w;
+          some += (bits << 1) != 0;
+        }
+        add(to, 0, some, [=](int64_t j) { return int64_t{list[j]}; }, [=](int64_t j) { return list_weight[j]; });
       }
-      add(some, [=](int64_t j) { return int64_t{list[j]}; }, [=](int64_t j) { return list_weight[j]; });
+    });
+  }
+  // A part of a list, into `to`.
+  template <class RowOf, class WeightOf>
+  void add(T* to, int64_t first, int64_t last, RowOf row_of, WeightOf weight_of) const {
+    constexpr int kWide = S::W == 16 ? 8 : 4;  // vectors that leave registers for their sums
+    for (; first < last; first += kList) {
+      const int64_t end = first + kList < last ? first + kList : last;
+      int64_t k = 0;
+      for (; k + kWide * S::W <= dim; k += kWide * S::W) part<kWide>(to, k, first, end, row_of, weight_of);
+      for (; k < dim; k += S::W) part<1>(to, k, first, end, row_of, weight_of);
     }
   }
 
  private:
   // N vectors of the row at a time, each in two chains: shorter sums err less, and hide the latency of the multiply-add.
   template <int N, class RowOf, class WeightOf>
-  void part(int64_t k, int64_t first, int64_t end, RowOf row_of, WeightOf weight_of) const {
+  void part(T* to_row, int64_t k, int64_t first, int64_t end, RowOf row_of, WeightOf weight_of) const {
     V mine[N], even[N], odd[N];
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) {
@@ -122,7 +143,7 @@ struct Gather {
     }
     if (i < end) take(i, even);
 #pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) S::store(out + k + v * S::W, S::load(out + k + v * S::W) + (even[v] + odd[v]));
+    for (int v = 0; v < N; ++v) S::store(to_row + k + v * S::W, S::load(to_row + k + v * S::W) + (even[v] + odd[v]));
   }
 };
 
@@ -131,11 +152,13 @@ template <class S>
 struct GatherTogether {
   using T = typename S::T;
   using V = typename S::V;
-  static constexpr int kTogether = S::W == 16 ? 4 : 2;  // two vectors of each row and of its two sums stay in registers
+  // Two vectors of each row and of its two sums stay in registers.
+  static constexpr int kTogether = S::W == 16 ? cpu::kTogether : 2;
   const T* x;     // [count, dim] the rows themselves
   int count;      // <= kTogether
   const T* base;  // [*, dim]
   int64_t dim;    // padded
+  T* block;       // [count, dim]
   T* out;         // [count, dim]
 
   // out[r] += sum over i < n of w[r] (x[r] - base[i]), kList at a time, where weights_of(i, w) gives all kTogether weights;
@@ -144,28 +167,30 @@ struct GatherTogether {
   void add(int64_t n, WeightsOf weights_of) const {
     const T* partner[kList];
     T weight[kList][kTogether];
-    for (int64_t i = 0; i < n;) {
-      int some = 0;
-      for (; i < n && some < kList; ++i) {  // without a branch on the weights, none of which is below 0
-        T own[kTogether], all = 0;
-        weights_of(i, own);
+    in_blocks(n, out, block, count * dim, [&](T* to, int64_t i, int64_t end) {
+      while (i < end) {
+        int some = 0;
+        for (; i < end && some < kList; ++i) {  // without a branch on the weights, none of which is below 0
+          T own[kTogether], all = 0;
+          weights_of(i, own);
 #pragma GCC unroll 4
-        for (int r = 0; r < kTogether; ++r) all += own[r];
-        typename KeyOf<T>::Bits bits;
-        __builtin_memcpy(&bits, &all, sizeof bits);
-        for (int r = 0; r < kTogether; ++r) weight[some][r] = own[r];
-        partner[some] = base + i * dim;
-        some += (bits << 1) != 0;
+          for (int r = 0; r < kTogether; ++r) all += own[r];
+          typename KeyOf<T>::Bits bits;
+          __builtin_memcpy(&bits, &all, sizeof bits);
+          for (int r = 0; r < kTogether; ++r) weight[some][r] = own[r];
+          partner[some] = base + i * dim;
+          some += (bits << 1) != 0;
+        }
+        int64_t k = 0;
+        for (; k + 2 * S::W <= dim; k += 2 * S::W) part<2>(to, k, some, partner, weight);
+        for (; k < dim; k += S::W) part<1>(to, k, some, partner, weight);
       }
-      int64_t k = 0;
-      for (; k + 2 * S::W <= dim; k += 2 * S::W) part<2>(k, some, partner, weight);
-      for (; k < dim; k += S::W) part<1>(k, some, partner, weight);
-    }
+    });
   }
 
  private:
   template <int N>
-  void part(int64_t k, int n, const T* const* partner, const T (*weight)[kTogether]) const {
+  void part(T* to_rows, int64_t k, int n, const T* const* partner, const T (*weight)[kTogether]) const {
     V mine[kTogether][N], even[kTogether][N], odd[kTogether][N];
 #pragma GCC unroll 4
     for (int r = 0; r < kTogether; ++r)
@@ -194,7 +219,7 @@ struct GatherTogether {
     for (int r = 0; r < count; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < N; ++v) {
-        T* o = out + r * dim + k + v * S::W;
+        T* o = to_rows + r * dim + k + v * S::W;
         S::store(o, S::load(o) + (even[r][v] + odd[r][v]));
       }
   }

@@ -74,10 +74,17 @@ struct Takers {
   // The lists of all bins as one, so that the order of the sum, kList at a time, does not depend on their number.
   void gather(int64_t candidate, const Gather<S>& gather) const {
     Run<T> list[kList];
-    int64_t count = 0;
+    int64_t count = 0, summed = 0;
+    T* to = gather.out;
     const auto flush = [&] {
-      gather.add(count, [&](int64_t i) { return int64_t{list[i].candidate}; }, [&](int64_t i) { return -list[i].weight; });
+      gather.add(
+          to, 0, count, [&](int64_t i) { return int64_t{list[i].candidate}; }, [&](int64_t i) { return -list[i].weight; });
+      summed += count;
       count = 0;
+    };
+    const auto end_block = [&] {
+      if (to == gather.block)
+        for (int64_t k = 0; k < gather.dim; ++k) gather.out[k] += gather.block[k];
     };
     for (int bin = 0; bin < bins; ++bin) {
       const int64_t from = candidate > 0 ? ends(bin)[candidate - 1] : 0;
@@ -86,10 +93,16 @@ struct Takers {
         for (int64_t j = 0; j < some; ++j) list[count + j] = lists()[i + j];
         i += some;
         count += some;
-        if (count == kList) flush();
+        if (count < kList) continue;
+        flush();
+        if (summed % kBlock != 0) continue;
+        end_block();  // how long the list is shows only in the end: its first block goes straight to the total
+        to = gather.block;
+        fill(to, gather.dim, T(0));
       }
     }
     flush();
+    end_block();
   }
 };
 
@@ -140,17 +153,17 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
            in_pass(row0 + size - 1);
   };
   // The positives of candidates j .. j + count of a whole class. Its anchors' weights are a block, rows `pitch` apart.
-  const auto add_class = [&](int64_t j, int count, T* out) {
+  const auto add_class = [&](int64_t j, int count, T* block, T* out) {
     const int64_t k = w.class_of[j], class_begin = w.class_begin[k], size = w.class_begin[k + 1] - class_begin;
     const int64_t pitch = slot_pitch(size - 1);
-    const T* const block = w.weight + w.rows[w.class_row[k]].slot;
-    const GatherTogether<S> gather{w.x + j * c.Dp, count, w.x + class_begin * c.Dp, c.Dp, out};
+    const T* const weights = w.weight + w.rows[w.class_row[k]].slot;
+    const GatherTogether<S> gather{w.x + j * c.Dp, count, w.x + class_begin * c.Dp, c.Dp, block, out};
     constexpr int kTogether = GatherTogether<S>::kTogether;
     const int64_t first = j - class_begin;
     const T* own[kTogether];
-    for (int r = 0; r < kTogether; ++r) own[r] = block + (first + (r < count ? r : 0)) * pitch;
+    for (int r = 0; r < kTogether; ++r) own[r] = weights + (first + (r < count ? r : 0)) * pitch;
     gather.add(size, [&](int64_t p, T* weight) {  // an anchor's block leaves out the anchor
-      const T* const column = block + p * pitch + first;
+      const T* const column = weights + p * pitch + first;
       if (count == kTogether && p < first) {
         for (int r = 0; r < kTogether; ++r) weight[r] = own[r][p] + column[r - 1];
       } else if (count == kTogether && p >= first + kTogether) {
@@ -188,7 +201,8 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
       const auto scratch = c.scratch(omp_get_thread_num());
       fill(scratch.rows, (j1 - j0) * c.Dp, T(0));
       const auto gather_for = [&](int64_t j) -> Gather<S> {
-        return {w.x + j * c.Dp, inside ? w.x : w.ax, c.Dp, scratch.list, scratch.list_weight, scratch.rows + (j - j0) * c.Dp};
+        return {w.x + j * c.Dp, inside ? w.x : w.ax,           c.Dp, scratch.list, scratch.list_weight,
+                scratch.block,  scratch.rows + (j - j0) * c.Dp};
       };
       for (int64_t j = j0; end > begin && j < j1;) {
         if (!whole_class(j)) {
@@ -198,7 +212,7 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
         }
         int count = 1;
         while (count < GatherTogether<S>::kTogether && j + count < j1 && w.class_of[j + count] == w.class_of[j]) ++count;
-        add_class(j, count, scratch.rows + (j - j0) * c.Dp);
+        add_class(j, count, scratch.block, scratch.rows + (j - j0) * c.Dp);
         j += count;
       }
       for (int64_t j = j0; j < j1; ++j) {
