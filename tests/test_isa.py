@@ -63,7 +63,7 @@ print("passed")
 """
 
 
-# A negative that thousands of anchors share: equal differences round alike, so what their sum loses does not average out.
+# A negative that thousands of anchors share: equal differences round alike, and what their sum loses adds up.
 HUB = """
 import sys
 import torch
@@ -106,6 +106,35 @@ def run(code: str, isa: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("isa", ISAS)
 def test_battery(isa):
     done = run(BATTERY, isa, isa)
+    assert done.returncode == 0 and done.stdout == "passed\n", done.stderr[-3000:]
+
+
+# In a large class the positives add up to a total that the negatives then all but take away.
+LARGE_CLASSES = """
+import sys
+import torch
+from oracle import gradient_error, loss_and_gradient
+import facenet_ext
+
+assert facenet_ext.cpu_isa_active() == sys.argv[1], facenet_ext.cpu_isa_active()
+for seed, size in enumerate((300, 300, 200, 100)):
+    x = torch.nn.functional.normalize(torch.randn(600, 16, generator=torch.Generator().manual_seed(seed)))
+    y = torch.arange(len(x)) // size
+    grads = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        z = x.clone().requires_grad_()
+        grads += torch.autograd.grad(facenet_ext.triplet_loss(z, y), z)
+    assert torch.equal(*grads)
+    error = gradient_error(grads[0], loss_and_gradient(x, facenet_ext.mine_triplets(x, y)))
+    assert error <= 1e-6, (seed, size, error)
+print("passed")
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_large_classes(isa):
+    done = run(LARGE_CLASSES, isa, isa)
     assert done.returncode == 0 and done.stdout == "passed\n", done.stderr[-3000:]
 
 

@@ -79,6 +79,7 @@ struct Call {
     T* strip;  // [W, kT]
     T* list_weight;  // [kList]
     T* rows;  // [kRows, Dp]
+    T* carry;  // [kRows, Dp] what their last bits have rounded away
     T* block;  // [kTogether, Dp] sums of a long list's part
     uint32_t* queue;  // [kQueue]
     int32_t* list;  // [kList]
@@ -91,7 +92,8 @@ struct Call {
     s.strip = s.tile + kT * kT;
     s.list_weight = s.strip + 16 * kT;
     s.rows = s.list_weight + kList;
-    s.block = s.rows + kRows * Dp;
+    s.carry = s.rows + kRows * Dp;
+    s.block = s.carry + kRows * Dp;
     s.queue = reinterpret_cast<uint32_t*>(s.block + kTogether * Dp);
     s.list = reinterpret_cast<int32_t*>(s.queue + kQueue);
     s.weights = reinterpret_cast<T*>(s.list + kList);

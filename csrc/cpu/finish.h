@@ -28,7 +28,7 @@ void anchor_gradient(const Call<S>& c, int64_t row) {
   const auto& w = c.w;
   const auto scratch = c.scratch(omp_get_thread_num());
   fill(scratch.rows, c.Dp, T(0));
-  Gather<S> gather{w.ax + row * c.Dp, w.x, c.Dp, scratch.list, scratch.list_weight, scratch.block, scratch.rows};
+  Gather<S> gather{w.ax + row * c.Dp, w.x, c.Dp, scratch.list, scratch.list_weight, scratch.block, scratch.rows, nullptr};
   const Row<T>& r = w.rows[row];
   const T* weight = w.weight + r.slot;
   gather.add_some(

@@ -58,15 +58,26 @@ void direct_distances(const typename S::T* x, const typename S::T* base, int64_t
 
 // A list longer than kBlock is summed block by block, each into a row that starts from 0: added straight to a total that
 // has outgrown them, thousands of terms would each lose what the total's last bit rounds away. add(to, first, end) sums a
-// part of the list into `to`.
+// part of the list into `to`. Not where the total loses nothing (carry).
 template <class T, class Add>
-void in_blocks(int64_t n, T* out, T* block, int64_t size, Add add) {
-  if (n <= kBlock) return add(out, 0, n);
+void in_blocks(int64_t n, T* out, T* block, const T* carry, int64_t size, Add add) {
+  if (n <= kBlock || carry != nullptr) return add(out, 0, n);
   for (int64_t first = 0; first < n; first += kBlock) {
     fill(block, size, T(0));
     add(block, first, first + kBlock < n ? first + kBlock : n);
     for (int64_t k = 0; k < size; ++k) out[k] += block[k];
   }
+}
+
+// total += sum, and into `carry`, where there is one, what the total's last bit rounds away, exactly (Knuth's two-sum). In a
+// large class the positives make a total that the negatives then all but take away.
+template <class S>
+void add_to_total(typename S::T* total, typename S::T* carry, typename S::V sum) {
+  const typename S::V before = S::load(total), after = before + sum;
+  S::store(total, after);
+  if (carry == nullptr) return;
+  const typename S::V added = after - before;
+  S::store(carry, S::load(carry) + ((before - (after - added)) + (sum - added)));
 }
 
 // A row's weighted differences to rows of `base`, summed into `out` in the order in which they are given.
@@ -81,21 +92,23 @@ struct Gather {
   T* weight;      // [kList]
   T* block;       // [dim]
   T* out;         // [dim]
+  T* carry;       // [dim] or none: add_to_total()
+  int64_t each() const { return carry != nullptr ? kList / 2 : kList; }  // neighbours that are summed before the total is
 
-  // out += sum over i < n of weight_of(i) (x - base[row_of(i)]), kList at a time.
+  // out += sum over i < n of weight_of(i) (x - base[row_of(i)]), each() at a time.
   template <class RowOf, class WeightOf>
   void add(int64_t n, RowOf row_of, WeightOf weight_of) const {
-    in_blocks(n, out, block, dim, [&](T* to, int64_t first, int64_t end) { add(to, first, end, row_of, weight_of); });
+    in_blocks(n, out, block, carry, dim, [&](T* to, int64_t first, int64_t end) { add(to, first, end, row_of, weight_of); });
   }
   // The same where many weights are 0, as they are late in training: those are left out first, without a branch.
   template <class RowOf, class WeightOf>
   void add_some(int64_t n, RowOf row_of, WeightOf weight_of) const {
     int32_t* const list = at;
     T* const list_weight = weight;
-    in_blocks(n, out, block, dim, [&](T* to, int64_t i, int64_t last) {
+    in_blocks(n, out, block, carry, dim, [&](T* to, int64_t i, int64_t last) {
       while (i < last) {
         int64_t some = 0;
-        const int64_t end = i + kList < last ? i + kList : last;
+        const int64_t end = i + each() < last ? i + each() : last;
         for (; i < end; ++i) {
           const T w = weight_of(i);
           typename KeyOf<T>::Bits bits;  // a comparison of numbers asks for NaN too, by a jump
@@ -112,8 +125,8 @@ struct Gather {
   template <class RowOf, class WeightOf>
   void add(T* to, int64_t first, int64_t last, RowOf row_of, WeightOf weight_of) const {
     constexpr int kWide = S::W == 16 ? 8 : 4;  // vectors that leave registers for their sums
-    for (; first < last; first += kList) {
-      const int64_t end = first + kList < last ? first + kList : last;
+    for (; first < last; first += each()) {
+      const int64_t end = first + each() < last ? first + each() : last;
       int64_t k = 0;
       for (; k + kWide * S::W <= dim; k += kWide * S::W) part<kWide>(to, k, first, end, row_of, weight_of);
       for (; k < dim; k += S::W) part<1>(to, k, first, end, row_of, weight_of);
@@ -143,7 +156,10 @@ struct Gather {
     }
     if (i < end) take(i, even);
 #pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) S::store(to_row + k + v * S::W, S::load(to_row + k + v * S::W) + (even[v] + odd[v]));
+    for (int v = 0; v < N; ++v) {
+      const int64_t at_v = k + v * S::W;
+      add_to_total<S>(to_row + at_v, carry != nullptr ? carry + at_v : nullptr, even[v] + odd[v]);
+    }
   }
 };
 
@@ -160,17 +176,19 @@ struct GatherTogether {
   int64_t dim;    // padded
   T* block;       // [count, dim]
   T* out;         // [count, dim]
+  T* carry;       // [count, dim] or none
+  int each() const { return carry != nullptr ? kList / 2 : kList; }
 
-  // out[r] += sum over i < n of w[r] (x[r] - base[i]), kList at a time, where weights_of(i, w) gives all kTogether weights;
+  // out[r] += sum over i < n of w[r] (x[r] - base[i]), each() at a time, where weights_of(i, w) gives all kTogether weights;
   // what has weight 0 for all of them is left out.
   template <class WeightsOf>
   void add(int64_t n, WeightsOf weights_of) const {
     const T* partner[kList];
     T weight[kList][kTogether];
-    in_blocks(n, out, block, count * dim, [&](T* to, int64_t i, int64_t end) {
+    in_blocks(n, out, block, carry, count * dim, [&](T* to, int64_t i, int64_t end) {
       while (i < end) {
         int some = 0;
-        for (; i < end && some < kList; ++i) {  // without a branch on the weights, none of which is below 0
+        for (; i < end && some < each(); ++i) {  // without a branch on the weights, none of which is below 0
           T own[kTogether], all = 0;
           weights_of(i, own);
 #pragma GCC unroll 4
@@ -219,8 +237,8 @@ struct GatherTogether {
     for (int r = 0; r < count; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < N; ++v) {
-        T* o = to_rows + r * dim + k + v * S::W;
-        S::store(o, S::load(o) + (even[r][v] + odd[r][v]));
+        const int64_t at = r * dim + k + v * S::W;
+        add_to_total<S>(to_rows + at, carry != nullptr ? carry + at : nullptr, even[r][v] + odd[r][v]);
       }
   }
 };

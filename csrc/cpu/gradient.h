@@ -95,7 +95,7 @@ struct Takers {
         count += some;
         if (count < kList) continue;
         flush();
-        if (summed % kBlock != 0) continue;
+        if (summed % kBlock != 0 || gather.carry != nullptr) continue;
         end_block();  // how long the list is shows only in the end: its first block goes straight to the total
         to = gather.block;
         fill(to, gather.dim, T(0));
@@ -153,11 +153,11 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
            in_pass(row0 + size - 1);
   };
   // The positives of candidates j .. j + count of a whole class. Its anchors' weights are a block, rows `pitch` apart.
-  const auto add_class = [&](int64_t j, int count, T* block, T* out) {
+  const auto add_class = [&](int64_t j, int count, T* block, T* out, T* carry) {
     const int64_t k = w.class_of[j], class_begin = w.class_begin[k], size = w.class_begin[k + 1] - class_begin;
     const int64_t pitch = slot_pitch(size - 1);
     const T* const weights = w.weight + w.rows[w.class_row[k]].slot;
-    const GatherTogether<S> gather{w.x + j * c.Dp, count, w.x + class_begin * c.Dp, c.Dp, block, out};
+    const GatherTogether<S> gather{w.x + j * c.Dp, count, w.x + class_begin * c.Dp, c.Dp, block, out, carry};
     constexpr int kTogether = GatherTogether<S>::kTogether;
     const int64_t first = j - class_begin;
     const T* own[kTogether];
@@ -200,9 +200,16 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
     own_rows_first(c, 0, c.C, kRows, [&](int64_t j0, int64_t j1) {
       const auto scratch = c.scratch(omp_get_thread_num());
       fill(scratch.rows, (j1 - j0) * c.Dp, T(0));
+      const auto carry_of = [&](int64_t j) -> T* {
+        const int64_t k = w.class_of[j];
+        const bool is_large = sizeof(T) == 4 && w.class_begin[k + 1] - w.class_begin[k] > kCarried;
+        return is_large ? scratch.carry + (j - j0) * c.Dp : nullptr;
+      };
+      fill(scratch.carry, sizeof(T) == 4 ? (j1 - j0) * c.Dp : 0, T(0));
       const auto gather_for = [&](int64_t j) -> Gather<S> {
-        return {w.x + j * c.Dp, inside ? w.x : w.ax,           c.Dp, scratch.list, scratch.list_weight,
-                scratch.block,  scratch.rows + (j - j0) * c.Dp};
+        auto* const x = inside ? w.x : w.ax;
+        T* const rows = scratch.rows + (j - j0) * c.Dp;
+        return {w.x + j * c.Dp, x, c.Dp, scratch.list, scratch.list_weight, scratch.block, rows, carry_of(j)};
       };
       for (int64_t j = j0; end > begin && j < j1;) {
         if (!whole_class(j)) {
@@ -212,7 +219,7 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
         }
         int count = 1;
         while (count < GatherTogether<S>::kTogether && j + count < j1 && w.class_of[j + count] == w.class_of[j]) ++count;
-        add_class(j, count, scratch.block, scratch.rows + (j - j0) * c.Dp);
+        add_class(j, count, scratch.block, scratch.rows + (j - j0) * c.Dp, carry_of(j));
         j += count;
       }
       for (int64_t j = j0; j < j1; ++j) {
@@ -225,6 +232,9 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
           if (inside && in_pass(w.row_of[j])) gather_runs(c, w.row_of[j], gather);
           takers.gather(j, gather);
         }
+        if (gather.carry != nullptr)
+          for (int64_t k = 0; k < c.D; ++k)  // of a total beyond the range there is none
+            gather.out[k] += gather.carry[k] - gather.carry[k] == 0 ? gather.carry[k] : T(0);
         put(c, gather.out, static_cast<T*>(args.grad_candidates) + w.order[j] * c.D, gather.x,
             args.normalize && end > begin ? w.inverse_length[j] : T(1), !first || counts_all(args), last);
       }

@@ -149,6 +149,7 @@ constexpr int kFarBuckets = 128;  // from so many on, the state of a tile's anch
 constexpr int kRows = 16;  // gradient rows that a thread works on together
 constexpr int kList = 64;  // neighbours gathered at a time: bounds the error of a float32 sum of thousands
 constexpr int kBlock = 16 * kList;  // neighbours of a longer list whose sum is made apart from the others'
+constexpr int kCarried = 48;  // rows of a class beyond which totals in float carry what they round away (gather.h)
 constexpr int kTogether = 4;  // neighbouring rows gathered together at most
 
 namespace {
@@ -251,7 +252,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   if (draws_one(args)) take(w.draws, 2 * w.slots);
   // per thread: a tile of distances, a transposed strip, the queue, a gather list, gradient rows; a second tile
   w.scratch_bytes = round_up(static_cast<int64_t>(sizeof(T)) * (kTile<T> * kTile<T> + 16 * kTile<T>)+4 * (kQueue + kList) +
-                                 static_cast<int64_t>(sizeof(T)) * (kList + (kRows + kTogether) * Dp) + 1024 +
+                                 static_cast<int64_t>(sizeof(T)) * (kList + (2 * kRows + kTogether) * Dp) + 1024 +
                                  (every ? static_cast<int64_t>(sizeof(T)) * kTile<T> * (kTile<T> + 8) : 0),
                              64);
   take(w.thread_scratch, w.scratch_bytes * args.num_threads);
