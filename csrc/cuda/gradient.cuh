@@ -84,11 +84,33 @@ __device__ __forceinline__ void add_to_gradient(const Problem<Acc>& p, Acc* grad
   }
 }
 
+// A lane's sums of a row. In a large class the positives add up to a total that the negatives then all but take away, so a
+// float's total carries what it rounds away, exactly (Knuth's two-sum); 32 partners are added up before it is.
+template <class Acc>
+struct RowSum {
+  Acc total[kPiece<Acc>] = {}, carry[kPiece<Acc>] = {};
+  __device__ __forceinline__ void add(const Acc (&sum)[kPiece<Acc>]) {
+#pragma unroll
+    for (int e = 0; e < kPiece<Acc>; ++e) {
+      const Acc before = total[e], after = before + sum[e];
+      total[e] = after;
+      if constexpr (sizeof(Acc) == 4) {
+        const Acc added = after - before;
+        carry[e] += (before - (after - added)) + (sum[e] - added);
+      }
+    }
+  }
+  __device__ __forceinline__ void finish() {  // beyond the range of floats there is nothing to carry
+#pragma unroll
+    for (int e = 0; e < kPiece<Acc>; ++e) total[e] += carry[e] - carry[e] == 0 ? carry[e] : Acc(0);
+  }
+};
+
 // sum += coefficient * (x - other) over `count` partners; get(e, coefficient) returns the index of partner e in `others`.
 // Lanes look 32 partners up; then every group of lanes takes every other one of them, the rows of kInFlight on their way.
 template <class In, class Acc, class Get>
 __device__ __forceinline__ void gather(const Problem<Acc>& p, const Rows<Acc>& others, const Acc (&x)[kPiece<Acc>],
-                                       int32_t first, int32_t count, Acc (&sum)[kPiece<Acc>], Get get) {
+                                       int32_t first, int32_t count, RowSum<Acc>& sums, Get get) {
   constexpr int kInFlight = 4, kEach = kInFlight / kGroups;
   const int lane = thread_index() % 32;
 #pragma unroll 1
@@ -97,6 +119,7 @@ __device__ __forceinline__ void gather(const Problem<Acc>& p, const Rows<Acc>& o
     int32_t my_index = 0;  // any row, where there is no partner
     if (base + lane < count) my_index = get(base + lane, my_coefficient);
     const uint32_t some = __ballot_sync(kWholeWarp, my_coefficient != 0);
+    Acc sum[kPiece<Acc>] = {};
 #pragma unroll 1
     for (int from = 0; from < 32; from += kInFlight) {
       if ((some >> from & ((1 << kInFlight) - 1)) == 0) continue;
@@ -114,6 +137,7 @@ __device__ __forceinline__ void gather(const Problem<Acc>& p, const Rows<Acc>& o
         for (int e = 0; e < kPiece<Acc>; ++e) sum[e] = fma(coefficient[i], x[e] - other[i][e], sum[e]);
       }
     }
+    sums.add(sum);
   }
 }
 
@@ -126,7 +150,8 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
   const bool is_anchor = anchor_position >= 0 && pass.has(anchor_position);
 #pragma unroll 1
   for (int32_t first = 0; first < p.dim; first += kChunk<Acc>) {
-    Acc x[kPiece<Acc>], sum[kPiece<Acc>] = {};
+    Acc x[kPiece<Acc>];
+    RowSum<Acc> sum;
     load_piece<In>(p, rows, index, first, x);
     if (is_anchor && !p.plain) {
       const int32_t begin = p.anchors.mate_begin[anchor_position];
@@ -171,7 +196,8 @@ __device__ __forceinline__ void gather_row(const Problem<Acc>& p, const Pass& pa
         return pass.holds_all ? anchor : sorted_index(p, p.anchors)[pass.begin + anchor];
       });
     }
-    add_to_gradient(p, rows.gradient, index, first, pass.is_first(), sum);
+    sum.finish();
+    add_to_gradient(p, rows.gradient, index, first, pass.is_first(), sum.total);
   }
 }
 

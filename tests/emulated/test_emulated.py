@@ -292,6 +292,23 @@ def test_order_of_labels_changes_no_bit(programs, tmp_path):
         np.testing.assert_array_equal(got.stat_d2, want.stat_d2, base.name)
 
 
+def test_large_classes_keep_their_last_bits(programs, tmp_path):
+    """The positives add up to a total that the negatives then all but take away."""
+    x = np.random.default_rng(1).standard_normal((600, 16))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32).astype(np.float64)
+    case = replace(simple(600, 16, 5), x=x, labels=np.arange(600) // 120, stats=False, multiprocessors=20)
+    mined, out = run(programs(), [(case, True), (case, False)], tmp_path)
+    anchor = np.repeat(np.arange(600), 119)
+    to_positive, to_negative = x[anchor] - x[mined.positive], x[anchor] - x[mined.negative]
+    active = ((to_positive**2).sum(1) - (to_negative**2).sum(1) + case.margin > 0)[:, None]
+    exact = np.zeros_like(x)
+    np.add.at(exact, anchor, (to_positive - to_negative) * active)
+    np.add.at(exact, mined.positive, -to_positive * active)
+    np.add.at(exact, mined.negative, to_negative * active)
+    exact *= 2 / len(anchor)
+    assert abs(out.grad_candidates - exact).max() <= 1e-6 * abs(exact).max()
+
+
 def test_distances_are_symmetric_bit_for_bit(programs, tmp_path):
     """Symmetry is what lets one tile serve both sides: the same anchors, not in the plain form, where nothing is
     mirrored, must select the same negatives."""
