@@ -25,7 +25,6 @@ SHAPES = (  # N, K, D
     (32768, 16, 512),
     (262144, 16, 128),
 )
-REGIMES = {"init": None, "mid": 1.9, "separated": 1.0}  # noise around the classes' centres; None: nothing but noise
 DEVICE = "cuda"  # a rehearsal of accuracy() on a machine without a GPU says "cpu"
 BANDS = (0, 1e-3, 1e-1, 1, 3, 5)  # of the squared distance of unit rows
 
@@ -40,7 +39,8 @@ def run(command: list[str], timeout: int, **environment: str) -> str:
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+        output = (done.stdout + done.stderr)[-20000:]
+        raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}:\n{output}")
     return done.stdout
 
 
@@ -207,12 +207,13 @@ def graphs() -> dict:
 def repeats() -> dict:
     """Loss and gradient of 100 calls, every other one on a second stream at the same time, bit for bit."""
     import torch
+    from batches import Size, make_batch
 
     import facenet_ext
 
     seen = {}
-    for n, k, d in SHAPES[:3]:
-        x, labels = batch(n, k, d, "init")
+    for size in SHAPES[:3]:
+        x, labels = make_batch(Size(*size), "init", device="cuda")
 
         def call(x=x, labels=labels):
             y = x.clone().requires_grad_()
@@ -229,20 +230,9 @@ def repeats() -> dict:
             torch.cuda.synchronize()
             for got in (here, there):
                 if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
-                    raise RuntimeError(f"{n} x {d}: calls with the same input differ")
-        seen[f"{n} x {d}, K {k}"] = 100
+                    raise RuntimeError(f"{size}: calls with the same input differ")
+        seen[str(size)] = 100
     return seen
-
-
-def batch(n: int, k: int, d: int, regime: str):
-    import torch
-
-    labels = torch.arange(n, device="cuda") // k
-    x = torch.randn(n, d, device="cuda")
-    if REGIMES[regime] is not None:
-        centres = torch.nn.functional.normalize(torch.randn((n + k - 1) // k, d, device="cuda"))
-        x = centres[labels] + x * (REGIMES[regime] / d**0.5)
-    return torch.nn.functional.normalize(x), labels
 
 
 def median_us(action, samples: int, calls: int = 1, flush=None) -> float:
@@ -267,6 +257,8 @@ def times() -> dict:
     """Forward and backward, medians: eager, as a graph's replays, with a cold L2; peak memory above the input; beside
     them a bare X @ X.T in TF32 and in float32, in slices of 8,192 rows where it is larger."""
     import torch
+    from batches import REGIMES, Size, make_batch
+    from timing import as_graph
 
     import facenet_ext
 
@@ -276,7 +268,7 @@ def times() -> dict:
         samples, calls = (31, 20) if n <= 8192 else (3, 1)
         name = f"{n} x {d}, K {k}"
         for regime in REGIMES:
-            x, labels = batch(n, k, d, regime)
+            x, labels = make_batch(Size(n, k, d), regime, device="cuda")
             x.requires_grad_()
 
             def step(x=x, labels=labels):
@@ -293,19 +285,17 @@ def times() -> dict:
                 "peak_bytes": torch.cuda.max_memory_allocated() - before,
                 "promised_bytes": n * (24 * d + 1024) + 8 * n * d,  # workspace, gradient before and after backward
             }
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            median_us(graph.replay, samples)
-            row["graph_us"] = median_us(graph.replay, samples, calls)
-            row["graph_cold_us"] = median_us(graph.replay, samples, flush=flush)
+            replay = as_graph(step)
+            median_us(replay, samples)
+            row["graph_us"] = median_us(replay, samples, calls)
+            row["graph_cold_us"] = median_us(replay, samples, flush=flush)
             row["eager_us"] = median_us(step, samples, calls)
             rows[f"{name}, {regime}"] = row
             if row["peak_bytes"] > row["promised_bytes"]:
                 raise RuntimeError(f"{name}, {regime}: {row['peak_bytes']} bytes, promised: {row['promised_bytes']}")
         for tf32 in (True, False):
             torch.backends.cuda.matmul.allow_tf32 = tf32
-            x, _ = batch(n, k, d, "init")
+            x, _ = make_batch(Size(n, k, d), "init", device="cuda")
 
             def product(x=x):
                 for part in x.split(8192):

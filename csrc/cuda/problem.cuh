@@ -139,7 +139,7 @@ struct Problem {
   int32_t dim;
   int32_t pitch;  // bytes of a row in `operand`, a multiple of kStageBytes
   int32_t rows_per_block;  // that a block prepares, of both sets
-  bool has_table;  // of labels, in shared memory: prepare.cuh
+  bool has_table;  // of labels, in shared memory: labels.cuh
   int32_t slot_bits;  // 2^slot_bits slots in it
   int32_t merges;  // merge passes after the chunks are sorted: ceil(log2(rows / kSortChunk))
   RingLayout layouts[kLayouts];  // of a tile's memory, the best one first

@@ -177,10 +177,10 @@ BUGS = {
         "tile.cuh", "static_cast<uint32_t>(size);", "static_cast<uint32_t>(size - 1);", "plain",
     ),
     "empty_buckets_behind_32": (
-        "finish.cuh", "  later = __shfl_sync(kWholeWarp, found, 0);\n", "", "plain",
+        "winners.cuh", "  later = __shfl_sync(kWholeWarp, found, 0);\n", "", "plain",
     ),
     "rows_of_a_label_before_the_block": (
-        "prepare.cuh", "i < first ? 0x10001 : 1;", "i <= first ? 0x10001 : 1;", "plain",
+        "labels.cuh", "i < first ? 0x10001 : 1;", "i <= first ? 0x10001 : 1;", "plain",
     ),
     "nan_as_a_negative": (
         "select.cuh", "  if (d != d) return -1;  // NaN", "  // NaN", "plain",
