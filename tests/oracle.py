@@ -194,7 +194,8 @@ def gradient_error(grad: Tensor, exact: Exact) -> float:
     if not exact.uncertain:
         return _gradient_error(got, exact.grad, exact.grad_unit, grad.dtype)
     parts = torch.stack(exact.uncertain)
-    choices = (torch.einsum("k,knd->nd", exact.likely.double(), parts), _closest_subset(parts, got - exact.grad))
+    likely, every = torch.einsum("k,knd->nd", exact.likely.double(), parts), parts.sum(0)
+    choices = (likely, torch.zeros_like(every), every, _closest_subset(parts, got - exact.grad))
     return min(_gradient_error(got, exact.grad + choice, exact.grad_unit, grad.dtype) for choice in choices)
 
 

@@ -1,8 +1,9 @@
-"""Tiles that are looked at in 8 bits first (csrc/cpu/screen.h): not one bit of any result depends on it.
+"""Tiles that are looked at in whole numbers first (csrc/cpu/screen.h): not one bit of any result depends on it.
 
 Only batches whose classes have come apart are screened (and any, for the closest negative), and none is when
 statistics are asked for. So the loss and the gradient of a call with statistics are what a call without them has to
-give, bit for bit. (Where the processor has no AVX-512 VNNI nothing is screened at all.)
+give, bit for bit. With AVX-512 VNNI the numbers have 8 bits, with AVX2 16, from D = 128 on (256 for the closest
+negative); other processors screen nothing.
 """
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from facenet_ext import triplet_loss
 
 # N, K, D: beyond one tile of 192 rows; a D beyond one partial sum (256), one that fills no vector, one class size of 2.
-SHAPES = [(500, 2, 300), (700, 7, 33), (1000, 40, 128), (600, 5, 16), (431, 20, 513)]
+SHAPES = [(500, 2, 300), (700, 7, 33), (1000, 40, 128), (600, 5, 16), (431, 20, 513), (800, 9, 131)]
 
 
 def apart(n: int, k: int, d: int, noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +62,7 @@ def test_same_bits(shape, noise, options):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_uneven_lengths_and_misplaced_rows(threads):
     """Rows of very different lengths (the bound is in units of the longest), some equal, some 0."""
-    x, labels = apart(900, 6, 64, 0.5, seed=4)
+    x, labels = apart(900, 6, 130, 0.5, seed=4)
     x = x * torch.logspace(-2, 0.5, len(x))[torch.randperm(len(x), generator=torch.Generator().manual_seed(5))][:, None]
     x[::50] = x[7]
     x[3::97] = 0
@@ -76,10 +77,28 @@ def test_uneven_lengths_and_misplaced_rows(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dim", [128, 1024])
+def test_sums_at_the_edge(dim):
+    """Rows whose whole numbers are as large as they get, one beside zeros or all of them; those of two classes lie
+    along one line, so that the sums of their products come near what 32 bits hold, and others along its opposite."""
+    n = 400
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.arange(n) // 4
+    signs = torch.randint(0, 2, (n // 4, dim), generator=generator) * 2.0 - 1
+    signs[[0, 60, 80]] = torch.tensor([1.0, 1.0, -1.0])[:, None]  # in tiles of their own
+    peaks = torch.eye(dim)[torch.arange(n // 4) % (n // 4 - 2)] * dim**0.5
+    for centres in (signs, peaks, torch.where(torch.arange(n // 4)[:, None] % 2 == 0, signs, peaks)):
+        x = centres[labels] + 0.01 * torch.randn(n, dim, generator=generator)
+        for rows in (torch.nn.functional.normalize(x), x):
+            expected = loss_and_gradient(rows, labels, margin=0.05, return_stats=True)
+            for got, want in zip(loss_and_gradient(rows, labels, margin=0.05), expected, strict=True):
+                assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("fallback", ["farthest", "skip"])
 def test_positives_beyond_every_negative(fallback):
     """What an anchor knows of far negatives before the first tile: enough for most, nothing where there are none."""
-    x, labels = apart(700, 7, 33, 0.4, seed=6)
+    x, labels = apart(700, 7, 133, 0.4, seed=6)
     for label in range(0, 100, 9):
         x[(labels == label).nonzero()[0]] *= -1  # the antipode of its class: its mates have no farther negative
     options = {"fallback": fallback, "margin": 0.3}

@@ -43,7 +43,7 @@ struct Call {
   Limit<T> limit{};
   T longest = 0;  // the largest squared length of a row
   bool direct = false;  // every distance that enters the loss is summed directly (finish.h)
-  bool screening = false;  // tiles are looked at in 8 bits first (screen.h)
+  bool screening = false;  // tiles are looked at in whole numbers first (screen.h)
   bool far_is_zero = false;  // a negative beyond the limit makes a term of 0, and nobody asks for its distance
   T digit_unit = 0;  // what a unit of the last digit is worth where weights are summed in bytes (dense.h), else 0
   const T* centre = nullptr;  // [Dp] has been subtracted from every row
@@ -85,6 +85,8 @@ struct Call {
     int32_t* list;  // [kList]
     T* weights;  // [kT, kT] where every distance is looked at
     T* aside;  // [8, kT] likewise
+    char* coarse;  // [kT, Dp] in 8 or 16 bits where tiles are screened, the last of all
+    int64_t* coarse_rows;  // [1] whose rows they are
   };
   Scratch scratch(int thread) const {
     Scratch s;
@@ -98,6 +100,8 @@ struct Call {
     s.list = reinterpret_cast<int32_t*>(s.queue + kQueue);
     s.weights = reinterpret_cast<T*>(s.list + kList);
     s.aside = s.weights + kT * kT;
+    s.coarse = w.thread_scratch + (thread + 1) * w.scratch_bytes - 2 * kT * Dp - 64;
+    s.coarse_rows = reinterpret_cast<int64_t*>(s.coarse + 2 * kT * Dp);
     return s;
   }
 };

@@ -31,7 +31,6 @@ struct Avx2 {
   static constexpr int W = 8, MR = 6, NR = 16;  // 12 accumulators + 2 columns + 1 broadcast of 16 registers
   static bool multiplies_bytes() { return false; }
   static void weigh_bytes(const uint8_t*, int64_t, int64_t, int64_t, const int8_t*, int64_t, T, T*) {}
-  static uint32_t screen(...) { return ~uint32_t{0}; }
   static constexpr bool kStrided = true;        // buckets stand as buckets.h shows
   static constexpr int lanes(int) { return W; }
 
@@ -60,19 +59,51 @@ struct Avx2 {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xDD)), 0xD8));
   }
 
-  // See Avx512::search.
+  // See Avx512::search. Where a search is long and most distances lie beyond the ceiling, those below it are packed first.
   static int search(const T* t, const uint64_t* key, int K, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
+    constexpr int kLong = 32;
+    const V top = set1(ceiling);
+    const auto near = [&](int j) {
+      return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(load(d + j), top, _CMP_LE_OQ)));
+    };
+    int some = K < kLong ? n : 0;
+    for (int j = 0; j < 4 * W && j < n && K >= kLong; j += W) some += __builtin_popcount(near(j));
+    if (some > 2 * W) return find<false>(t, key, K, ceiling, d, nullptr, n, tag, queue);
+    T packed[kTile<T> + W];
+    uint32_t column[kTile<T> + W];
+    int m = 0;
+    __m256i here = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    for (int j = 0; j < n; j += W, here = _mm256_add_epi32(here, _mm256_set1_epi32(W))) {
+      const unsigned mask = near(j);
+      if (!mask) continue;  // late in training nearly always
+      const __m256i lanes = packing(mask);
+      store(packed + m, _mm256_permutevar8x32_ps(load(d + j), lanes));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(column + m), _mm256_permutevar8x32_epi32(here, lanes));
+      m += __builtin_popcount(mask);
+    }
+    if (m == 0) return 0;
+    store(packed + m, set1(std::numeric_limits<T>::quiet_NaN()));
+    return find<true>(t, key, K, ceiling, packed, column, m, tag, queue);
+  }
+  // The lanes that a mask names, lowest first.
+  static __m256i packing(unsigned mask) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kCompress.lanes[mask])));
+  }
+  template <bool kPacked>
+  static int find(const T* t, const uint64_t* key, int K, T ceiling, const T* d, const uint32_t* column, int n, uint32_t tag,
+                  uint32_t* queue) {
     const int radix = K / W + 1;
     const V last = load(t + (radix - 1) * W), middle = set1(t[(radix - 1) * W + 3]), top = set1(ceiling);
     T upper[kMaxStrided];
     for (int i = 0; i < radix * W; i += W) store(upper + i, values(key + i));
     const V first_bound = load(upper);
-    const __m256i one = _mm256_set1_epi32(1);
-    __m256i columns = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(tag)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    const __m256i one = _mm256_set1_epi32(1), tags = _mm256_set1_epi32(static_cast<int>(tag));
+    __m256i columns = _mm256_add_epi32(tags, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     int count = 0;
     for (int j = 0; j < n; j += W, columns = _mm256_add_epi32(columns, _mm256_set1_epi32(W))) {
       const V v = load(d + j);
-      if (!_mm256_movemask_ps(_mm256_cmp_ps(v, top, _CMP_LE_OQ))) continue;
+      if (!kPacked && !_mm256_movemask_ps(_mm256_cmp_ps(v, top, _CMP_LE_OQ))) continue;
+      if (kPacked) columns = _mm256_add_epi32(tags, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(column + j)));
       // A true comparison is -1: the probe moves on by -2 mask - 1, and so on.
       const auto below = [&](V table, __m256i at) {
         return _mm256_castps_si256(_mm256_cmp_ps(_mm256_permutevar8x32_ps(table, at), v, _CMP_LT_OQ));
@@ -90,13 +121,61 @@ struct Avx2 {
             _mm256_blendv_ps(wanted, _mm256_permutevar8x32_ps(load(upper + (i + 1) * W), lane), _mm256_castsi256_ps(mask));
       }
       const __m256i place = _mm256_slli_epi32(_mm256_add_epi32(lane, _mm256_slli_epi32(more, 3)), 16);
-      const int mask = _mm256_movemask_ps(_mm256_cmp_ps(v, wanted, _CMP_LE_OQ));
-      const __m256i packed = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kCompress.lanes[mask])));
+      const unsigned mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, wanted, _CMP_LE_OQ)));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(queue + count),
-                          _mm256_permutevar8x32_epi32(_mm256_add_epi32(place, columns), packed));
-      count += __builtin_popcount(static_cast<unsigned>(mask));
+                          _mm256_permutevar8x32_epi32(_mm256_add_epi32(place, columns), packing(mask)));
+      count += __builtin_popcount(mask);
     }
     return count;
+  }
+
+  // As Avx512::screen, in 16 bits.
+  using Coarse = int16_t;
+  static bool screens() { return true; }
+  static uint32_t screen(const int16_t* a,  // [pairs, MR, 2]
+                         const int16_t* b,  // [pairs, NR, 2]
+                         int64_t pairs,
+                         const T* row_step,  // [MR]
+                         const int32_t*,
+                         const T* row_reach,  // [MR]
+                         const T* row_ceiling,  // [MR]
+                         const T* step,  // [NR]
+                         const T* reach,  // [NR]
+                         const T* ceiling) {  // [NR]
+    constexpr int NV = NR / W;
+    __m256i sum[MR][NV];
+#pragma GCC unroll 6
+    for (int i = 0; i < MR; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
+    for (int64_t k = 0; k < pairs; ++k, a += 2 * MR, b += 2 * NR) {
+      const __m256i left = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+      const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 2 * W));
+#pragma GCC unroll 6
+      for (int i = 0; i < MR; ++i) {
+        // 12 sums, 2 columns and these 2: from intrinsics GCC 12 orders them so that sums have to wait in memory.
+        __m256i x, y;
+        asm("vpbroadcastd %4, %2\n\tvpmaddwd %2, %5, %3\n\tvpaddd %3, %0, %0\n\tvpmaddwd %2, %6, %2\n\tvpaddd %2, %1, %1"
+            : "+x"(sum[i][0]), "+x"(sum[i][1]), "=&x"(x), "=&x"(y)
+            : "m"(*reinterpret_cast<const int16_t (*)[2]>(a + 2 * i)), "x"(left), "x"(right));
+      }
+    }
+    V wanted[MR][NV], any = zero();
+#pragma GCC unroll 6
+    for (int i = 0; i < MR; ++i) {
+      const V twice = set1(2 * row_step[i]), beyond = set1(row_ceiling[i] - row_reach[i]), less = set1(-row_reach[i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) {
+        const V least = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(sum[i][v]), twice * load(step + v * W), load(reach + v * W));
+        // "not greater": a NaN, as in the padding, is never screened away
+        wanted[i][v] = _mm256_or_ps(_mm256_cmp_ps(least, beyond, _CMP_NGT_UQ),
+                                    _mm256_cmp_ps(least - load(ceiling + v * W), less, _CMP_NGT_UQ));
+        any = _mm256_or_ps(any, wanted[i][v]);
+      }
+    }
+    if (!_mm256_movemask_ps(any)) return 0;
+    uint32_t near = 0;
+    for (int i = 0; i < MR; ++i)
+      for (int v = 0; v < NV; ++v) near |= static_cast<uint32_t>(_mm256_movemask_ps(wanted[i][v]) != 0) << (i * NV + v);
+    return near;
   }
 
   // #{ i < n : t[i] < v }, n a multiple of W.

@@ -425,6 +425,8 @@ struct Avx512 {
   // One register block in 8 bits: a bit for each vector of [MR, NR / W] that holds a pair which one of its two rows may want.
   // See screen.h. The products take one factor without a sign, so columns are moved up by 128 and `level` takes that back.
   static bool multiplies_bytes() { return has_byte_products(); }
+  using Coarse = int8_t;
+  static bool screens() { return has_byte_products(); }
   static uint32_t screen(const int8_t* a,  // [quads, NR, 4], from the first row on
                          const int8_t* b,  // [quads, NR, 4]
                          int64_t quads,

@@ -36,6 +36,8 @@ struct Generic {
 #endif
   static bool multiplies_bytes() { return false; }  // no fast products of bytes
   static void weigh_bytes(const uint8_t*, int64_t, int64_t, int64_t, const int8_t*, int64_t, T, T*) {}
+  using Coarse = int8_t;
+  static bool screens() { return false; }  // no fast products of whole numbers (screen.h)
   static uint32_t screen(...) { return ~uint32_t{0}; }
   static constexpr bool kStrided = false;  // no permutation by variable: buckets stay in order and are searched one by one
   static constexpr int lanes(int) { return W; }

@@ -221,37 +221,41 @@ void weigh_bytes() {
 
 // A vector is handed on where one of its pairs may be wanted: the least a pair can be apart is not above both ceilings.
 void screen() {
-  if (!S::multiplies_bytes()) return;
-  constexpr int MR = S::MR, NR = S::NR;
-  const int64_t quads = 1 + static_cast<int64_t>(draw() % 9);
-  std::vector<int8_t> a(static_cast<size_t>(quads * NR * 4)), b(a.size());
-  for (auto* bytes : {&a, &b})
-    for (int8_t& e : *bytes) e = static_cast<int8_t>(static_cast<int>(draw() % 255) - 127);
+  if (!S::screens()) return;
+  using Coarse = S::Coarse;
+  constexpr int MR = S::MR, NR = S::NR, kSide = 4 / sizeof(Coarse), kMost = sizeof(Coarse) == 1 ? 127 : 400;
+  constexpr int kRows = NR % MR == 0 ? NR : MR;  // in their panel, or side by side
+  const int64_t fours = 1 + static_cast<int64_t>(draw() % 9);
+  std::vector<Coarse> a(static_cast<size_t>(fours * kRows * kSide)), b(static_cast<size_t>(fours * NR * kSide));
+  for (auto* numbers : {&a, &b})
+    for (Coarse& e : *numbers) e = static_cast<Coarse>(static_cast<int>(draw() % (2 * kMost + 1)) - kMost);
   T row_step[MR], row_reach[MR], row_ceiling[MR], step[NR], reach[NR], ceiling[NR];
   int32_t level[MR];
+  const auto element = [](const std::vector<Coarse>& of, int64_t k, int rows, int row, int side) {
+    return static_cast<int64_t>(of[static_cast<size_t>((k * rows + row) * kSide + side)]);
+  };
   for (int i = 0; i < MR; ++i) {
-    row_step[i] = T(1) / 64;
+    row_step[i] = sizeof(Coarse) == 1 ? T(1) / 64 : T(1) / 256;
     row_reach[i] = static_cast<T>(draw() % 16);
     row_ceiling[i] = draw() % 3 == 0 ? -kInf : static_cast<T>(draw() % 64) - 40;
     level[i] = 0;
-    for (int64_t k = 0; k < quads; ++k)
-      for (int byte = 0; byte < 4; ++byte) level[i] -= 128 * a[static_cast<size_t>((k * NR + i) * 4 + byte)];
+    for (int64_t k = 0; k < fours; ++k)
+      for (int side = 0; side < kSide; ++side) level[i] -= static_cast<int32_t>(128 * element(a, k, kRows, i, side));
   }
   for (int j = 0; j < NR; ++j) {
     step[j] = T(1) / 128;
     reach[j] = draw() % 32 == 0 ? kNan : static_cast<T>(draw() % 16);
     ceiling[j] = draw() % 3 == 0 ? -kInf : static_cast<T>(draw() % 64) - 40;
   }
-  const uint32_t near = S::screen(a.data(), b.data(), quads, row_step, level, row_reach, row_ceiling, step, reach, ceiling);
+  const uint32_t near = S::screen(a.data(), b.data(), fours, row_step, level, row_reach, row_ceiling, step, reach, ceiling);
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < NR / W; ++v) {
       bool wanted = false;
       for (int j = v * W; j < v * W + W; ++j) {
         int64_t product = 0;
-        for (int64_t k = 0; k < quads; ++k)
-          for (int byte = 0; byte < 4; ++byte)
-            product += a[static_cast<size_t>((k * NR + i) * 4 + byte)] * b[static_cast<size_t>((k * NR + j) * 4 + byte)];
-        // Exact in T: whole numbers over 2^12.
+        for (int64_t k = 0; k < fours; ++k)
+          for (int side = 0; side < kSide; ++side) product += element(a, k, kRows, i, side) * element(b, k, NR, j, side);
+        // Exact in T: whole numbers below 2^24 over a power of two.
         const T least = reach[j] - 2 * row_step[i] * step[j] * static_cast<T>(product);
         wanted |= !(least > row_ceiling[i] - row_reach[i]) || !(least - ceiling[j] > -row_reach[i]);
       }
