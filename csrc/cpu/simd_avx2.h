@@ -66,9 +66,10 @@ struct Avx2 {
     const auto near = [&](int j) {
       return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(load(d + j), top, _CMP_LE_OQ)));
     };
-    int some = K < kLong ? n : 0;
-    for (int j = 0; j < 4 * W && j < n && K >= kLong; j += W) some += __builtin_popcount(near(j));
-    if (some > 2 * W) return find<false>(t, key, K, ceiling, d, nullptr, n, tag, queue);
+    int some = 0;
+    if (K >= kLong)
+      for (int j = 0; j < 4 * W && j < n; j += W) some += __builtin_popcount(near(j));
+    if (K < kLong || some > 2 * W) return find<false>(t, key, K, ceiling, d, nullptr, n, tag, queue);
     T packed[kTile<T> + W];
     uint32_t column[kTile<T> + W];
     int m = 0;
