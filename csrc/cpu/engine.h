@@ -16,8 +16,8 @@
 // Rules that draw a negative sweep and choose in a way of their own (draw.h); rules that make every negative a term go
 // another way from the thresholds on (dense.h).
 //
-// Memory: two copies of the rows, a third in 8 or 16 bits, and per anchor its K thresholds and buckets: O(N D), never N x N. A class so
-// large that its anchors' slots exceed their bound (layout.h) is worked off in several passes.
+// Memory: two copies of the rows, a third in 8 or 16 bits, and per anchor its K thresholds and buckets: O(N D), never N x N. A
+// class so large that its anchors' slots exceed their bound (layout.h) is worked off in several passes.
 // Reproducible: buckets take minima of (distance, index), and minima do not depend on order; every floating-point sum is made
 // by one thread in an order that depends on the data alone. So any number of threads gives the same bits. Interruptible: the
 // calling thread polls between tiles.

@@ -22,7 +22,7 @@ constexpr int64_t kMaxScreenDim = 32768;  // 255 * 127 * D has to fit 32 bits
 
 // Is it worth it? By a sample of pairs of other labels: how many are within reach of the anchor's farthest positive. Where the
 // closest negative is all that counts, always: nothing beyond the closest so far is wanted. In 16 bits there is less to win
-// (Zen 3: 6 % of a call at D = 128, 29 at 256) and nothing where rows are short.
+// (Zen 3: 6 to 16 % of a call at D = 128, 29 at 256) and nothing where rows are short.
 template <class S>
 bool worth_screening(const Call<S>& c, int64_t begin, int64_t end) {
   const bool may = (c.hard || c.limit.on) && !c.mining && !c.args.stat_counts && c.symmetric && begin < end;
@@ -66,6 +66,7 @@ typename S::Coarse* coarse_row(const Call<S>& c, int64_t at) {
   return reinterpret_cast<typename S::Coarse*>(c.w.coarse) + at / S::NR * S::NR * c.Dp + at % S::NR * kSide;
 }
 
+// Every row as whole numbers, and how far it reaches with them.
 template <class S>
 void quantise(const Call<S>& c) {
   using T = typename S::T;
