@@ -93,10 +93,6 @@ __device__ __forceinline__ void count_keys(int bits, int32_t count, int32_t firs
   for (int32_t q = thread_index() / 32; q < apart; q += kInFlight * kWarps) {
     int32_t key[kInFlight], there[kInFlight];
     uint32_t at[kInFlight], rows[kInFlight];
-    const auto take_slot = [&](int k) {
-      there[k] = atomicCAS(&table.slot[at[k]], kNoKey, key[k]);
-      if (there[k] == kNoKey && rows[k] != 0) table.full[atomicAdd(table.fulls, 1)] = static_cast<int32_t>(at[k]);
-    };
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       const int32_t from = q + k * kWarps, i = thread_index() % 32 * apart + from;
@@ -105,6 +101,10 @@ __device__ __forceinline__ void count_keys(int bits, int32_t count, int32_t firs
       rows[k] = !has ? 0 : i < first ? 0x10001 : 1;
       at[k] = static_cast<uint32_t>(key[k]) * 0x9e3779b1u >> (32 - bits);
     }
+    const auto take_slot = [&](int k) {
+      there[k] = atomicCAS(&table.slot[at[k]], kNoKey, key[k]);
+      if (there[k] == kNoKey && rows[k] != 0) table.full[atomicAdd(table.fulls, 1)] = static_cast<int32_t>(at[k]);
+    };
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) take_slot(k);
 #pragma unroll
