@@ -51,18 +51,22 @@ def kernel_name(mangled: str) -> str:
     return f"{math}, {({'f': 'float32', 'd': 'float64'}).get(kind, kind[5:].lower())}"
 
 
-def check_source(source: Path, architectures: list[str], directory: Path) -> list[tuple]:
-    """Rows (architecture, kernel, registers, spilled, stack, mma) of one .cu file."""
-    targets = [f"-gencode=arch=compute_{min(int(a), 80)},code=sm_{a}" for a in architectures]  # as CMakeLists.txt does
-    report = nvcc(*targets, "-Xptxas", "-v", "-c", str(source), "-o", str(directory / f"{source.stem}.o"))
-    ptx_file = directory / f"{source.stem}.ptx"
-    nvcc("-arch=compute_80", "-ptx", str(source), "-o", str(ptx_file))
-    bodies = re.split(r"^\s*\.visible \.entry ", ptx_file.read_text(), flags=re.M)[1:]
-    mma = {kernel_name(body.split("(", 1)[0]): len(re.findall(r"\bmma\.sync", body)) for body in bodies}
+def to_ptx(source: Path, architecture: str, directory: Path) -> tuple[Path, dict[str, int]]:
+    """The PTX of one .cu file, and how often each of its kernels says mma."""
+    ptx = directory / f"{source.stem}_{architecture}.ptx"
+    nvcc(f"-arch=compute_{architecture}", "-ptx", str(source), "-o", str(ptx))
+    bodies = re.split(r"^\s*\.visible \.entry ", ptx.read_text(), flags=re.M)[1:]
+    return ptx, {kernel_name(body.split("(", 1)[0]): len(re.findall(r"\bmma\.sync", body)) for body in bodies}
+
+
+def check(ptx: Path, mma: dict[str, int], architecture: str) -> list[tuple]:
+    """Rows (architecture, kernel, registers, spilled, stack, mma) of one file's PTX for one architecture."""
+    report = nvcc(
+        f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", str(ptx), "-o", str(ptx.with_suffix(f".{architecture}"))
+    )
     rows = []
     for part in report.split("Compiling entry function '")[1:]:
         name = kernel_name(part.split("'", 1)[0])
-        architecture = re.search(r"for 'sm_(\d+)", part)[1]
         stack, stores, loads = re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
         ).groups()
@@ -77,8 +81,19 @@ def main() -> int:
     architectures = parser.parse_args().architectures.split(",")
     sources = sorted([*HERE.glob("triplet_*.cu"), HERE / "dense.cu"])
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        results = pool.map(lambda source: check_source(source, architectures, Path(directory)), sources)
-        rows = sorted(row for result in results for row in result)
+        # As CMakeLists.txt does: from the source to PTX once, from there to each architecture from sm_80 on.
+        ptx = {
+            (source, virtual): pool.submit(to_ptx, source, virtual, Path(directory))
+            for virtual in sorted({min(a, "80", key=int) for a in architectures})
+            for source in sources
+        }
+        checked = [
+            pool.submit(check, *made.result(), a)
+            for (_, virtual), made in ptx.items()
+            for a in architectures
+            if min(a, "80", key=int) == virtual
+        ]
+        rows = sorted(row for each in checked for row in each.result())
     failed = 0
     print(f"{'sm':>4} {'kernel':20} {'registers':>9} {'spilled':>8} {'stack':>6} {'mma':>4}")
     for architecture, name, registers, spilled, stack, mma in rows:

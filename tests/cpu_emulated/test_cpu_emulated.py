@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import work_ahead
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
@@ -44,7 +45,7 @@ ADDRESS = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-O1", "-fsanitize=thread"]
 
 
-def run(*command: object, timeout: int = 240, **environment: str) -> str:
+def run(*command: object, timeout: int = 900, **environment: str) -> str:
     done = subprocess.run(
         [str(part) for part in command],
         env={**os.environ, **environment},
@@ -64,7 +65,8 @@ def links(folder: Path, flags: list[str]) -> bool:
     return subprocess.run([GXX, *flags, str(source), "-o", str(folder / "empty")], capture_output=True).returncode == 0
 
 
-def build_kernels(folder: Path, flags: list[str], own_gomp: bool = False) -> Path:
+def build_kernels(flags: list[str], own_gomp: bool = False) -> Path:
+    folder = work_ahead.folder()
     if not links(folder, flags):
         pytest.skip(f"{GXX} cannot link with {' '.join(flags)}")
     units = [
@@ -94,36 +96,64 @@ def passed(output: str) -> None:
     assert ", 0 failures" in output, output[-6000:]
 
 
-@pytest.mark.parametrize(
-    ("header", "struct", "flags"),
-    [
-        ("avx512", "Avx512", AVX512),
-        pytest.param(
-            "avx512", "Avx512", TRUE_AVX512, marks=pytest.mark.skipif(not HAS_AVX512, reason="no AVX-512 here")
-        ),
-        ("generic", "Generic<double>", AVX512),
-        pytest.param("avx2", "Avx2", AVX2, marks=pytest.mark.skipif(not HAS_AVX2, reason="no AVX2 here")),
-        ("generic", "Generic<float>", PORTABLE),
-    ],
-    ids=["avx512", "avx512-itself", "avx512-double", "avx2", "portable"],
-)
-def test_units(header, struct, flags, tmp_path):
-    sanitize = ADDRESS if links(tmp_path, ADDRESS) else ["-O1"]
+UNITS = {
+    "avx512": ("avx512", "Avx512", AVX512),
+    "avx512-itself": ("avx512", "Avx512", TRUE_AVX512),
+    "avx512-double": ("generic", "Generic<double>", AVX512),
+    "avx2": ("avx2", "Avx2", AVX2),
+    "portable": ("generic", "Generic<float>", PORTABLE),
+}
+NEEDS_AVX512 = pytest.mark.skipif(not HAS_AVX512, reason="no AVX-512 here")
+NEEDS_AVX2 = pytest.mark.skipif(not HAS_AVX2, reason="no AVX2 here")
+
+
+def run_units(name: str) -> str:
+    header, struct, flags = UNITS[name]
+    folder = work_ahead.folder()
+    sanitize = ADDRESS if links(folder, ADDRESS) else ["-O1"]
     define = [f'-DUNIT_HEADER="cpu/simd_{header}.h"', f"-DUNIT_STRUCT={struct}"]
-    run(GXX, *COMMON, *sanitize, *flags, *define, HERE / "units.cpp", "-o", tmp_path / "units")
-    passed(run(tmp_path / "units"))
+    run(GXX, *COMMON, *sanitize, *flags, *define, HERE / "units.cpp", "-o", folder / "units")
+    return run(folder / "units")
 
 
-def test_every_path_against_brute_force(tmp_path):
-    passed(run(build_kernels(tmp_path, ["-O2"]), 0, 200))
+@pytest.mark.ahead(work=run_units, of=("name",))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "avx512",
+        pytest.param("avx512-itself", marks=NEEDS_AVX512),
+        "avx512-double",
+        pytest.param("avx2", marks=NEEDS_AVX2),
+        "portable",
+    ],
+)
+def test_units(ahead, name):
+    passed(ahead())
 
 
-def test_under_address_and_undefined_sanitizer(tmp_path):
-    program = build_kernels(tmp_path, ADDRESS)
-    passed(run(program, 1020, 16, ASAN_OPTIONS="detect_leaks=0"))
+def against_brute_force() -> str:
+    return run(build_kernels(["-O1"]), 0, 200)
 
 
-def test_under_thread_sanitizer(tmp_path):
+def under_address_and_undefined() -> str:
+    return run(build_kernels(ADDRESS), 1020, 16, ASAN_OPTIONS="detect_leaks=0")
+
+
+def under_thread() -> str:
+    return run(build_kernels(THREAD, own_gomp=True), 2000, 3, "threaded", TSAN_OPTIONS="halt_on_error=1")
+
+
+@pytest.mark.ahead(work=against_brute_force)
+def test_every_path_against_brute_force(ahead):
+    passed(ahead())
+
+
+@pytest.mark.ahead(work=under_address_and_undefined)
+def test_under_address_and_undefined_sanitizer(ahead):
+    passed(ahead())
+
+
+@pytest.mark.ahead(work=under_thread)
+def test_under_thread_sanitizer(ahead):
     """Finds accesses of two threads to one place with no lock or join between them, also where the result is right."""
-    program = build_kernels(tmp_path, THREAD, own_gomp=True)
-    passed(run(program, 2000, 3, "threaded", TSAN_OPTIONS="halt_on_error=1"))
+    passed(ahead())

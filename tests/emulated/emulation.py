@@ -14,11 +14,11 @@ import struct
 import subprocess
 import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import work_ahead
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -61,7 +61,7 @@ def compile_all(jobs: list[list[str]], directory: Path) -> list[Path]:
     return objects
 
 
-COMPILERS = ThreadPoolExecutor(os.cpu_count() or 1)
+COMPILERS = work_ahead.pool()
 ONCE = threading.Lock()
 # -g1: lines for what a sanitizer finds, without the types and variables that take a third of the compiler's time.
 COMMON = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{CSRC}", f"-I{HERE}", "-pthread"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import work_ahead
 from dense_oracle import check_dense
 from emulated_cases import DIMS, LABELS, ROWS, SIZES, make_labels, make_rows, simple
 from emulation import (
@@ -365,15 +366,25 @@ def try_it(name: str | None, sanitizer: str, directory: Path) -> None:
     check_all(program, cases, directory / "run")
 
 
+def without_a_bug(sanitizer: str) -> None:
+    try_it(None, sanitizer, work_ahead.folder())
+
+
+def with_bug(name: str) -> None:
+    try_it(name, BUGS[name][3], work_ahead.folder())
+
+
+@pytest.mark.ahead(work=without_a_bug, of=("sanitizer",))
 @pytest.mark.parametrize("sanitizer", ["plain", "tsan"])
-def test_without_a_bug_in_the_sums_nothing_is_found(tmp_path, sanitizer):
-    try_it(None, sanitizer, tmp_path)
+def test_without_a_bug_in_the_sums_nothing_is_found(ahead, sanitizer):
+    ahead()
 
 
+@pytest.mark.ahead(work=with_bug, of=("name",))
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_in_the_sums_is_caught(tmp_path, name):
+def test_planted_bug_in_the_sums_is_caught(ahead, name):
     with pytest.raises((Finding, AssertionError)) as caught:
-        try_it(name, BUGS[name][3], tmp_path)
+        ahead()
     assert "no longer contains" not in str(caught.value)
     if BUGS[name][3] == "tsan":
         assert "ThreadSanitizer" in str(caught.value)
