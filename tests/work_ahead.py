@@ -8,7 +8,6 @@ collected, behind everything else in priority, for most tests leave a core free;
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import tempfile
@@ -39,11 +38,9 @@ def begin(work, *arguments) -> Future:
     return BEGUN[key]
 
 
-@functools.cache
-def scratch() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="facenet_ext-tests-")
+SCRATCH = tempfile.TemporaryDirectory(prefix="facenet_ext-tests-")
 
 
 def folder() -> Path:
     """A new one, which goes when the session ends."""
-    return Path(tempfile.mkdtemp(dir=scratch().name))
+    return Path(tempfile.mkdtemp(dir=SCRATCH.name))

@@ -12,7 +12,6 @@ import os
 import re
 import struct
 import subprocess
-import tempfile
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,11 +67,6 @@ COMMON = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{
 
 
 @functools.cache
-def scratch() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="emulation-")
-
-
-@functools.cache
 def support(sanitizer: str) -> list[Path]:
     """Runner and emulator: the same for every build with that sanitizer."""
     flags, emulator_flags = SANITIZERS[sanitizer]
@@ -82,7 +76,7 @@ def support(sanitizer: str) -> list[Path]:
     files = [(runner, "runner.cpp"), (emulator, "emulator.cpp")]
     files += [(emulator, "initcheck.cpp")] if sanitizer == "init" else []
     jobs = [[compiler(), *COMMON, *options, "-c", str(HERE / file)] for options, file in files]
-    return compile_all(jobs, Path(scratch().name) / sanitizer)
+    return compile_all(jobs, work_ahead.folder())
 
 
 def compiler() -> str:
