@@ -13,12 +13,13 @@
 //   row 2   t2     t5   t8   t11          keys   looked up beside each of them
 //
 // At K = 40 and L = 16 (R = 3) that is about 40 instructions for 16 distances, whatever they are: no branch depends on them.
+// With vectors of 8 it is more than twice as much; there a sieve decides first what is searched (sieve.h).
 #pragma once
 
 #include <cmath>
 #include <limits>
 
-#include "layout.h"
+#include "sieve.h"
 
 namespace facenet_ext::cpu {
 namespace {
@@ -203,6 +204,7 @@ struct Buckets {
   Row<T>& row;
   T* t;  // [K], padded with +inf to a multiple of kSlotPad
   Key* key;  // [K + 1]
+  Sieve* sieve;
 
   int radix() const { return static_cast<int>(row.radix); }
   int lanes() const { return S::lanes(static_cast<int>(row.positives)); }
@@ -228,6 +230,7 @@ struct Buckets {
     row.fresh = true;
     row.top_empty = K > 0;  // without a positive nothing is wanted, ever
     row.track_far = want_farthest && K > 0;
+    if constexpr (S::kSieves) start_sieve(*sieve);
     row.ceiling = K > 0 ? kMost : -1;
   }
 
@@ -250,6 +253,29 @@ struct Buckets {
   int search(const T* d, int n, uint32_t tag, uint32_t* queue) const {
     if constexpr (S::kStrided) return S::search(t, key, static_cast<int>(row.positives), row.ceiling, d, n, tag, queue);
     else return 0;
+  }
+  // The same in two steps where there is a sieve: how many of d[0 .. n) it lets through, their numbers in column (-1: all
+  // have to be searched), and the search of those.
+  int sift(const T* d, int n, uint8_t* column) const {
+    if constexpr (S::kSieves) {
+      if (sieve->cells == 0) return -1;
+      const int through = S::sift(*sieve, d, n, column);
+      if (2 * through > n) sieve->cells = 0;  // more than it saves, until it is made anew
+      return through;
+    }
+    return -1;
+  }
+  int search_sifted(const T* d, const uint8_t* column, int n, uint32_t tag, uint32_t* queue) const {
+    if constexpr (S::kSieves) return S::search_sifted(t, key, static_cast<int>(row.positives), d, column, n, tag, queue);
+    else return 0;
+  }
+  void count_taken(int n) {  // once they are in their buckets
+    if constexpr (S::kSieves) {
+      sieve->taken += static_cast<uint32_t>(n);
+      if (sieve->taken < sieve->next || row.radix == 0 || row.positives == 0) return;
+      sieve->next = kSieveAgain * sieve->taken;
+      make_sieve<S>(*sieve, row, t, key, radix(), lanes());
+    }
   }
   // To be called once d is taken in. While no negative beyond all positives is known, some positive may need the fallback,
   // the farthest negative.

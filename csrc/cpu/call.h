@@ -71,7 +71,7 @@ struct Call {
 
   Buckets<S> buckets(int64_t row) const {
     Row<T>& r = w.rows[row];
-    return {r, w.t + r.slot, w.key + r.slot};
+    return {r, w.t + r.slot, w.key + r.slot, w.sieve + row};
   }
 
   struct Scratch {

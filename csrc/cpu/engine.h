@@ -4,7 +4,7 @@
 //
 //   for each pass over anchors whose slots fit (nearly always one pass):
 //     thresholds   block-diagonal distances, sorted                            mine.h      2 N K D FLOP
-//     sweep        tiles of distances -> search -> buckets                     sweep.h     N^2 D FLOP
+//     sweep        tiles of distances -> sieve -> search -> buckets            sweep.h     N^2 D FLOP
 //                  late in training in whole numbers first                     screen.h    a quarter or half of that
 //     select       suffix minimum, near pairs anew, terms, weights             finish.h    up to 6 N K D FLOP
 //     takers       candidate -> the anchors that took it                       gradient.h
@@ -16,8 +16,9 @@
 // Rules that draw a negative sweep and choose in a way of their own (draw.h); rules that make every negative a term go
 // another way from the thresholds on (dense.h).
 //
-// Memory: two copies of the rows, a third in 8 or 16 bits, and per anchor its K thresholds and buckets: O(N D), never N x N. A
-// class so large that its anchors' slots exceed their bound (layout.h) is worked off in several passes.
+// Memory: two copies of the rows, a third in 8 or 16 bits, and per anchor its K thresholds and buckets and a sieve of 192
+// bytes: O(N D), never N x N. A class so large that its anchors' slots exceed their bound (layout.h) is worked off in several
+// passes.
 // Reproducible: buckets take minima of (distance, index), and minima do not depend on order; every floating-point sum is made
 // by one thread in an order that depends on the data alone. So any number of threads gives the same bits. Interruptible: the
 // calling thread polls between tiles.

@@ -68,6 +68,15 @@ struct Row {
   }
 };
 
+// Which distances an anchor's buckets may still want, by ranges of equal width (sieve.h).
+struct alignas(64) Sieve {
+  uint32_t cells;  // how many ranges: 256 (all in one cache line), 512 or 1024; 0: there is none, or it lets too much through
+  float scale, bias;  // the range of distance d: the low bits of d scale + bias
+  float bottom, top;  // ends of what is wanted, and a range more
+  uint32_t taken, next;  // candidates taken in so far, and from how many on it is made anew
+  uint32_t cell[32];  // a bit for each range
+};
+
 // One anchor's share of the result.
 struct RowSum {
   double loss, d2_ap, d2_an, max_d2_ap;
@@ -105,6 +114,7 @@ struct Workspace {
   int32_t* class_row;  // [classes + 1] first sorted row of a class
   Row<T>* rows;  // [A]
   RowSum* sums;  // [A]
+  Sieve* sieve;  // [A] where one negative is chosen by its distance, in float
   // slots of the pass in hand: an anchor's K thresholds and K + 1 buckets
   int64_t slots;  // capacity
   T* t;  // thresholds: sorted distances of the positives; afterwards, up to the end of `rank`, the reverse lists
@@ -224,6 +234,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.class_row, C + 1);
   take(w.rows, A);
   take(w.sums, A);
+  take(w.sieve, std::is_same<T, float>::value && !counts_all(args) && !draws_one(args) ? A : 0);
 
   using Key = typename KeyOf<T>::Key;
   const int64_t rank_words = sizeof(T) / sizeof(uint32_t);  // a threshold and its rank make room for a Run<T>

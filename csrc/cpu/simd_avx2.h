@@ -59,39 +59,59 @@ struct Avx2 {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xDD)), 0xD8));
   }
 
-  // See Avx512::search. Where a search is long and most distances lie beyond the ceiling, those below it are packed first.
+  // See Avx512::search.
   static int search(const T* t, const uint64_t* key, int K, T ceiling, const T* d, int n, uint32_t tag, uint32_t* queue) {
-    constexpr int kLong = 32;
-    const V top = set1(ceiling);
-    const auto near = [&](int j) {
-      return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(load(d + j), top, _CMP_LE_OQ)));
-    };
-    int some = 0;
-    if (K >= kLong)
-      for (int j = 0; j < 4 * W && j < n; j += W) some += __builtin_popcount(near(j));
-    if (K < kLong || some > 2 * W) return find<false>(t, key, K, ceiling, d, nullptr, n, tag, queue);
-    T packed[kTile<T> + W];
-    uint32_t column[kTile<T> + W];
-    int m = 0;
-    __m256i here = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    for (int j = 0; j < n; j += W, here = _mm256_add_epi32(here, _mm256_set1_epi32(W))) {
-      const unsigned mask = near(j);
-      if (!mask) continue;  // late in training nearly always
-      const __m256i lanes = packing(mask);
-      store(packed + m, _mm256_permutevar8x32_ps(load(d + j), lanes));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(column + m), _mm256_permutevar8x32_epi32(here, lanes));
-      m += __builtin_popcount(mask);
-    }
-    if (m == 0) return 0;
-    store(packed + m, set1(std::numeric_limits<T>::quiet_NaN()));
-    return find<true>(t, key, K, ceiling, packed, column, m, tag, queue);
+    return find<false>(t, key, K, ceiling, d, nullptr, n, tag, queue);
   }
+  // The same for n distances d, with NaN up to a whole vector, that stand in columns column[0 .. n).
+  static int search_sifted(const T* t, const uint64_t* key, int K, const T* d, const uint8_t* column, int n, uint32_t tag,
+                           uint32_t* queue) {
+    return n == 0 ? 0 : find<true>(t, key, K, std::numeric_limits<T>::infinity(), d, column, n, tag, queue);
+  }
+
+  // The numbers of those of d[0 .. n) that the sieve lets through, and W zeros. Returns how many; NaN may be among them.
+  static constexpr bool kSieves = true;
+  static int sift(const Sieve& s, const T* d, int n, uint8_t* column) {
+    return s.cells == 256   ? sift_by<1>(s, d, n, column)
+           : s.cells == 512 ? sift_by<2>(s, d, n, column)
+                            : sift_by<4>(s, d, n, column);
+  }
+  template <int P>  // permutations of W words each
+  static int sift_by(const Sieve& s, const T* d, int n, uint8_t* column) {
+    const V scale = set1(s.scale), bias = set1(s.bias), bottom = set1(s.bottom), top = set1(s.top);
+    __m256i cell[P];
+    for (int i = 0; i < P; ++i) cell[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(s.cell + i * W));
+    constexpr uint64_t kNext = 0x0808080808080808;
+    uint64_t first = 0;  // number of the vector's first distance, in 8 bytes
+    int count = 0;
+#pragma GCC unroll 2
+    for (int j = 0; j < n; j += W, first += kNext) {
+      const V inside = larger(smaller(load(d + j), top), bottom);
+      const __m256i at = _mm256_castps_si256(madd(inside, scale, bias)), word = _mm256_srli_epi32(at, 5);
+      const auto words = [&](int i) { return _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(cell[i < P ? i : 0], word)); };
+      V bits = words(0);
+      if (P > 1) {
+        const V ninth = _mm256_castsi256_ps(_mm256_slli_epi32(at, 23)),
+                tenth = _mm256_castsi256_ps(_mm256_slli_epi32(at, 22));
+        bits = _mm256_blendv_ps(bits, words(1), ninth);
+        if (P > 2) bits = _mm256_blendv_ps(bits, _mm256_blendv_ps(words(2), words(3), ninth), tenth);
+      }
+      const __m256i bit = _mm256_sllv_epi32(_mm256_castps_si256(bits), _mm256_and_si256(at, _mm256_set1_epi32(31)));
+      const unsigned mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(bit)));
+      const uint64_t numbers = kCompress.lanes[mask] + first;
+      __builtin_memcpy(column + count, &numbers, sizeof numbers);
+      count += __builtin_popcount(mask);
+    }
+    __builtin_memset(column + count, 0, W);
+    return count;
+  }
+
   // The lanes that a mask names, lowest first.
   static __m256i packing(unsigned mask) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kCompress.lanes[mask])));
   }
-  template <bool kPacked>
-  static int find(const T* t, const uint64_t* key, int K, T ceiling, const T* d, const uint32_t* column, int n, uint32_t tag,
+  template <bool kSifted>
+  static int find(const T* t, const uint64_t* key, int K, T ceiling, const T* d, const uint8_t* column, int n, uint32_t tag,
                   uint32_t* queue) {
     const int radix = K / W + 1;
     const V last = load(t + (radix - 1) * W), middle = set1(t[(radix - 1) * W + 3]), top = set1(ceiling);
@@ -103,8 +123,9 @@ struct Avx2 {
     int count = 0;
     for (int j = 0; j < n; j += W, columns = _mm256_add_epi32(columns, _mm256_set1_epi32(W))) {
       const V v = load(d + j);
-      if (!kPacked && !_mm256_movemask_ps(_mm256_cmp_ps(v, top, _CMP_LE_OQ))) continue;
-      if (kPacked) columns = _mm256_add_epi32(tags, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(column + j)));
+      if (!kSifted && !_mm256_movemask_ps(_mm256_cmp_ps(v, top, _CMP_LE_OQ))) continue;
+      if (kSifted)
+        columns = _mm256_add_epi32(tags, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(column + j))));
       // A true comparison is -1: the probe moves on by -2 mask - 1, and so on.
       const auto below = [&](V table, __m256i at) {
         return _mm256_castps_si256(_mm256_cmp_ps(_mm256_permutevar8x32_ps(table, at), v, _CMP_LT_OQ));

@@ -39,6 +39,7 @@ struct Generic {
   using Coarse = int8_t;
   static bool screens() { return false; }  // no fast products of whole numbers (screen.h)
   static uint32_t screen(...) { return ~uint32_t{0}; }
+  static constexpr bool kSieves = false;  // a sieve says what is worth a search (sieve.h)
   static constexpr bool kStrided = false;  // no permutation by variable: buckets stay in order and are searched one by one
   static constexpr int lanes(int) { return W; }
 

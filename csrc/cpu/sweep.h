@@ -15,13 +15,37 @@
 namespace facenet_ext::cpu {
 namespace {
 
+// What the sieves of a group of anchors let through of a strip of distances.
+template <class S>
+struct Sifted {
+  using T = typename S::T;
+  static constexpr int kRoom = kTile<T> + kSlotPad;  // whole vectors are written and read
+  static_assert(kTile<T> <= 256, "a column in a byte");
+  int count[kGroup];  // -1: the anchor has no sieve
+  uint8_t column[kGroup][kRoom];
+  T d[kGroup][kRoom];  // what stands in those columns, then NaN
+
+  // In two rounds: bytes that were stored one way are read another way long after.
+  void sift(const Call<S>& c, int64_t row, int group, const T* from, int64_t stride, int n) {
+    for (int g = 0; g < group; ++g) count[g] = c.buckets(row + g).sift(from + g * stride, n, column[g]);
+    for (int g = 0; g < group; ++g) {
+      for (int i = 0; i < count[g]; i += 8)
+#pragma GCC unroll 8
+        for (int p = 0; p < 8; ++p) d[g][i + p] = from[g * stride + column[g][i + p]];
+      if (count[g] > 0) S::store(d[g] + count[g], S::set1(std::numeric_limits<T>::quiet_NaN()));
+    }
+  }
+};
+
 // Takes the distances d[g stride + 0 .. n) into the buckets of anchors row .. row + count, g apart. The searches of a group
 // run one after the other without a branch that depends on the data; what they found is worked off in one loop.
 template <class S>
 void take_rows(const Call<S>& c, int64_t row, int count, const typename S::T* d, int64_t stride, int n, const int32_t* index,
                uint32_t* queue) {
+  Sifted<S> sifted;
   for (int g0 = 0; g0 < count; g0 += kGroup) {
     const int group = count - g0 < kGroup ? count - g0 : kGroup;
+    if constexpr (S::kSieves) sifted.sift(c, row + g0, group, d + g0 * stride, stride, n);
     int wanted = 0;
     struct {
       const typename S::T* d;
@@ -30,10 +54,13 @@ void take_rows(const Call<S>& c, int64_t row, int count, const typename S::T* d,
     for (int g = 0; g < group; ++g) {
       Buckets<S> buckets = c.buckets(row + g0 + g);
       const typename S::T* from = d + (g0 + g) * stride;
+      const uint32_t tag = static_cast<uint32_t>(g) << 26;
       of[g] = {from, buckets.key};
       if (buckets.row.radix > 0 && buckets.size() >= kFarBuckets)
         for (int at = 0; at < buckets.size(); at += 64 / sizeof(*buckets.key)) __builtin_prefetch(buckets.key + at);
-      if (buckets.searchable()) wanted += buckets.search(from, n, static_cast<uint32_t>(g) << 26, queue + wanted);
+      if (S::kSieves && sifted.count[g] >= 0)
+        wanted += buckets.search_sifted(sifted.d[g], sifted.column[g], sifted.count[g], tag, queue + wanted);
+      else if (buckets.searchable()) wanted += buckets.search(from, n, tag, queue + wanted);
       else buckets.take(from, n, index, c.limit, queue + wanted);
     }
     for (int i = 0; i < wanted; ++i) {
@@ -41,7 +68,12 @@ void take_rows(const Call<S>& c, int64_t row, int count, const typename S::T* d,
       const uint32_t at = queue[i] >> 16 & 0x3ff, column = queue[i] & 0xffff;
       improve(anchor.key + at, make_key(anchor.d[column], static_cast<uint32_t>(index[column])));
     }
-    for (int g = 0; g < group; ++g) c.buckets(row + g0 + g).look_for_top(d + (g0 + g) * stride, n, index, c.limit);
+    for (int g = 0; g < group; ++g) {
+      Buckets<S> buckets = c.buckets(row + g0 + g);
+      if (!S::kSieves || sifted.count[g] != 0 || buckets.row.track_far)
+        buckets.look_for_top(d + (g0 + g) * stride, n, index, c.limit);
+      if (!c.screening) buckets.count_taken(n);  // what screening leaves over is seldom worth a sieve
+    }
   }
 }
 

@@ -3,6 +3,7 @@
 #include UNIT_HEADER
 
 #include "cpu/share.h"
+#include "cpu/sieve.h"
 
 #include <algorithm>
 #include <cmath>
@@ -161,6 +162,69 @@ void search() {
   }
 }
 
+// What is sifted and then searched is what a search finds, in the same order; what is out of reach does not get through.
+template <class S>
+void sieve() {
+  if constexpr (S::kSieves) {
+    const int K = static_cast<int>(1 + draw() % (draw() % 3 ? 100 : kMaxStrided - 1)), L = S::lanes(K), R = K / L + 1;
+    const int n = static_cast<int>(1 + draw() % (kTile<T> / W)) * W;
+    const T unit = std::ldexp(T(1), static_cast<int>(draw() % 60) - 30);
+    const T base = draw() % 2 ? unit : T(0), width = draw() % 3 ? unit : unit * T(1e-6);  // far from 0, and hardly any
+    const auto distance = [&] { return base + uniform() * width; };
+    std::vector<T> sorted(static_cast<size_t>(K)), d(static_cast<size_t>(n)), upper(static_cast<size_t>(K) + 1);
+    for (T& e : sorted) e = draw() % 5 ? distance() : base + width / 2;
+    std::sort(sorted.begin(), sorted.end());
+    if (draw() % 8 == 0) sorted.back() = unit * 1000;
+    const int seen = 1 << draw() % 10;  // negatives a bucket has seen, if any
+    Row<T> row{};
+    row.positives = static_cast<uint32_t>(K);
+    row.farthest_positive = sorted.back();
+    for (int b = 1; b <= K; ++b) {
+      const T from = sorted[static_cast<size_t>(b) - 1], to = b < K ? sorted[static_cast<size_t>(b)] : from + width / 8;
+      upper[static_cast<size_t>(b)] =
+          draw() % 4 ? from + (to - from) * uniform() / static_cast<T>(seen) : std::numeric_limits<T>::max();
+    }
+    upper[0] = -1;
+    row.top_empty = upper.back() == std::numeric_limits<T>::max();
+    row.ceiling = std::max(row.farthest_positive, upper.back());
+    std::vector<T> t(static_cast<size_t>(R * L), kInf);
+    std::vector<uint64_t> key(t.size());
+    for (int b = 0; b < R * L; ++b) {
+      const auto place = static_cast<size_t>(b % R * L + b / R);
+      const T end = b <= K ? upper[static_cast<size_t>(b)] : std::numeric_limits<T>::max();
+      uint32_t bits;
+      std::memcpy(&bits, &end, sizeof bits);
+      key[place] = uint64_t{bits} << 32 | static_cast<uint32_t>(draw());
+      if (b < K) t[place] = sorted[static_cast<size_t>(b)];
+    }
+    for (T& e : d) {
+      const auto b = draw() % static_cast<size_t>(K);
+      e = draw() % 4 == 0 ? (draw() % 2 ? sorted[b] : std::max(upper[b], T(0))) : distance();
+      if (draw() % 8 == 0) e = draw() % 2 ? std::fabs(value()) : base + width * 4;
+    }
+    Sieve s;
+    start_sieve(s);
+    make_sieve<S>(s, row, t.data(), key.data(), R, L);
+    check(s.cells == sieve_cells(K), "sieve: not made");
+    std::vector<uint8_t> column(static_cast<size_t>(n) + W);
+    const int through = S::sift(s, d.data(), n, column.data());
+    check(through >= 0 && through <= n, "sieve: count");
+    std::vector<T> picked(static_cast<size_t>(n) + W, kNan);
+    for (int i = 0; i < through; ++i) {
+      const size_t at = column[static_cast<size_t>(i)];
+      picked[static_cast<size_t>(i)] = d[at];
+      check(i == 0 || at > column[static_cast<size_t>(i) - 1], "sieve: order");
+      check(!(d[at] > row.ceiling + (row.ceiling - sorted[0]) / 16) || row.top_empty || width < unit,
+            "sieve: beyond the ceiling");
+    }
+    const auto tag = static_cast<uint32_t>(draw() % 64) << 26;
+    std::vector<uint32_t> all(static_cast<size_t>(n) + W), sifted(static_cast<size_t>(n) + W);
+    const int want = S::search(t.data(), key.data(), K, kInf, d.data(), n, tag, all.data());
+    const int got = S::search_sifted(t.data(), key.data(), K, picked.data(), column.data(), through, tag, sifted.data());
+    check(got == want && std::equal(all.begin(), all.begin() + want, sifted.begin()), "sieve: not what a search finds");
+  }
+}
+
 void transpose() {
   const int rows = static_cast<int>(1 + draw() % (kTile<T> / W)) * W;
   const int64_t stride = W + static_cast<int64_t>(draw() % 40);
@@ -290,6 +354,7 @@ int main() {
     sorted_places();
     ranks();
     search<S>();
+    sieve<S>();
     transpose();
     if (i % 10 == 0) screen();
     if (i % 10 == 0) weigh_bytes();
