@@ -31,13 +31,13 @@ constexpr uint32_t kSieveAgain = 4;
 // How many cells for K thresholds: 8, 16 or 32 words, of which permutations of 8 find one.
 constexpr uint32_t sieve_cells(int K) { return K < 24 ? 256 : K < 64 ? 512 : 1024; }
 
-void start_sieve(Sieve& s) {
+inline void start_sieve(Sieve& s) {
   s.cells = s.taken = 0;
   s.next = kSieveFirst;
 }
 
 // Sets cells first .. last.
-void mark_cells(uint32_t* cell, uint32_t first, uint32_t last) {
+inline void mark_cells(uint32_t* cell, uint32_t first, uint32_t last) {
   uint32_t mask = ~uint32_t{0} >> (first & 31);  // a word's first cell is its sign, which a vector of words can be asked for
   for (uint32_t word = first >> 5; word < last >> 5; ++word) {
     cell[word] |= mask;
