@@ -144,8 +144,8 @@ def test_a_negative_of_thousands_of_anchors(isa):
     assert done.returncode == 0 and done.stdout == "passed\n", done.stderr[-3000:]
 
 
-# What a sieve holds back (csrc/cpu/sieve.h, made after 192 candidates), no bucket wanted. Distances of small integers are
-# exact, so the selection has to be the reference's, index by index, for every number of cells and at every width.
+# What a sieve holds back (csrc/cpu/sieve.h, made after 192 candidates), no bucket wanted. Distances of small integers
+# are exact, so the selection has to be the reference's, index by index, for every number of cells and at every width.
 SIEVES = """
 import sys
 import torch
@@ -169,7 +169,8 @@ for seed, (kind, change) in enumerate(kinds.items()):
         y = torch.arange(n) // size
         y = y[torch.randperm(n, generator=generator)]
         x = change(torch.randint(-3, 4, (n, 1 + (size + 3 * seed) % 6), generator=generator).float(), y)
-        for options in ({"fallback": ("farthest", "skip")[(seed + size) % 2]}, {"negatives": "hard"})[: 1 + (size == 2)]:
+        ask = [{"fallback": ("farthest", "skip")[(seed + size) % 2]}]
+        for options in ask + [{"negatives": "hard"}] * (size == 2):
             got, want = (mine(x, y, **options) for mine in (mine_triplets, reference.mine_triplets))
             for a, b in zip(got, want, strict=True):
                 assert a.shape == b.shape and ((a == b) | (a != a) & (b != b)).all(), (kind, size, options)

@@ -25,13 +25,13 @@ struct Sifted {
   uint8_t column[kGroup][kRoom];
   T d[kGroup][kRoom];  // what stands in those columns, then NaN
 
-  // In two rounds: bytes that were stored one way are read another way long after.
+  // In two rounds over the group: what overlapping stores have written is read when it is long in the cache.
   void sift(const Call<S>& c, int64_t row, int group, const T* from, int64_t stride, int n) {
     for (int g = 0; g < group; ++g) count[g] = c.buckets(row + g).sift(from + g * stride, n, column[g]);
     for (int g = 0; g < group; ++g) {
-      for (int i = 0; i < count[g]; i += 8)
-#pragma GCC unroll 8
-        for (int p = 0; p < 8; ++p) d[g][i + p] = from[g * stride + column[g][i + p]];
+      for (int i = 0; i < count[g]; i += S::W)
+#pragma GCC unroll 16
+        for (int p = 0; p < S::W; ++p) d[g][i + p] = from[g * stride + column[g][i + p]];
       if (count[g] > 0) S::store(d[g] + count[g], S::set1(std::numeric_limits<T>::quiet_NaN()));
     }
   }
