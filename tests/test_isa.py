@@ -165,7 +165,7 @@ kinds = {
 }
 for seed, (kind, change) in enumerate(kinds.items()):
     generator = torch.Generator().manual_seed(seed)
-    for size, n in ((2, 500), (16, 800), (40, 450), (120, 400)):
+    for size, n in ((2, 400), (16, 800), (40, 400), (120, 380)):
         y = torch.arange(n) // size
         y = y[torch.randperm(n, generator=generator)]
         x = change(torch.randint(-3, 4, (n, 1 + (size + 3 * seed) % 6), generator=generator).float(), y)
@@ -178,9 +178,9 @@ print("passed")
 """
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_sieves(isa):
-    done = run(SIEVES, isa, isa)
+@pytest.mark.skipif("avx2" not in ISAS, reason="no path with sieves here")
+def test_sieves():
+    done = run(SIEVES, "avx2", "avx2")
     assert done.returncode == 0 and done.stdout == "passed\n", done.stderr[-3000:]
 
 
