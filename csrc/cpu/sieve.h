@@ -5,7 +5,8 @@
 // The sieve is a map of the slivers: a bit for each of 256, 512 or 1024 cells of equal width between the first threshold and
 // the ceiling, set where the cell touches one. Asking it takes 20, 23 or 29 instructions for 8 distances, in a chain half as
 // long, and only what it lets through is searched: 8 of 100 distances at the beginning of training and 2 of 100 later on with
-// 15 thresholds and 4,096 rows, 16 and 5 with 39 and 1,800. On a Zen 3 a call takes a tenth less.
+// 15 thresholds and 4,096 rows, 16 and 5 with 39 and 1,800. On a Zen 3 that takes 0 to 12 % off a call
+// (benchmarks/results/NOTES.md).
 //
 //        t0        t1     t2           t3     ceiling          The cell of d is the low bits of float(d scale + bias), since
 //     ---|=====----|==----|====--------|===---|--- d           bias is about 1.5 * 2^23, where floats are whole numbers.
