@@ -2,8 +2,7 @@
 
 Only batches whose classes have come apart are screened (and any, for the closest negative), and none is when
 statistics are asked for. So the loss and the gradient of a call with statistics are what a call without them has to
-give, bit for bit. With AVX-512 VNNI the numbers have 8 bits, with AVX2 16, from D = 128 on (256 for the closest
-negative); other processors screen nothing.
+give, bit for bit. AVX-512 with VNNI and AVX2 screen, the portable path and AVX-512 without VNNI do not.
 """
 
 import pytest
@@ -80,7 +79,7 @@ def test_uneven_lengths_and_misplaced_rows(threads):
 @pytest.mark.parametrize("dim", [128, 1024])
 def test_sums_at_the_edge(dim):
     """Rows whose whole numbers are as large as they get, one beside zeros or all of them; those of two classes lie
-    along one line, so that the sums of their products come near what 32 bits hold, and others along its opposite."""
+    along one line, so that the sums of their products come near what 16 bits hold, and others along its opposite."""
     n = 400
     generator = torch.Generator().manual_seed(7)
     labels = torch.arange(n) // 4

@@ -85,7 +85,7 @@ struct Call {
     int32_t* list;  // [kList]
     T* weights;  // [kT, kT] where every distance is looked at
     T* aside;  // [8, kT] likewise
-    char* coarse;  // [kT, Dp] in 8 or 16 bits where tiles are screened, the last of all
+    int8_t* coarse;  // [kT, Dp] where tiles are screened, the last of all
     int64_t* coarse_rows;  // [1] whose rows they are
   };
   Scratch scratch(int thread) const {
@@ -100,8 +100,8 @@ struct Call {
     s.list = reinterpret_cast<int32_t*>(s.queue + kQueue);
     s.weights = reinterpret_cast<T*>(s.list + kList);
     s.aside = s.weights + kT * kT;
-    s.coarse = w.thread_scratch + (thread + 1) * w.scratch_bytes - 2 * kT * Dp - 64;
-    s.coarse_rows = reinterpret_cast<int64_t*>(s.coarse + 2 * kT * Dp);
+    s.coarse = reinterpret_cast<int8_t*>(w.thread_scratch + (thread + 1) * w.scratch_bytes - kT * Dp - 64);
+    s.coarse_rows = reinterpret_cast<int64_t*>(s.coarse + kT * Dp);
     return s;
   }
 };

@@ -5,7 +5,7 @@
 //   for each pass over anchors whose slots fit (nearly always one pass):
 //     thresholds   block-diagonal distances, sorted                            mine.h      2 N K D FLOP
 //     sweep        tiles of distances -> sieve -> search -> buckets            sweep.h     N^2 D FLOP
-//                  late in training in whole numbers first                     screen.h    a quarter or half of that
+//                  late in training in whole numbers first                     screen.h    a quarter of that, or half
 //     select       suffix minimum, near pairs anew, terms, weights             finish.h    up to 6 N K D FLOP
 //     takers       candidate -> the anchors that took it                       gradient.h
 //     gradient     one gather a row                                            gradient.h  up to 9 N K D FLOP
@@ -16,7 +16,7 @@
 // Rules that draw a negative sweep and choose in a way of their own (draw.h); rules that make every negative a term go
 // another way from the thresholds on (dense.h).
 //
-// Memory: two copies of the rows, a third in 8 or 16 bits, and per anchor its K thresholds and buckets and a sieve of 192
+// Memory: two copies of the rows, a third in 8 bits, and per anchor its K thresholds and buckets and a sieve of 192
 // bytes: O(N D), never N x N. A class so large that its anchors' slots exceed their bound (layout.h) is worked off in several
 // passes.
 // Reproducible: buckets take minima of (distance, index), and minima do not depend on order; every floating-point sum is made

@@ -96,11 +96,11 @@ struct Workspace {
   int32_t* position;  // [C] candidate index -> sorted position
   int32_t* class_of;  // [C] sorted position -> class
   int32_t* class_begin;  // [classes + 1] first sorted position
-  // the rows in whole numbers of 8 or 16 bits, where tiles may be screened (screen.h)
-  char* coarse;  // [Cp / NR, Dp / n, NR, n], n of them in 4 bytes
+  // the rows in whole numbers, where tiles may be screened (screen.h)
+  int8_t* coarse;  // [Cp / NR, Dp / 4, NR, 4]
   T* step;  // [Cp] what a unit of a row's numbers is worth
   T* reach;  // [Cp] a pair's squared distance is at least reach_a + reach_b - 2 step_a step_b coarse_a.coarse_b
-  int32_t* level;  // [Cp] in 8 bits: -128 times their sum
+  int32_t* level;  // [Cp] what the products of two rows are too many if one of them is moved above 0
   // the rows as whole numbers of 24 bits, where weights are summed in bytes (dense.h)
   int8_t* digits;  // [Cp / 4, Dp / 16, 3, 16, 4]
   // anchors, sorted; the same memory as above where anchors and candidates are the same rows
@@ -208,7 +208,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.norm, Cp);
   take(w.inverse_length, C);
   const bool may_screen = std::is_same<T, float>::value && symmetric && !draws_one(args);
-  take(w.coarse, may_screen ? 2 * Cp * Dp : 0);
+  take(w.coarse, may_screen ? Cp * Dp : 0);
   take(w.step, may_screen ? Cp : 0);
   take(w.reach, may_screen ? Cp : 0);
   take(w.level, may_screen ? Cp : 0);
@@ -265,7 +265,7 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   w.scratch_bytes = round_up(static_cast<int64_t>(sizeof(T)) * (kTile<T> * kTile<T> + 16 * kTile<T>)+4 * (kQueue + kList) +
                                  static_cast<int64_t>(sizeof(T)) * (kList + (2 * kRows + kTogether) * Dp) + 1024 +
                                  (every ? static_cast<int64_t>(sizeof(T)) * kTile<T> * (kTile<T> + 8) : 0) +
-                                 (may_screen ? 2 * kTile<T> * Dp + 64 : 0),
+                                 (may_screen ? kTile<T> * Dp + 64 : 0),
                              64);
   take(w.thread_scratch, w.scratch_bytes * args.num_threads);
   w.total = used;

@@ -1,16 +1,14 @@
-// Late in training nearly every negative is so far that nobody asks for it. There a tile is looked at in whole numbers first, and
-// only what may be wanted is computed: in 8 bits at four times the speed where AVX-512 has VNNI, in 16 bits at 1.6 times the
-// speed with AVX2.
+// Late in training nearly every negative is so far that nobody asks for it. There a tile is looked at in whole numbers of 8 bits
+// first, and only what may be wanted is computed: at four times the speed where AVX-512 has VNNI, at twice with AVX2.
 //
-//   x = s q + e, q in -m .. m (m = 127 or 32767), s = max |x| / m or, in 16 bits, what keeps sums of products in 32. |e| is
-//   known for each row. With L the longest row,
+//   x = s q + e, q in -m .. m, s as small as m allows (m = 127; with AVX2 63, and see Avx2::screen). |e| is known for each row.
+//   With L the longest row,
 //       |a.b - s_a s_b q_a.q_b| <= |e_a| |b| + (|a| + |e_a|) |e_b| <= u_a + u_b,    u = L (1 + sqrt(D) / 2 m) |e|,
 //   so |a|^2 + |b|^2 - 2 (s_a s_b q_a.q_b + u_a + u_b) is below the true squared distance, and, less the slack that Limit has
 //   for it, below the float32 one. Where that is beyond the ceilings of both rows (buckets.h), neither wants the pair.
 //
 // What is left is summed in float32 by the same chain of operations as elsewhere, so no bit of any result depends on whether a
-// tile was screened, nor on how far another thread had lowered the ceilings. Cost: D / 4 or D / 2 integer products a pair, N D
-// or 2 N D bytes.
+// tile was screened, nor on how far another thread had lowered the ceilings. Cost: D integer products a pair, N D bytes.
 #pragma once
 
 #include "mine.h"
@@ -21,14 +19,11 @@ namespace {
 constexpr int64_t kMaxScreenDim = 32768;  // 255 * 127 * D has to fit 32 bits
 
 // Is it worth it? By a sample of pairs of other labels: how many are within reach of the anchor's farthest positive. Where the
-// closest negative is all that counts, always: nothing beyond the closest so far is wanted. In 16 bits there is less to win
-// (Zen 3: 6 to 16 % of a call at D = 128, 29 at 256) and nothing where rows are short.
+// closest negative is all that counts, always: nothing beyond the closest so far is wanted.
 template <class S>
 bool worth_screening(const Call<S>& c, int64_t begin, int64_t end) {
   const bool may = (c.hard || c.limit.on) && !c.mining && !c.args.stat_counts && c.symmetric && begin < end;
   if (!may || c.D > kMaxScreenDim || c.A < 2 * c.kT || !S::screens()) return false;
-  constexpr bool kBytes = sizeof(typename S::Coarse) == 1;
-  if (!kBytes && c.D < (c.hard ? 256 : 128)) return false;
   if (c.hard) return true;
   int tried = 0, near = 0;
   for (int i = 0; i < 1024; ++i) {
@@ -38,7 +33,7 @@ bool worth_screening(const Call<S>& c, int64_t begin, int64_t end) {
     ++tried;
     near += direct_distance(c, row, other) <= c.limit(c.w.rows[row].farthest_positive);
   }
-  return near * (kBytes ? 64 : 128) < tried;
+  return near * 4 * S::W < tried;  // both ways, half the vectors
 }
 
 // An anchor wants every distance until it knows a negative beyond all its positives. One that is looked for beforehand, among
@@ -59,11 +54,10 @@ void find_far(const Call<S>& c, int64_t begin, int64_t end) {
   }
 }
 
-// Where row `at` stands among the coarse rows: by panels of NR rows, 4 bytes of a row side by side.
+// Where row `at` stands among the coarse rows: by panels of NR rows, 4 numbers of a row side by side.
 template <class S>
-typename S::Coarse* coarse_row(const Call<S>& c, int64_t at) {
-  constexpr int kSide = 4 / sizeof(typename S::Coarse);
-  return reinterpret_cast<typename S::Coarse*>(c.w.coarse) + at / S::NR * S::NR * c.Dp + at % S::NR * kSide;
+int8_t* coarse_row(const Call<S>& c, int64_t at) {
+  return c.w.coarse + at / S::NR * S::NR * c.Dp + at % S::NR * 4;
 }
 
 // Every row as whole numbers, and how far it reaches with them.
@@ -71,29 +65,17 @@ template <class S>
 void quantise(const Call<S>& c) {
   using T = typename S::T;
   using V = typename S::V;
-  using Coarse = typename S::Coarse;
   constexpr T kRound = T(3) / 2 / std::numeric_limits<T>::epsilon();
-  constexpr int kSide = 4 / sizeof(Coarse), kMost = std::numeric_limits<Coarse>::max();
+  constexpr T kLeast = 1 / std::numeric_limits<T>::max() * 4;  // a step whose inverse is no number takes every element for 0
   const auto& w = c.w;
   const double root = std::sqrt(static_cast<double>(c.D));
-  const double spread = std::sqrt(static_cast<double>(c.longest)) * (1 + root / (2 * kMost));
+  const double spread = std::sqrt(static_cast<double>(c.longest)) * (1 + root / (2 * S::kCoarse));
   for (int t = 0; t < c.threads; ++t) *c.scratch(t).coarse_rows = -1;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
   for (int64_t at = 0; at < round_up(c.C, kColumnPad); ++at) {
     const T* x = w.x + at * c.Dp;
     T* const q = c.scratch(omp_get_thread_num()).rows;
-    V largest = S::zero();
-    for (int64_t k = 0; k < c.Dp; k += S::W) largest = S::larger(S::larger(S::load(x + k), -S::load(x + k)), largest);
-    T lanes[S::W];
-    S::store(lanes, largest);
-    T most = 0;
-    for (const T lane : lanes) most = lane > most ? lane : most;
-    T step = most / kMost;
-    if (sizeof(Coarse) == 2 && at < c.C) {  // |q_a| |q_b| <= 46340^2 < 2^31
-      const T shortest = std::sqrt(w.norm[at]) / static_cast<T>(46300 - root);
-      step = shortest > step ? shortest : step;
-    }
-    const T inverse = step > 0 ? 1 / step : 0;
+    const T step = S::coarse_step(x, c.Dp), inverse = step > kLeast ? 1 / step : 0;
     const V to = S::set1(kRound);  // adding it rounds to a whole number
     V error = S::zero();
     for (int64_t k = 0; k < c.Dp; k += S::W) {
@@ -103,41 +85,36 @@ void quantise(const Call<S>& c) {
       S::store(q + k, whole);
     }
     int32_t sum = 0;
-    Coarse* const row = reinterpret_cast<Coarse*>(q);  // behind what is read
-    if (sizeof(Coarse) == 1)
-      for (int64_t k = 0; k < c.Dp; ++k) sum += static_cast<int32_t>(q[k]);
+    for (int64_t k = 0; k < c.Dp; ++k) sum += static_cast<int32_t>(q[k]);
+    int8_t* const row = reinterpret_cast<int8_t*>(q);  // behind what is read
     for (int64_t k = 0; k < c.Dp; k += S::W) {
-      Coarse some[S::W];
-      for (int i = 0; i < S::W; ++i) {
-        const int32_t whole = static_cast<int32_t>(q[k + i]);
-        some[i] = static_cast<Coarse>(whole < kMost ? whole : kMost);
-      }
+      int8_t some[S::W];
+      for (int i = 0; i < S::W; ++i) some[i] = static_cast<int8_t>(q[k + i]);
       __builtin_memcpy(row + k, some, sizeof some);
     }
-    Coarse* const out = coarse_row(c, at);
-    for (int64_t k = 0; k < c.Dp; k += kSide) __builtin_memcpy(out + k * S::NR, row + k, 4);
+    int8_t* const out = coarse_row(c, at);
+    for (int64_t k = 0; k < c.Dp; k += 4) __builtin_memcpy(out + k * S::NR, row + k, 4);
     w.step[at] = step;
-    w.level[at] = -128 * sum;
+    w.level[at] = -S::kUp * sum;
     // A thousandth for the rounding of all this; the slack once for both rows of a pair.
     w.reach[at] = w.norm[at] - static_cast<T>(2.002 * spread * std::sqrt(static_cast<double>(S::sum(error)))) - c.limit.slack / 2;
   }
 }
 
-// Rows r0 .. of a tile by groups of MR, as a register block reads them: [kT / MR, Dp / n, MR, n]. A thread's tiles come in strips
-// (share.h), so they are seldom made anew.
+// Rows r0 .. of a tile by groups of MR, as a register block reads them where they do not stand in one panel, and moved up:
+// [kT / MR, Dp / 4, MR, 4]. A thread's tiles come in strips (share.h), so they are seldom made anew.
 template <class S>
-const typename S::Coarse* side_by_side(const Call<S>& c, int64_t r0) {
-  using Coarse = typename S::Coarse;
-  constexpr int kSide = 4 / sizeof(Coarse);
+const int8_t* side_by_side(const Call<S>& c, int64_t r0) {
   const auto scratch = c.scratch(omp_get_thread_num());
-  Coarse* const aside = reinterpret_cast<Coarse*>(scratch.coarse);
+  int8_t* const aside = scratch.coarse;
   if (*scratch.coarse_rows == r0) return aside;
   *scratch.coarse_rows = r0;
   const int64_t padded = round_up(c.C, kColumnPad) - r0, rows = padded < c.kT ? padded : c.kT, dims = c.Dp;
   for (int64_t r = 0; r < rows; ++r) {
-    const Coarse* const from = coarse_row(c, r0 + r);
-    Coarse* const to = aside + r / S::MR * S::MR * dims + r % S::MR * kSide;
-    for (int64_t k = 0; k < dims; k += kSide) __builtin_memcpy(to + k * S::MR, from + k * S::NR, 4);
+    const int8_t* const from = coarse_row(c, r0 + r);
+    int8_t* const to = aside + r / S::MR * S::MR * dims + r % S::MR * 4;
+    for (int64_t k = 0; k < dims; k += 4)
+      for (int i = 0; i < 4; ++i) to[k * S::MR + i] = static_cast<int8_t>(from[k * S::NR + i] + S::kUp);
   }
   return aside;
 }
@@ -216,16 +193,14 @@ Wanted screened_distances(const Call<S>& c, int64_t r0, int row0, int rows, int6
   Units<S> units{c, r0, c0, tile, 0, {}, {}};
   Wanted wanted{0, 0};
   const typename S::V none = S::set1(unwanted);
-  using Coarse = typename S::Coarse;
-  constexpr int kSide = 4 / sizeof(Coarse);
   constexpr bool kInPlace = S::NR % S::MR == 0;  // a register block's rows stand in one panel
-  const Coarse* const aside = kInPlace ? nullptr : side_by_side(c, r0);
+  const int8_t* const aside = kInPlace ? nullptr : side_by_side(c, r0);
   for (int col = 0; col < cols; col += S::NR)
     for (int r = row0; r < rows; r += S::MR) {
-      const Coarse* const a = kInPlace ? coarse_row(c, r0 + r) : aside + r * c.Dp;
-      const uint32_t near = S::screen(a, coarse_row(c, c0 + col), c.Dp / kSide, w.step + r0 + r, w.level + r0 + r,
-                                      w.reach + r0 + r, row_ceiling + r, w.step + c0 + col, w.reach + c0 + col,
-                                      column_ceiling + col);
+      const int8_t* const a = kInPlace ? coarse_row(c, r0 + r) : aside + r * c.Dp;
+      const uint32_t near = S::screen(a, coarse_row(c, c0 + col), c.Dp / 4, w.step + r0 + r, w.level + r0 + r,
+                                      w.reach + r0 + r, row_ceiling + r, w.step + c0 + col, w.level + c0 + col,
+                                      w.reach + c0 + col, column_ceiling + col);
       constexpr int NV = S::NR / S::W;
       if (near == 0) {
         for (int i = 0; i < S::MR; ++i)

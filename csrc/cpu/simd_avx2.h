@@ -151,45 +151,79 @@ struct Avx2 {
     return count;
   }
 
-  // As Avx512::screen, in 16 bits.
-  using Coarse = int16_t;
+  // As Avx512::screen; here it is the row that is moved up, by 64. Products of bytes are added up in 16 bits, 8 of them
+  // before they go on into 32: where every factor of one side is at most 127, and those 8 of the other at most 258 together,
+  // nothing overflows. 12 sums in 16 bits, 2 columns, a row and a product fill the registers; the sums in 32 bits wait in L1.
+  static constexpr int kCoarse = 63, kUp = 64;
   static bool screens() { return true; }
-  static uint32_t screen(const int16_t* a,  // [pairs, MR, 2]
-                         const int16_t* b,  // [pairs, NR, 2]
-                         int64_t pairs,
+  // The least step with which x[0 .. dims) keeps within that: the 8 are dimensions 0 1 4 5 8 9 12 13 of 16, or the others,
+  // and rounding adds 4 to them at most.
+  static T coarse_step(const T* x, int64_t dims) {
+    const V sign = set1(-0.0f);
+    V most = zero(), crowd = zero();
+    for (int64_t k = 0; k < dims; k += 2 * W) {
+      const V low = _mm256_andnot_ps(sign, load(x + k)), high = _mm256_andnot_ps(sign, load(x + k + W));
+      const V both = low + high, pairs = _mm256_hadd_ps(both, both);
+      most = larger(most, larger(low, high));
+      crowd = larger(crowd, pairs + _mm256_permute2f128_ps(pairs, pairs, 1));
+    }
+    T step[W], largest = 0;
+    store(step, larger(most / set1(kCoarse), crowd / set1(254)));
+    for (const T s : step) largest = s > largest ? s : largest;
+    return largest;
+  }
+  static uint32_t screen(const int8_t* a,  // [quads, MR, 4]
+                         const int8_t* b,  // [quads, NR, 4]
+                         int64_t quads,  // a multiple of 4
                          const T* row_step,  // [MR]
                          const int32_t*,
                          const T* row_reach,  // [MR]
                          const T* row_ceiling,  // [MR]
                          const T* step,  // [NR]
+                         const int32_t* level,  // [NR]
                          const T* reach,  // [NR]
                          const T* ceiling) {  // [NR]
     constexpr int NV = NR / W;
+    const auto integers = [](const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); };
     __m256i sum[MR][NV];
+    for (int i = 0; i < MR; ++i)
+      for (int v = 0; v < NV; ++v) sum[i][v] = integers(level + v * W);
+    const __m256i one = _mm256_set1_epi16(1);
+    for (int64_t k = 0; k < quads; k += 4) {
+      __m256i part[MR][NV];
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s, a += 4 * MR, b += 4 * NR) {
+        const __m256i left = integers(b), right = integers(b + 4 * W);
 #pragma GCC unroll 6
-    for (int i = 0; i < MR; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
-    for (int64_t k = 0; k < pairs; ++k, a += 2 * MR, b += 2 * NR) {
-      const __m256i left = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-      const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 2 * W));
-#pragma GCC unroll 6
-      for (int i = 0; i < MR; ++i) {
-        // 12 sums, 2 columns and these 2: from intrinsics GCC 12 orders them so that sums have to wait in memory.
-        __m256i x, y;
-        asm("vpbroadcastd %4, %2\n\tvpmaddwd %2, %5, %3\n\tvpaddd %3, %0, %0\n\tvpmaddwd %2, %6, %2\n\tvpaddd %2, %1, %1"
-            : "+x"(sum[i][0]), "+x"(sum[i][1]), "=&x"(x), "=&x"(y)
-            : "m"(*reinterpret_cast<const int16_t (*)[2]>(a + 2 * i)), "x"(left), "x"(right));
+        for (int i = 0; i < MR; ++i) {
+          // From intrinsics GCC 12 orders these so that sums have to wait in memory.
+          const auto& four = *reinterpret_cast<const int8_t (*)[4]>(a + 4 * i);
+          __m256i x, y;
+          if (s == 0)
+            asm("vpbroadcastd %3, %2\n\tvpmaddubsw %4, %2, %0\n\tvpmaddubsw %5, %2, %1"
+                : "=&x"(part[i][0]), "=x"(part[i][1]), "=&x"(x)
+                : "m"(four), "x"(left), "x"(right));
+          else
+            asm("vpbroadcastd %4, %2\n\tvpmaddubsw %5, %2, %3\n\tvpaddw %3, %0, %0\n\tvpmaddubsw %6, %2, %2\n\t"
+                "vpaddw %2, %1, %1"
+                : "+x"(part[i][0]), "+x"(part[i][1]), "=&x"(x), "=&x"(y)
+                : "m"(four), "x"(left), "x"(right));
+        }
       }
+#pragma GCC unroll 6
+      for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) sum[i][v] = _mm256_add_epi32(sum[i][v], _mm256_madd_epi16(part[i][v], one));
     }
     V wanted[MR][NV], any = zero();
 #pragma GCC unroll 6
     for (int i = 0; i < MR; ++i) {
-      const V twice = set1(2 * row_step[i]), beyond = set1(row_ceiling[i] - row_reach[i]), less = set1(-row_reach[i]);
+      const V twice = set1(2 * row_step[i]), row = set1(row_ceiling[i]), less = set1(row_reach[i]);
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) {
         const V least = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(sum[i][v]), twice * load(step + v * W), load(reach + v * W));
         // "not greater": a NaN, as in the padding, is never screened away
-        wanted[i][v] = _mm256_or_ps(_mm256_cmp_ps(least, beyond, _CMP_NGT_UQ),
-                                    _mm256_cmp_ps(least - load(ceiling + v * W), less, _CMP_NGT_UQ));
+        wanted[i][v] = _mm256_cmp_ps(least, larger(row, load(ceiling + v * W)) - less, _CMP_NGT_UQ);
         any = _mm256_or_ps(any, wanted[i][v]);
       }
     }

@@ -426,8 +426,17 @@ struct Avx512 {
   // One register block in 8 bits: a bit for each vector of [MR, NR / W] that holds a pair which one of its two rows may want.
   // See screen.h. The products take one factor without a sign, so columns are moved up by 128 and `level` takes that back.
   static bool multiplies_bytes() { return has_byte_products(); }
-  using Coarse = int8_t;
+  static constexpr int kCoarse = 127, kUp = 128;  // the largest number; what moves all of them above 0
   static bool screens() { return has_byte_products(); }
+  // The least step with which x[0 .. dims) gives no larger number.
+  static T coarse_step(const T* x, int64_t dims) {
+    V most = zero();
+    for (int64_t k = 0; k < dims; k += W) most = larger(most, larger(load(x + k), -load(x + k)));
+    T lanes[W], largest = 0;
+    store(lanes, most);
+    for (const T lane : lanes) largest = lane > largest ? lane : largest;
+    return largest / kCoarse;
+  }
   static uint32_t screen(const int8_t* a,  // [quads, NR, 4], from the first row on
                          const int8_t* b,  // [quads, NR, 4]
                          int64_t quads,
@@ -436,6 +445,7 @@ struct Avx512 {
                          const T* row_reach,  // [MR]
                          const T* row_ceiling,  // [MR]
                          const T* step,  // [NR]
+                         const int32_t*,
                          const T* reach,  // [NR]
                          const T* ceiling) {  // [NR]
     constexpr int NV = NR / W;
@@ -461,13 +471,12 @@ struct Avx512 {
     uint32_t near = 0;
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const V twice = set1(2 * row_step[i]), beyond = set1(row_ceiling[i] - row_reach[i]), less = set1(-row_reach[i]);
+      const V twice = set1(2 * row_step[i]), row = set1(row_ceiling[i]), less = set1(row_reach[i]);
 #pragma GCC unroll 3
       for (int v = 0; v < NV; ++v) {
         const V least = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(sum[i][v]), twice * load(step + v * W), load(reach + v * W));
         // "not greater": a NaN, as in the padding, is never screened away
-        const __mmask16 wanted = _mm512_kor(_mm512_cmp_ps_mask(least, beyond, _CMP_NGT_UQ),
-                                            _mm512_cmp_ps_mask(least - load(ceiling + v * W), less, _CMP_NGT_UQ));
+        const __mmask16 wanted = _mm512_cmp_ps_mask(least, larger(row, load(ceiling + v * W)) - less, _CMP_NGT_UQ);
         near |= static_cast<uint32_t>(wanted != 0) << (i * NV + v);
       }
     }

@@ -36,8 +36,9 @@ struct Generic {
 #endif
   static bool multiplies_bytes() { return false; }  // no fast products of bytes
   static void weigh_bytes(const uint8_t*, int64_t, int64_t, int64_t, const int8_t*, int64_t, T, T*) {}
-  using Coarse = int8_t;
+  static constexpr int kCoarse = 127, kUp = 128;
   static bool screens() { return false; }  // no fast products of whole numbers (screen.h)
+  static T coarse_step(const T*, int64_t) { return 0; }
   static uint32_t screen(...) { return ~uint32_t{0}; }
   static constexpr bool kSieves = false;  // a sieve says what is worth a search (sieve.h)
   static constexpr bool kStrided = false;  // no permutation by variable: buckets stay in order and are searched one by one

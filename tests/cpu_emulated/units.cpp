@@ -283,48 +283,105 @@ void weigh_bytes() {
     }
 }
 
+// Bytes that a row may consist of: any up to the largest, and with AVX2 at most 258 in 8 of 16 dimensions, lane by lane.
+void limit(int8_t* row, int64_t quads, int64_t stride) {
+  if (S::kUp != 64) return;
+  for (int64_t k = 0; k < quads; k += 4)
+    for (int lane = 0; lane < 4; lane += 2) {
+      int total = 0;
+      for (int64_t q = k; q < k + 4; ++q)
+        for (int side = lane; side < lane + 2; ++side) {
+          int8_t& e = row[q * stride + side];
+          const int room = 258 - total, size = std::abs(e) < room ? std::abs(e) : room;
+          e = static_cast<int8_t>(e < 0 ? -size : size);
+          total += size;
+        }
+    }
+}
+
 // A vector is handed on where one of its pairs may be wanted: the least a pair can be apart is not above both ceilings.
 void screen() {
   if (!S::screens()) return;
-  using Coarse = S::Coarse;
-  constexpr int MR = S::MR, NR = S::NR, kSide = 4 / sizeof(Coarse), kMost = sizeof(Coarse) == 1 ? 127 : 400;
-  constexpr int kRows = NR % MR == 0 ? NR : MR;  // in their panel, or side by side
-  const int64_t fours = 1 + static_cast<int64_t>(draw() % 9);
-  std::vector<Coarse> a(static_cast<size_t>(fours * kRows * kSide)), b(static_cast<size_t>(fours * NR * kSide));
+  constexpr int MR = S::MR, NR = S::NR, kMost = S::kCoarse;
+  constexpr bool kInPlace = NR % MR == 0;  // in their panel, or side by side and moved up
+  constexpr int kRows = kInPlace ? NR : MR;
+  const int64_t quads = 4 * (1 + static_cast<int64_t>(draw() % 9));
+  std::vector<int8_t> a(static_cast<size_t>(quads * kRows * 4)), b(static_cast<size_t>(quads * NR * 4)), up;
+  const int least = draw() % 4 == 0 ? kMost : -kMost;  // all as large as they get: sums at the edge
   for (auto* numbers : {&a, &b})
-    for (Coarse& e : *numbers) e = static_cast<Coarse>(static_cast<int>(draw() % (2 * kMost + 1)) - kMost);
+    for (int8_t& e : *numbers)
+      e = static_cast<int8_t>(least + static_cast<int>(draw() % static_cast<unsigned>(kMost - least + 1)));
+  if (draw() % 4 == 0)
+    for (int8_t& e : b) e = static_cast<int8_t>(-e);
+  for (int j = 0; j < NR; ++j) limit(b.data() + 4 * j, quads, 4 * NR);
+  up = a;
+  if (!kInPlace)
+    for (int8_t& e : up) e = static_cast<int8_t>(e + S::kUp);
   T row_step[MR], row_reach[MR], row_ceiling[MR], step[NR], reach[NR], ceiling[NR];
-  int32_t level[MR];
-  const auto element = [](const std::vector<Coarse>& of, int64_t k, int rows, int row, int side) {
-    return static_cast<int64_t>(of[static_cast<size_t>((k * rows + row) * kSide + side)]);
+  int32_t row_level[MR], level[NR];
+  const auto element = [](const std::vector<int8_t>& of, int64_t k, int rows, int row, int side) {
+    return static_cast<int64_t>(of[static_cast<size_t>((k * rows + row) * 4 + side)]);
+  };
+  const auto sum = [&](const std::vector<int8_t>& of, int rows, int row) {
+    int64_t total = 0;
+    for (int64_t k = 0; k < quads; ++k)
+      for (int side = 0; side < 4; ++side) total += element(of, k, rows, row, side);
+    return static_cast<int32_t>(total);
   };
   for (int i = 0; i < MR; ++i) {
-    row_step[i] = sizeof(Coarse) == 1 ? T(1) / 64 : T(1) / 256;
+    row_step[i] = T(1) / 64;
     row_reach[i] = static_cast<T>(draw() % 16);
     row_ceiling[i] = draw() % 3 == 0 ? -kInf : static_cast<T>(draw() % 64) - 40;
-    level[i] = 0;
-    for (int64_t k = 0; k < fours; ++k)
-      for (int side = 0; side < kSide; ++side) level[i] -= static_cast<int32_t>(128 * element(a, k, kRows, i, side));
+    row_level[i] = -S::kUp * sum(a, kRows, i);
   }
   for (int j = 0; j < NR; ++j) {
     step[j] = T(1) / 128;
     reach[j] = draw() % 32 == 0 ? kNan : static_cast<T>(draw() % 16);
     ceiling[j] = draw() % 3 == 0 ? -kInf : static_cast<T>(draw() % 64) - 40;
+    level[j] = -S::kUp * sum(b, NR, j);
   }
-  const uint32_t near = S::screen(a.data(), b.data(), fours, row_step, level, row_reach, row_ceiling, step, reach, ceiling);
+  const uint32_t near =
+      S::screen(up.data(), b.data(), quads, row_step, row_level, row_reach, row_ceiling, step, level, reach, ceiling);
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < NR / W; ++v) {
       bool wanted = false;
       for (int j = v * W; j < v * W + W; ++j) {
         int64_t product = 0;
-        for (int64_t k = 0; k < fours; ++k)
-          for (int side = 0; side < kSide; ++side) product += element(a, k, kRows, i, side) * element(b, k, NR, j, side);
+        for (int64_t k = 0; k < quads; ++k)
+          for (int side = 0; side < 4; ++side) product += element(a, k, kRows, i, side) * element(b, k, NR, j, side);
         // Exact in T: whole numbers below 2^24 over a power of two.
-        const T least = reach[j] - 2 * row_step[i] * step[j] * static_cast<T>(product);
-        wanted |= !(least > row_ceiling[i] - row_reach[i]) || !(least - ceiling[j] > -row_reach[i]);
+        const T apart = reach[j] - 2 * row_step[i] * step[j] * static_cast<T>(product);
+        wanted |= !(apart > row_ceiling[i] - row_reach[i]) || !(apart - ceiling[j] > -row_reach[i]);
       }
       check((near >> (i * (NR / W) + v) & 1) == wanted, "screen");
     }
+}
+
+// With the step that is chosen for a row, its whole numbers are such as screen() can add up.
+void coarse_step() {
+  if (!S::screens()) return;
+  constexpr int64_t kDims = 64;
+  T x[kDims];
+  const T size = static_cast<T>(std::ldexp(1.0, static_cast<int>(draw() % 60) - 30));
+  const unsigned kind = draw() % 4;  // anything, all alike, all nearly alike, one in 8 other than 0
+  for (T& e : x)
+    e = size * (kind == 0    ? uniform() - T(0.5)
+                : kind == 1  ? T(1)
+                : kind == 2  ? 1 - uniform() / 64
+                : draw() % 8 ? T(0)
+                             : T(1));
+  const T step = S::coarse_step(x, kDims);
+  int8_t row[kDims], allowed[kDims];
+  for (int64_t k = 0; k < kDims; ++k) {
+    const T whole = std::nearbyint(x[k] * (step > 0 ? 1 / step : 0));
+    check(std::fabs(whole) <= S::kCoarse, "coarse_step: a number too large");
+    row[k] = allowed[k] = static_cast<int8_t>(whole);
+  }
+  limit(allowed, kDims / 4, 4);
+  check(std::memcmp(row, allowed, sizeof row) == 0, "coarse_step: a crowd too large");
+  T most = 0;
+  for (const T e : x) most = std::fabs(e) > most ? std::fabs(e) : most;
+  check(step * 20 <= most, "coarse_step: coarser than it has to be");
 }
 
 // Every pair of blocks meets once, at whichever thread.
@@ -357,6 +414,7 @@ int main() {
     sieve<S>();
     transpose();
     if (i % 10 == 0) screen();
+    coarse_step();
     if (i % 10 == 0) weigh_bytes();
     if (i % 10 == 0) count_covers();
     if (i % 10 == 0) tournament();
