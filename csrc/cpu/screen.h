@@ -25,15 +25,16 @@ bool worth_screening(const Call<S>& c, int64_t begin, int64_t end) {
   const bool may = (c.hard || c.limit.on) && !c.mining && !c.args.stat_counts && c.symmetric && begin < end;
   if (!may || c.D > kMaxScreenDim || c.A < 2 * c.kT || !S::screens()) return false;
   if (c.hard) return true;
+  constexpr int kTries = 1024;
   int tried = 0, near = 0;
-  for (int i = 0; i < 1024; ++i) {
-    const int64_t row = begin + (end - begin) * i / 1024;
+  for (int i = 0; i < kTries && near * 4 * S::W < kTries; ++i) {
+    const int64_t row = begin + (end - begin) * i / kTries;
     const int64_t other = static_cast<int64_t>(mix(static_cast<uint64_t>(i)) % static_cast<uint64_t>(c.C));
     if (c.w.class_of[other] == c.w.aclass[row]) continue;
     ++tried;
     near += direct_distance(c, row, other) <= c.limit(c.w.rows[row].farthest_positive);
   }
-  return near * 4 * S::W < tried;  // both ways, half the vectors
+  return near * 4 * S::W < tried;  // W pairs, asked for from both sides: then most vectors are not wanted
 }
 
 // An anchor wants every distance until it knows a negative beyond all its positives. One that is looked for beforehand, among
