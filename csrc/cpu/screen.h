@@ -174,16 +174,11 @@ struct Units {
   }
 };
 
-// Which vectors of rows and of columns of a tile, W anchors each, hold anything that may be wanted.
-struct Wanted {
-  uint64_t rows = ~uint64_t{0}, columns = ~uint64_t{0};
-};
-
-// Rows row0 .. rows of a tile off the diagonal as squared_distances() has them, but `unwanted` where no anchor of [begin, end)
-// wants the pair.
+// Of rows row0 .. rows of a tile off the diagonal, the vectors in which an anchor of [begin, end) may want a pair, as
+// squared_distances() has them: bit v of near[row] for columns v W and on. The others are left as they are.
 template <class S>
-Wanted screened_distances(const Call<S>& c, int64_t r0, int row0, int rows, int64_t c0, int cols, bool both, int64_t begin,
-                          int64_t end, typename S::T unwanted, typename S::T* tile) {
+void screened_distances(const Call<S>& c, int64_t r0, int row0, int rows, int64_t c0, int cols, bool both, int64_t begin,
+                        int64_t end, typename S::T* tile, uint64_t* near) {
   using T = typename S::T;
   const auto& w = c.w;
   constexpr int kT = Call<S>::kT;
@@ -192,41 +187,32 @@ Wanted screened_distances(const Call<S>& c, int64_t r0, int row0, int rows, int6
   for (int j = 0; j < cols; ++j)
     column_ceiling[j] = both ? ceiling(c, c0 + j, begin, end) : -std::numeric_limits<T>::infinity();
   Units<S> units{c, r0, c0, tile, 0, {}, {}};
-  Wanted wanted{0, 0};
-  const typename S::V none = S::set1(unwanted);
+  static_assert(kT / S::W <= 64, "a bit for each vector");
+  fill(near, rows, uint64_t{0});
   constexpr bool kInPlace = S::NR % S::MR == 0;  // a register block's rows stand in one panel
   const int8_t* const aside = kInPlace ? nullptr : side_by_side(c, r0);
   for (int col = 0; col < cols; col += S::NR)
     for (int r = row0; r < rows; r += S::MR) {
       const int8_t* const a = kInPlace ? coarse_row(c, r0 + r) : aside + r * c.Dp;
-      const uint32_t near = S::screen(a, coarse_row(c, c0 + col), c.Dp / 4, w.step + r0 + r, w.level + r0 + r,
-                                      w.reach + r0 + r, row_ceiling + r, w.step + c0 + col, w.level + c0 + col,
-                                      w.reach + c0 + col, column_ceiling + col);
+      uint32_t wanted = S::screen(a, coarse_row(c, c0 + col), c.Dp / 4, w.step + r0 + r, w.level + r0 + r,
+                                  w.reach + r0 + r, row_ceiling + r, w.step + c0 + col, w.level + c0 + col,
+                                  w.reach + c0 + col, column_ceiling + col);
+      if (wanted == 0) continue;
       constexpr int NV = S::NR / S::W;
-      if (near == 0) {
-        for (int i = 0; i < S::MR; ++i)
-          for (int v = 0; v < NV; ++v) S::store(tile + (r + i) * kT + col + v * S::W, none);
-        continue;
-      }
-      wanted.rows |= uint64_t{1} << r / S::W | uint64_t{1} << (r + S::MR - 1) / S::W;
-      if (__builtin_popcount(near) > S::MR * NV / 4) {
-        wanted.columns |= ((uint64_t{1} << NV) - 1) << col / S::W;
+      const bool most = __builtin_popcount(wanted) > S::MR * NV / 4;
+      if (most) {
+        wanted = ~uint32_t{0};
         squared_distances<S>(w.ax + (r0 + r) * c.Dp, c.Dp, w.anorm + r0 + r, w.panels, c.panel_size, c0 + col, w.norm, c.D,
                              S::MR, S::NR, false, tile + r * kT + col, kT);
-        continue;
       }
-      for (int i = 0; i < S::MR; ++i)
-        for (int v = 0; v < NV; ++v) {
-          if (near >> (i * NV + v) & 1) {
-            wanted.columns |= uint64_t{1} << (col / S::W + v);
-            units.push(r + i, col + v * S::W);
-          } else {
-            S::store(tile + (r + i) * kT + col + v * S::W, none);
-          }
-        }
+      for (int i = 0; i < S::MR; ++i) {
+        const uint32_t here = wanted >> (i * NV) & ((1u << NV) - 1);
+        near[r + i] |= uint64_t{here} << col / S::W;
+        for (int v = 0; v < NV && !most; ++v)
+          if (here >> v & 1) units.push(r + i, col + v * S::W);
+      }
     }
   units.flush();
-  return wanted;
 }
 
 }  // namespace

@@ -77,6 +77,70 @@ void take_rows(const Call<S>& c, int64_t row, int count, const typename S::T* d,
   }
 }
 
+// The same for a tile of which only the vectors in `near` have been computed (screen.h), rows [from, to) and columns of
+// [begin, end). What lies beyond an anchor's ceiling after all is left out: few anchors of a tile find anything.
+template <class S>
+void take_near(const Call<S>& c, int64_t I, int64_t J, bool both, Range rows, Range pass, int real_rows,
+               const typename S::T* tile, const uint64_t* near, int64_t first_tile) {
+  using T = typename S::T;
+  const auto& w = c.w;
+  constexpr int kT = Call<S>::kT, W = S::W;
+  const auto scratch = c.scratch(omp_get_thread_num());
+  const int64_t r0 = I * kT, c0 = J * kT;
+  int32_t index[kT];
+  T picked[kT * W];  // [n], or [n, W] before it is transposed
+  if (rows.size() > 0) {
+    Lock lock(w.locks + I - first_tile);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const T* const from = tile + (row - r0) * kT;
+      const T ceiling = w.rows[row].ceiling;
+      int n = 0;
+      for (uint64_t left = near[row - r0]; left; left &= left - 1) {
+        const int col = __builtin_ctzll(left) * W;
+        bool wanted = false;
+        for (int p = 0; p < W; ++p) wanted |= from[col + p] <= ceiling;
+        __builtin_memcpy(picked + n, from + col, W * sizeof(T));
+        __builtin_memcpy(index + n, w.order + c0 + col, W * sizeof *index);
+        n += wanted ? W : 0;
+      }
+      if (n > 0) take_rows(c, row, 1, picked, n, n, index, scratch.queue);
+    }
+  }
+  if (!both) return;
+  uint8_t of[kT / W][kT];  // the rows near each strip of columns
+  int count[kT / W] = {};
+  for (int r = 0; r < real_rows; ++r)
+    for (uint64_t left = near[r]; left; left &= left - 1) {
+      const int v = __builtin_ctzll(left);
+      of[v][count[v]++] = static_cast<uint8_t>(r);
+    }
+  Lock lock(w.locks + J - first_tile);
+  for (int v = 0; v < kT / W; ++v) {
+    if (count[v] == 0) continue;
+    T ceiling[W];
+    for (int p = 0; p < W; ++p) {
+      const int64_t row = c0 + v * W + p;
+      ceiling[p] = row >= pass.begin && row < pass.end ? w.rows[row].ceiling : T(-1);
+    }
+    int n = 0;
+    int32_t wanted[W] = {};
+    for (int i = 0; i < count[v]; ++i) {
+      const T* const from = tile + of[v][i] * kT + v * W;
+      int32_t here[W], any = 0;
+      for (int p = 0; p < W; ++p) any |= here[p] = from[p] <= ceiling[p];
+      for (int p = 0; p < W; ++p) wanted[p] |= here[p];
+      __builtin_memcpy(picked + n * W, from, W * sizeof(T));
+      index[n] = w.order[r0 + of[v][i]];
+      n += any;
+    }
+    if (n == 0) continue;
+    for (; n % W != 0; ++n) S::store(picked + n * W, S::set1(std::numeric_limits<T>::quiet_NaN()));
+    S::transpose(picked, W, n, scratch.strip);
+    for (int p = 0; p < W; ++p)
+      if (wanted[p]) take_rows(c, c0 + v * W + p, 1, scratch.strip + p * n, n, n, index, scratch.queue);
+  }
+}
+
 // One tile: anchors' rows [r0, ..) of tile I against candidates [c0, ..) of tile J; anchors outside [begin, end) are not of
 // this pass. `both`: the candidates of J are anchors of this pass too.
 template <class S>
@@ -97,9 +161,10 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
     rows = static_cast<int>(round_up(to - r0, S::MR));
   }
   T* tile = scratch.tile;
-  Wanted wanted;
-  if (c.screening && I != J) {
-    wanted = screened_distances(c, r0, row0, rows, c0, cols, both, begin, end, std::numeric_limits<T>::quiet_NaN(), tile);
+  uint64_t near[kT];
+  const bool screened = c.screening && I != J;
+  if (screened) {
+    screened_distances(c, r0, row0, rows, c0, cols, both, begin, end, tile, near);
   } else {
     squared_distances<S>(w.ax + (r0 + row0) * c.Dp, c.Dp, w.anorm + r0 + row0, w.panels, c.panel_size, c0, w.norm, c.D,
                          rows - row0, cols, I == J && both, tile + row0 * kT, kT);
@@ -116,15 +181,18 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
   }
   if (both && I == J)
     for (int r = real_rows; r < rows; ++r) fill(tile + r * kT, cols, nan);
+  if (screened) {
+    take_near(c, I, J, both, {from, to}, {begin, end}, real_rows, tile, near, first_tile);
+    return;
+  }
 
   if (from < to) {
     Lock lock(w.locks + I - first_tile);
     for (int64_t row = from; row < to;) {
       const int skip = both && I == J ? static_cast<int>((row - r0) / S::W * S::W) : 0;  // below the diagonal
       const int64_t last = row - (row - r0) % S::W + S::W < to ? row - (row - r0) % S::W + S::W : to;
-      if (wanted.rows >> (row - r0) / S::W & 1)
-        take_rows(c, row, static_cast<int>(last - row), tile + (row - r0) * kT + skip, kT, cols - skip, w.order + c0 + skip,
-                  scratch.queue);
+      take_rows(c, row, static_cast<int>(last - row), tile + (row - r0) * kT + skip, kT, cols - skip, w.order + c0 + skip,
+                scratch.queue);
       row = last;
     }
   }
@@ -132,7 +200,7 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
     Lock lock(w.locks + J - first_tile);
     for (int col = 0; col < cols; col += S::W) {
       const int64_t a = c0 + col > begin ? c0 + col : begin, b = c0 + col + S::W < end ? c0 + col + S::W : end;
-      if (a >= b || !(wanted.columns >> col / S::W & 1)) continue;
+      if (a >= b) continue;
       const int height =
           I == J ? static_cast<int>(round_up(col + S::W, kColumnPad) < rows ? round_up(col + S::W, kColumnPad) : rows) : rows;
       S::transpose(tile + col, kT, height, scratch.strip);

@@ -121,12 +121,17 @@ void tile_distances(const Call<S>& c, const Tile& tile, int64_t begin, int64_t e
   const int64_t bottom = tile.both ? (top + kT < c.A ? top + kT : c.A) : tile.r1;
   const int rows = static_cast<int>(round_up(bottom - top, S::MR) - low);
   const int cols = static_cast<int>(round_up(tile.c1 - tile.c0, S::NR));
-  if (c.screening && tile.I != tile.J)
-    screened_distances(c, top, static_cast<int>(low), static_cast<int>(low) + rows, tile.c0, cols, tile.both, begin, end,
-                       kNoNegative<T>, out);
-  else
+  if (c.screening && tile.I != tile.J) {
+    uint64_t near[kT];
+    const int first = static_cast<int>(low);
+    screened_distances(c, top, first, first + rows, tile.c0, cols, tile.both, begin, end, out, near);
+    for (int r = first; r < first + rows; ++r)
+      for (int v = 0; v < cols / S::W; ++v)
+        if (!(near[r] >> v & 1)) S::store(out + r * kT + v * S::W, S::set1(kNoNegative<T>));
+  } else {
     squared_distances<S>(w.ax + (top + low) * c.Dp, c.Dp, w.anorm + top + low, w.panels, c.panel_size, tile.c0, w.norm, c.D,
                          rows, cols, false, out + low * kT, kT);
+  }
   out += low * kT;
   if (counts_all(c.args))
     for (int64_t row = top + low; row < bottom; ++row) find_near(c, tile, row, cols, out + (row - top - low) * kT);
