@@ -77,8 +77,9 @@ void take_rows(const Call<S>& c, int64_t row, int count, const typename S::T* d,
   }
 }
 
-// The same for a tile of which only the vectors in `near` have been computed (screen.h), rows [from, to) and columns of
-// [begin, end). What lies beyond an anchor's ceiling after all is left out: few anchors of a tile find anything.
+// The same for a tile of which only the vectors in `near` have been computed (screen.h). rows: this pass's anchors among its
+// rows; pass: all of this pass's. What is within an anchor's ceiling after all is copied side by side and taken at once: few
+// anchors find anything, while most strips of W anchors hold a vector for one of them.
 template <class S>
 void take_near(const Call<S>& c, int64_t I, int64_t J, bool both, Range rows, Range pass, int real_rows,
                const typename S::T* tile, const uint64_t* near, int64_t first_tile) {
@@ -101,7 +102,7 @@ void take_near(const Call<S>& c, int64_t I, int64_t J, bool both, Range rows, Ra
         for (int p = 0; p < W; ++p) wanted |= from[col + p] <= ceiling;
         __builtin_memcpy(picked + n, from + col, W * sizeof(T));
         __builtin_memcpy(index + n, w.order + c0 + col, W * sizeof *index);
-        n += wanted ? W : 0;
+        n += wanted ? W : 0;  // or overwritten by the next
       }
       if (n > 0) take_rows(c, row, 1, picked, n, n, index, scratch.queue);
     }

@@ -105,13 +105,16 @@ inline Problem random_problem(uint64_t seed, bool wide, bool threaded) {
   const int64_t budget = 6'000'000;  // products: keeps the emulation quick
   while (p.C * p.C * p.D > budget && p.D > 40) p.D /= 2;
   if (threaded) p.C = 400 + r.below(200), p.D = 10 + r.below(10);
-  const int form = threaded ? 0 : static_cast<int>(r.below(4));  // 0, 1: plain; 2: one rank's rows; 3: anchors are no candidates
+  const bool apart = !wide && !threaded && seed % 20 == 12;  // classes far from each other: tiles are screened (cpu/screen.h)
+  if (apart) p.C = 390 + r.below(100), p.D = 10 + r.below(20);
+  // 0, 1: plain; 2: one rank's rows; 3: anchors are no candidates
+  const int form = threaded || apart ? 0 : static_cast<int>(r.below(4));
   p.A = p.C;
   if (form == 2) p.A = r.below(p.C + 1), p.offset = r.below(p.C - p.A + 1);
   if (form == 3) p.A = r.size(300) - r.one_in(20), p.offset = -1;
   if (form == 3 && r.one_in(30)) p.C = 0;
   int64_t K = r.size(300);
-  if (threaded) K = 1 + K % 40;
+  if (threaded || apart) K = 1 + K % 40;
   if (seed % 101 == 7) {  // one class so large that its anchors' slots take several passes
     p.C = p.A = 1100, p.offset = 0, p.D = 3, K = 1050;
     if (seed % 2) p.A = 2000, p.C = 620, K = 590, p.offset = -1;
@@ -134,7 +137,7 @@ inline Problem random_problem(uint64_t seed, bool wide, bool threaded) {
   p.other_threads = static_cast<int>(1 + r.below(3));
   if (threaded) p.threads = 3, p.other_threads = 2;
 
-  const double spread = r.uniform() * 2;
+  const double spread = r.uniform() * (apart ? 0.5 : 2);
   const auto draw = [&](std::vector<double>& rows, const std::vector<int64_t>& labels) {
     std::vector<double> row(static_cast<size_t>(p.D));
     for (const int64_t l : labels) {
@@ -157,7 +160,7 @@ inline Problem random_problem(uint64_t seed, bool wide, bool threaded) {
   for (const double v : p.x) square += std::isfinite(v) ? v * v : 0;
   const double typical = p.normalize ? 1 : p.C > 0 ? square / static_cast<double>(p.C) : 1;
   const double factors[] = {0, 0.02, 0.2, 2};
-  p.margin = factors[r.below(4)] * (p.distance == Distance::euclidean ? std::sqrt(typical) : typical);
+  p.margin = factors[r.below(apart ? 3 : 4)] * (p.distance == Distance::euclidean ? std::sqrt(typical) : typical);
   p.name = "seed " + std::to_string(seed) + (wide ? " float64" : "") + ": " + geometry_name(g) + " A=" + std::to_string(p.A) +
            " C=" + std::to_string(p.C) + " D=" + std::to_string(p.D) + " K=" + std::to_string(K) +
            " offset=" + std::to_string(p.offset) + " dtype=" + std::to_string(static_cast<int>(p.dtype)) +
