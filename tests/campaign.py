@@ -23,11 +23,16 @@ import time
 from pathlib import Path
 
 import torch
+import tqdm
 import triplet_loop
 from cases import DTYPES, random_case
 from oracle import DIRECT_TOLERANCE, GRADIENT_TOLERANCE, LOSS_TOLERANCE, run_case
 
 import facenet_ext
+
+
+def progress(first: int, count: int) -> tqdm.tqdm:
+    return tqdm.tqdm(range(first, first + count), unit="case", mininterval=1)
 
 
 def main() -> int:
@@ -53,7 +58,7 @@ def main() -> int:
     worst: dict[torch.dtype, collections.defaultdict] = {dtype: collections.defaultdict(float) for dtype in DTYPES}
     failures = []
     begin = time.perf_counter()
-    for seed in range(arguments.seed, arguments.seed + arguments.cases):
+    for seed in progress(arguments.seed, arguments.cases):
         case = random_case(seed, arguments.max_rows, arguments.max_dim)
         if arguments.verbose:
             print(case.name, flush=True)
@@ -132,7 +137,7 @@ def rules(arguments: argparse.Namespace, launcher) -> int:
     failures, seen = [], set()
     cases = len(combinations) if arguments.cases is None else arguments.cases
     begin = time.perf_counter()
-    for seed in range(arguments.seed, arguments.seed + cases):
+    for seed in progress(arguments.seed, cases):
         case = triplet_loop.random_case(seed, combinations[seed % len(combinations)])
         seen.add(seed % len(combinations))
         if arguments.verbose:
