@@ -42,6 +42,12 @@ def test_no_torch_header_under_csrc():
         assert not bad, f"{path.relative_to(ROOT)} includes {bad}"
 
 
+def test_cmake_names_every_source():
+    named = re.findall(r"\b(\w+/\w+\.(?:cpp|cu))\b", (ROOT / "csrc" / "CMakeLists.txt").read_text())
+    compiled = {path.relative_to(ROOT / "csrc").as_posix() for path in SOURCES if path.suffix in (".cpp", ".cu")}
+    assert set(named) == compiled - {"bindings.cpp"}
+
+
 def imports(path: Path) -> set[str]:
     """What a module imports, relative ones with their dots."""
     found = set()
