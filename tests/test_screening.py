@@ -60,11 +60,12 @@ def test_same_bits(shape, noise, options):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_uneven_lengths_and_misplaced_rows(threads):
-    """Rows of very different lengths (the bound is in units of the longest), some equal, some 0."""
+    """Rows of very different lengths (the bound is in units of the longest), some equal, some 0 or hardly more."""
     x, labels = apart(900, 6, 130, 0.5, seed=4)
     x = x * torch.logspace(-2, 0.5, len(x))[torch.randperm(len(x), generator=torch.Generator().manual_seed(5))][:, None]
     x[::50] = x[7]
     x[3::97] = 0
+    x[5::89] = 1e-41  # the inverse of their step is no number
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

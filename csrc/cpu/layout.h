@@ -100,7 +100,7 @@ struct Workspace {
   int8_t* coarse;  // [Cp / NR, Dp / 4, NR, 4]
   T* step;  // [Cp] what a unit of a row's numbers is worth
   T* reach;  // [Cp] a pair's squared distance is at least reach_a + reach_b - 2 step_a step_b coarse_a.coarse_b
-  int32_t* level;  // [Cp] what the products of two rows are too many if one of them is moved above 0
+  int32_t* level;  // [Cp] -kUp times their sum: takes back that the other row of a product was moved up by kUp
   // the rows as whole numbers of 24 bits, where weights are summed in bytes (dense.h)
   int8_t* digits;  // [Cp / 4, Dp / 16, 3, 16, 4]
   // anchors, sorted; the same memory as above where anchors and candidates are the same rows

@@ -82,7 +82,9 @@ void take_rows(const Call<S>& c, int64_t row, int count, const typename S::T* d,
 // anchors find anything, while most strips of W anchors hold a vector for one of them.
 template <class S>
 void take_near(const Call<S>& c, int64_t I, int64_t J, bool both, Range rows, Range pass, int real_rows,
-               const typename S::T* tile, const uint64_t* near, int64_t first_tile) {
+               const typename S::T* tile,  // [kT, kT]
+               const uint64_t* near,       // [kT]
+               int64_t first_tile) {
   using T = typename S::T;
   const auto& w = c.w;
   constexpr int kT = Call<S>::kT, W = S::W;
@@ -101,6 +103,7 @@ void take_near(const Call<S>& c, int64_t I, int64_t J, bool both, Range rows, Ra
         bool wanted = false;
         for (int p = 0; p < W; ++p) wanted |= from[col + p] <= ceiling;
         __builtin_memcpy(picked + n, from + col, W * sizeof(T));
+        // Behind the last candidate whatever follows in the workspace: its distance is NaN.
         __builtin_memcpy(index + n, w.order + c0 + col, W * sizeof *index);
         n += wanted ? W : 0;  // or overwritten by the next
       }
