@@ -244,31 +244,55 @@ struct Avx2 {
   }
 
   static void sorted_places(const T* t, int n, T* sorted, uint32_t* rank) {
-    uint32_t at[W];
-    for (int i = 0; i < n; i += W) {
-      places(t, n, i, at);
-      for (int j = i; j < i + W && j < n; ++j) {
+    uint32_t at[4 * W];
+    for (int i = 0; i < n; i += 4 * W) {
+      const int vectors = (n - i + W - 1) / W;
+      if (vectors > 3) places<4>(t, n, i, at);
+      else if (vectors > 2) places<3>(t, n, i, at);
+      else if (vectors > 1) places<2>(t, n, i, at);
+      else places<1>(t, n, i, at);
+      for (int j = i; j < i + 4 * W && j < n; ++j) {
         sorted[at[j - i]] = t[j];
         rank[at[j - i]] = static_cast<uint32_t>(j);
       }
     }
   }
-  // Where t[first + 0 .. W) belong.
+  // As Avx512::places.
+  template <int U>
   static void places(const T* t, int n, int first, uint32_t* at) {
-    const V mine = load(t + first);
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    __m256i below = _mm256_setzero_si256();
-    for (int j = 0; j < first; ++j)
-      below = _mm256_sub_epi32(below, _mm256_castps_si256(_mm256_cmp_ps(set1(t[j]), mine, _CMP_LE_OQ)));
-    for (int j = first; j < first + W; ++j) {
-      const __m256i less = _mm256_castps_si256(_mm256_cmp_ps(set1(t[j]), mine, _CMP_LT_OQ));
-      const __m256i equal = _mm256_castps_si256(_mm256_cmp_ps(set1(t[j]), mine, _CMP_EQ_OQ));
-      const __m256i later = _mm256_cmpgt_epi32(lanes, _mm256_set1_epi32(j - first));
-      below = _mm256_sub_epi32(below, _mm256_or_si256(less, _mm256_and_si256(equal, later)));
+    V mine[U];
+    __m256i before[U];
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      mine[u] = load(t + first + u * W);
+      before[u] = _mm256_setzero_si256();
     }
-    for (int j = first + W; j < n; ++j)
-      below = _mm256_sub_epi32(below, _mm256_castps_si256(_mm256_cmp_ps(set1(t[j]), mine, _CMP_LT_OQ)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), below);
+    const auto count = [&](int u, V mask) { before[u] = _mm256_sub_epi32(before[u], _mm256_castps_si256(mask)); };
+    for (int j = 0; j < first; ++j) {
+      const V other = set1(t[j]);
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) count(u, _mm256_cmp_ps(other, mine[u], _CMP_LE_OQ));
+    }
+#pragma GCC unroll 4
+    for (int own = 0; own < U; ++own)
+#pragma GCC unroll 8
+      for (int lane = 0; lane < W; ++lane) {
+        const V other = set1(t[first + own * W + lane]);
+        const __m256i behind = _mm256_cmpgt_epi32(lanes, _mm256_set1_epi32(lane));  // equal ones behind it
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) {
+          const V less = _mm256_cmp_ps(other, mine[u], _CMP_LT_OQ), no_greater = _mm256_cmp_ps(other, mine[u], _CMP_LE_OQ);
+          count(u, u > own ? no_greater : u < own ? less : _mm256_blendv_ps(less, no_greater, _mm256_castsi256_ps(behind)));
+        }
+      }
+    for (int j = first + U * W; j < n; ++j) {
+      const V other = set1(t[j]);
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) count(u, _mm256_cmp_ps(other, mine[u], _CMP_LT_OQ));
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + u * W), before[u]);
   }
 
   // As in Avx512::ranks, with 8 steps in one register.
