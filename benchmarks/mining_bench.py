@@ -5,6 +5,7 @@
     python benchmarks/mining_bench.py --cliff                no dimension and no class size falls off a cliff
     python benchmarks/mining_bench.py --memory               large batches: N = 32,768 and 100,000
     python benchmarks/mining_bench.py --rules                every rule of mining against semi-hard
+    python benchmarks/mining_bench.py --references           a batch against the rows of earlier ones
     python benchmarks/mining_bench.py --device cuda          on a GPU: eager, CUDA graph, CUDA graph with a cold L2
     python benchmarks/mining_bench.py --markdown FILE.json   the README's table from a file that --json wrote
 
@@ -12,14 +13,16 @@ The yardstick is a bare X @ X.T into fresh memory, as a user would call it: the 
 """
 
 import argparse
+import functools
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 try:
-    import facenet_ext  # noqa: F401
+    import facenet_ext
 except ImportError as error:
     sys.exit(f"mining_bench: cannot import facenet_ext ({error}). Install it, from the checkout's root: pip install .")
 
@@ -49,6 +52,7 @@ RULES_CHECK = Size(256, 8, 64)  # small enough to be compared with the reference
 RULE_LIMITS = {"hard": 1.0, "all": 2.0, "all_semi_hard": 2.0}  # times semi-hard in the same round
 RULES_MEMORY = Size(32768, 16, 128), 200e6  # bytes above input and gradient
 LIBRARY = Size(1024, 16, 128), 200.0  # pytorch-metric-learning takes at least so many times as long
+REFERENCES = (128, 65536), (512, 65536)  # rows of the batch, rows of earlier ones
 MOST_ROUNDS, LEAST_ROUNDS = 60, 11
 
 
@@ -207,6 +211,28 @@ class Bench:
         self.say("")
         return rows
 
+    def references(self, regimes: list[str]) -> list[dict]:
+        """A batch against earlier rows, which have no gradient: what they may serve as, and the product of both."""
+        rows = []
+        prepare, timer = modes(self.device)["eager" if self.device == "cpu" else "graph"]
+        for regime in regimes:
+            for n, m in REFERENCES:
+                x, y = make_batch(Size(n + m, 16, 128), regime, self.seed, self.device)
+                earlier = dict(reference_embeddings=x[n:].clone(), reference_labels=y[n:].clone())
+                calls = {YARDSTICK.name: prepare(lambda x=x[:n], r=earlier["reference_embeddings"]: x @ r.T)}
+                for which in ("negatives", "all", "only"):
+                    loss = functools.partial(facenet_ext.triplet_loss, references=which, **earlier)
+                    calls[which] = prepare(replace(PACKAGE, loss=loss).bind(x[:n], y[:n]))
+                for call in calls.values():
+                    call()
+                rounds = dict.fromkeys(calls, 2 * LEAST_ROUNDS)
+                samples = round_robin(calls, rounds, timer, self.counter(f"references {regime}", 2 * LEAST_ROUNDS))
+                for name in calls:
+                    row = {"size": [n, m, x.shape[1]], "regime": regime, "name": name}
+                    rows.append(row | summarise(samples[name], samples[YARDSTICK.name]))
+        self.say("")
+        return rows
+
     def rules_memory(self) -> list[dict]:
         rows = []
         for contender in (*RULES, DRAWN):
@@ -269,6 +295,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--cliff", action="store_true", help="instead of the table: dimensions and class sizes against the base")
     add("--memory", action="store_true", help="instead of the table: the peak at N = 32,768 and 100,000")
     add("--rules", action="store_true", help="instead of the table: every rule of mining, and the strongest library")
+    add("--references", action="store_true", help="instead of the table: a batch against the rows of earlier ones")
     add("--markdown", type=Path, metavar="FILE.json", help="measure nothing: the README's table from a JSON file")
     args = parser.parse_args(arguments)
 
@@ -335,7 +362,10 @@ def main(arguments: list[str] | None = None) -> int:
             data["rules"], data["library"] = bench.rules(args.regimes), bench.library()
             data["rules_memory"] = bench.rules_memory()
             print(report.rules_table(data, RULE_LIMITS, RULES_MEMORY[1], LIBRARY[1]))
-        if not (args.cliff or args.memory or args.rules):
+        if args.references:
+            data["references"] = bench.references(args.regimes)
+            print(report.references_table(data["references"]))
+        if not (args.cliff or args.memory or args.rules or args.references):
             print("Time of forward and backward, in brackets over the yardstick's: medians of interleaved calls.")
             print("Peak extra: memory above the input and its gradient.")
             print("".join(f"  {name}: {note}\n" for name, note in data["notes"].items() if note))

@@ -158,6 +158,20 @@ def cliff_table(rows: list[dict], limit: float) -> str:
     return "\n".join(lines)
 
 
+def references_table(rows: list[dict]) -> str:
+    """Time of forward and backward, in brackets over the yardstick's in the same round."""
+    regimes = listed(rows, "regime")
+    lines = [f"{'(N,M,D)':18s}{'references':12s}" + "".join(f"{regime:>18s}" for regime in regimes)]
+    for size in listed(rows, "size"):
+        for name in listed(rows, "name"):
+            line = f"({','.join(map(str, size))})".ljust(18) + name.ljust(12)
+            for row in (row for row in rows if tuple(row["size"]) == size and row["name"] == name):
+                ratio = show_ratio(row["ratio_in_round"]["median"])
+                line += f"{show_seconds(row['seconds']['median'])} ({ratio})".rjust(18)
+            lines.append(line)
+    return "\n".join(lines)
+
+
 def rules_table(data: dict, limits: dict, memory_limit: float, library_limit: float) -> str:
     """Time over that of semi-hard in the same round, in brackets over the yardstick; limits and whether they hold."""
     rows, regimes = data["rules"], listed(data["rules"], "regime")

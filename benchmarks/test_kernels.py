@@ -95,6 +95,12 @@ def test_small_batch(benchmark):
     check(benchmark(forward_and_backward, x.requires_grad_(), y))
 
 
+def test_references(benchmark):
+    x, y = make_batch(Size(128 + 16384, 16, 128), "init")
+    earlier = dict(reference_embeddings=x[128:], reference_labels=y[128:])
+    check(benchmark(forward_and_backward, x[:128].clone().requires_grad_(), y[:128], **earlier))
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 def test_mine_triplets(benchmark, regime):
     x, y = make_batch(BASE, regime)

@@ -96,7 +96,7 @@ void launch_triplet(bool on_cuda,
                     // options
                     int32_t distance, int32_t fallback, int32_t reduction, bool normalize, double margin, int32_t negatives,
                     int32_t positives, int32_t pairs, bool soft_margin, double band, int64_t negatives_only,
-                    std::uintptr_t seed,
+                    int64_t constants, std::uintptr_t seed,
                     // outputs of the loss
                     std::uintptr_t loss, std::uintptr_t grad_candidates, std::uintptr_t grad_anchors,
                     std::uintptr_t stat_counts, std::uintptr_t stat_d2,
@@ -120,6 +120,7 @@ void launch_triplet(bool on_cuda,
   args.dtype = static_cast<DType>(dtype);
   put_options(args, distance, fallback, reduction, normalize, margin, negatives, positives, pairs, soft_margin, band,
               negatives_only);
+  args.constants = constants;
   args.seed = pointer<const int64_t>(seed);
   args.loss = pointer(loss);
   args.grad_candidates = pointer(grad_candidates);

@@ -4,7 +4,8 @@
 //
 //   plain loss      anchors == candidates, A == C, anchor_offset = 0
 //   one rank of W   anchors are rows offset .. offset + A of the gathered candidates
-//   memory          candidates are the batch, then earlier rows, the last `negatives_only` of which are never positives
+//   memory          candidates are the batch, then earlier rows, the last `constants` of which have no gradient and the last
+//                   `negatives_only` of which are never positives
 //   foreign rows    anchors are no candidates at all: anchor_offset = -1
 //
 // Positives of anchor a: candidates of its label, not a itself; `positives` and `pairs` keep some of them. Negatives:
@@ -81,11 +82,15 @@ struct TripletArgs {
   double band;  // > 0: the band is 0 < g <= band; 0: it is 0 < g < margin
   int64_t
       negatives_only;  // the last so many candidates are nobody's positives: an anchor's own class there counts for nothing
+  // The last so many candidates are constants: nobody asks for their gradient. 0 under the rules that give every negative a
+  // term.
+  int64_t constants;
   const int64_t* seed;  // [1] where the inputs are; random rules only. A draw depends on it and on indices, on nothing else
 
   // outputs of the loss; all null when mining
   void* loss;  // [] T
-  void* grad_candidates;  // [C, D] T contiguous, d loss / d candidates (anchors that are candidates included), or null
+  // [C - constants, D] T contiguous, d loss / d candidates (anchors that are candidates included), or null
+  void* grad_candidates;
   void* grad_anchors;  // [A, D] T contiguous, d loss / d anchors where anchor_offset = -1, else null; or null
   // [5] terms, active (loss > 0), fallback (pairs without a negative that the rule wants: terms if it is semi_hard and the
   // fallback farthest, else left out), hard (g <= 0), semi-hard (0 < g < margin); null: not asked for, and the selection

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._options import Options
+from ._options import EVERY, Options
 
 try:
     from . import _C
@@ -67,25 +67,31 @@ class Problem(NamedTuple):
     num_anchors: int = -1  # A where anchors are candidates; -1: all candidates are anchors
     negatives_only: int = 0  # the last so many candidates are never positives
     seed: Tensor | None = None  # [1] int64 on the device of candidates; random rules only
+    own: Tensor | None = None  # [G, D] the first G candidates, of which alone the gradient is asked for; None: of all
 
 
 def triplet_loss(
     problem: Problem, options: Options, need_grad: tuple[bool, bool], need_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """loss [], d loss / d candidates [C, D], d loss / d anchors [A, D], counts [5] int64, d2 [3]; None for what is not
-    needed. The gradients are those before the upstream factor; need_grad: of candidates, of anchors.
+    """loss [], d loss / d candidates [C, D], of which only problem.own's rows if it has any, d loss / d anchors [A, D],
+    counts [5] int64, d2 [3]; None for what is not needed. The gradients are those before the upstream factor;
+    need_grad: of candidates, of anchors.
 
     All but the counts are in ``loss_dtype``. Without the counts the kernels may stop at the margin, which is faster.
     """
     candidates, anchors = problem.candidates, problem.anchors
     dtype, device = loss_dtype(candidates.dtype), candidates.device
     loss = torch.empty((), dtype=dtype, device=device)
-    grad_candidates = torch.empty(candidates.shape, dtype=dtype, device=device) if need_grad[0] else None
+    wanted = candidates.shape[0] if problem.own is None else problem.own.shape[0]
+    rows = candidates.shape[0] if options.negatives in EVERY else wanted  # these rules know no constants
+    grad_candidates = torch.empty((rows, candidates.shape[1]), dtype=dtype, device=device) if need_grad[0] else None
     grad_anchors = torch.empty(anchors.shape, dtype=dtype, device=device) if need_grad[1] else None
     counts = torch.empty(5, dtype=torch.int64, device=device) if need_stats else None
     d2 = torch.empty(3, dtype=dtype, device=device) if need_stats else None
     outputs = tuple(map(_address, (loss, grad_candidates, grad_anchors, counts, d2)))
-    _launch(problem, options, outputs, (0, 0, 0, 0, 0, 0))
+    _launch(problem, options, candidates.shape[0] - rows, outputs, (0, 0, 0, 0, 0, 0))
+    if rows > wanted and need_grad[0]:
+        grad_candidates = grad_candidates[:wanted]
     return loss, grad_candidates, grad_anchors, counts, d2
 
 
@@ -114,7 +120,7 @@ def mine_triplets(problem: Problem, options: Options) -> tuple[Tensor, ...]:
     is_fallback = torch.empty_like(anchor, dtype=torch.bool)  # one byte each, as the kernels write it
     if total:
         outputs = tuple(map(_address, (pair_begin, positive, negative, d2_ap, d2_an, is_fallback)))
-        _launch(problem, options, (0, 0, 0, 0, 0), outputs)
+        _launch(problem, options, 0, (0, 0, 0, 0, 0), outputs)
     return anchor, positive, negative, d2_ap, d2_an, is_fallback
 
 
@@ -174,7 +180,7 @@ def _option_codes(options: Options) -> tuple:
     )
 
 
-def _launch(problem: Problem, options: Options, loss_outputs: tuple, mining_outputs: tuple) -> None:
+def _launch(problem: Problem, options: Options, constants: int, loss_outputs: tuple, mining_outputs: tuple) -> None:
     """Runs the kernels of the candidates' device; groups of arguments as in TripletArgs (csrc/triplet.h)."""
     x, y = _rows(problem.candidates), _labels(problem.candidate_labels)
     count, dim = x.shape
@@ -218,16 +224,16 @@ def _launch(problem: Problem, options: Options, loss_outputs: tuple, mining_outp
             *sizes,
             *(anchor_stride, stride, offset, dtype),
             *codes,
-            *(problem.negatives_only, _address(problem.seed)),
+            *(problem.negatives_only, constants, _address(problem.seed)),
             *loss_outputs,
             *mining_outputs,
             *(workspace.data_ptr(), workspace_bytes, threads, stream, multiprocessors, capability),
         )
 
 
-# Each thread keeps its last CPU workspace, if small: fresh memory costs a page fault per 4 KiB touched, at N = 1800
-# several hundred a call. torch caches GPU memory itself.
-_KEPT_BYTES = 64 << 20
+# Each thread keeps its last CPU workspace, unless it is very large: fresh memory costs a page fault per 4 KiB touched,
+# at N = 1800 several hundred a call, with a memory of 65,536 rows of 128 a third of it. torch caches GPU memory itself.
+_KEPT_BYTES = 256 << 20
 _kept = threading.local()
 
 

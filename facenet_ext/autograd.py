@@ -28,14 +28,13 @@ def triplet_loss(problem: Problem, options: Options, need_stats: bool) -> tuple[
 
     A gradient is computed only where someone can ask for it; counts and d2 are None if not `need_stats`.
     """
-    candidates, anchors = problem.candidates, problem.anchors
+    candidates, anchors = problem.candidates if problem.own is None else problem.own, problem.anchors
     need_grad = torch.is_grad_enabled()
     need_grad = need_grad and candidates.requires_grad, need_grad and anchors is not None and anchors.requires_grad
-    # A tensor subclass (a fake tensor, for one) has no memory to point at: the dispatcher knows what to do with it.
-    if torch.compiler.is_compiling() or type(candidates) not in _PLAIN:
+    if not runs_eagerly(candidates):
         band = 0.0 if options.band is None else float(options.band)
         flat = options._replace(margin=float(options.margin), band=band)
-        loss, _, _, counts, d2 = torch.ops.facenet_ext.triplet_loss(*problem, *flat, *need_grad, need_stats)
+        loss, _, _, counts, d2 = torch.ops.facenet_ext.triplet_loss(*problem[:-1], *flat, *need_grad, need_stats)
         return (loss, counts, d2) if need_stats else (loss, None, None)
     if True in need_grad:
         return _TripletLoss.apply(candidates, anchors, problem, options, need_grad, need_stats)
@@ -43,7 +42,9 @@ def triplet_loss(problem: Problem, options: Options, need_stats: bool) -> tuple[
     return loss, counts, d2
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+def runs_eagerly(rows: Tensor) -> bool:
+    # A tensor subclass (a fake tensor, for one) has no memory to point at: the dispatcher knows what to do with it.
+    return not torch.compiler.is_compiling() and type(rows) in (Tensor, torch.nn.Parameter)
 
 
 class _TripletLoss(torch.autograd.Function):

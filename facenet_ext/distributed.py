@@ -231,6 +231,7 @@ class _GlobalTripletLoss(torch.autograd.Function):
 def _problem(gathered: Gathered, n: int, references: Tensor | None, reference_labels: Tensor | None, which: str):
     """Own rows against the rows of all ranks, then the references."""
     rows, labels, negatives_only = gathered.rows, gathered.labels, 0
+    own = None if references is None or references.requires_grad else rows
     if references is not None:
         rows, labels = torch.cat([rows, references]), torch.cat([labels, reference_labels])
         negatives_only = len(references) if which == "negatives" else 0
@@ -241,6 +242,7 @@ def _problem(gathered: Gathered, n: int, references: Tensor | None, reference_la
         num_anchors=n,
         negatives_only=negatives_only,
         seed=gathered.seed,
+        own=own,
     )
 
 

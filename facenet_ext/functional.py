@@ -67,7 +67,7 @@ def triplet_loss(
             batch, equal draws, for any number of threads and ranks; on another device too, but for negatives within
             rounding of the band's edge. Other rules do not look at it.
         reference_embeddings, reference_labels: [M, D] and [M], further candidates on the same device, converted to the
-            dtype of ``embeddings``; no anchors. Their gradient is returned where they require one.
+            dtype of ``embeddings``; no anchors. Their gradient is made and returned where they require one.
         references: what they serve as. "negatives": negatives beside the batch's; of an anchor's own label they count
             for nothing. "all": positives too. "only": positives and negatives are references alone.
         process_group: mines this rank's rows among the rows of all ranks of the group, in order of rank; numbers of
@@ -141,12 +141,15 @@ def problem_of(
         return Problem(embeddings, labels, seed=seed)
     if references == "only":
         return Problem(*rows, embeddings, labels, anchor_offset=-1, seed=seed)
+    # Rows of earlier steps are constants: no gradient of thousands of them is made to be dropped.
+    are_constants = autograd.runs_eagerly(embeddings) and not rows[0].requires_grad
     return Problem(
-        torch.cat([embeddings, rows[0]]),
+        torch.cat([embeddings.detach() if are_constants else embeddings, rows[0]]),
         torch.cat([labels.to(torch.int64), rows[1]]),
         num_anchors=embeddings.shape[0],
         negatives_only=rows[0].shape[0] if references == "negatives" else 0,
         seed=seed,
+        own=embeddings if are_constants else None,
     )
 
 

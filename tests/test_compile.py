@@ -14,7 +14,7 @@ OP_OPTIONS = Options(band=0.0)
 
 def op_arguments(x, y, need_grad, need_stats):
     """The op's arguments for a plain batch."""
-    return *_backend.Problem(x, y), *OP_OPTIONS, need_grad, False, need_stats
+    return *_backend.Problem(x, y)[:-1], *OP_OPTIONS, need_grad, False, need_stats
 
 
 def batch(device, dtype=torch.float32, n=24, dim=8):
@@ -227,7 +227,7 @@ def flat_arguments(options, x, y, r, z, references, need_grad):
     draw = functional.draw_seed(options, torch.Generator().manual_seed(1), x.device)
     problem = functional.problem_of(x, y, None if references is None else (r, z), references, draw)
     flat = options._replace(band=options.band or 0.0)
-    return *problem, *flat, need_grad, need_grad and problem.anchors is not None, True
+    return *problem[:-1], *flat, need_grad, need_grad and problem.anchors is not None, True
 
 
 @pytest.mark.parametrize("references", [None, "negatives", "all", "only"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from facenet_ext import CrossBatchMemory, SemiHardTripletLoss, mine_triplets, reference
+from facenet_ext import CrossBatchMemory, SemiHardTripletLoss, _options, mine_triplets, reference, triplet_loss
 
 
 def batch(n: int, seed: int, dim: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,6 +55,46 @@ def test_loss_and_gradient_are_those_of_the_rows(positives):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, plain)[0], rtol=1e-11, atol=1e-12)
     assert not memory.embeddings.requires_grad
+
+
+@pytest.mark.parametrize("rule", _options.NEGATIVES)
+@pytest.mark.parametrize("which", _options.REFERENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_without_gradient_change_no_bit_of_the_batches(rule, which, dtype):
+    """Of constants no gradient is made; where they ask for one, the batch's is the same."""
+    x, y = batch(70, 3, 40)
+    old, old_labels = batch(250, 4, 40)
+    x, old = x.to(dtype), old.to(dtype)
+    for options in ({}, {"normalize": True, "distance": "cosine"}, {"reduction": "mean_active", "fallback": "skip"}):
+        results = []
+        for is_constant in (True, False):
+            own, rows = x.clone().requires_grad_(), old.clone().requires_grad_(not is_constant)
+            more = dict(reference_embeddings=rows, reference_labels=old_labels, references=which)
+            generator = torch.Generator().manual_seed(5)
+            loss = triplet_loss(own * 1, y, margin=30.0, negatives=rule, generator=generator, **options, **more)
+            (2 * loss).backward()
+            assert own.grad.shape == x.shape and own.grad.dtype == dtype and own.grad.any()
+            assert (rows.grad is None) == is_constant
+            results.append((loss.detach(), own.grad))
+        assert all(map(torch.equal, *results)), options
+
+
+def test_rows_without_gradient_and_who_asks_for_one():
+    x, y = batch(9, 3)
+    old, old_labels = batch(12, 4)
+    more = dict(reference_embeddings=old, reference_labels=old_labels)
+    assert not triplet_loss(x, y, **more).requires_grad
+    x.requires_grad_()
+    with torch.no_grad():
+        assert not triplet_loss(x, y, **more).requires_grad
+    loss = triplet_loss(x, y, margin=9.0, **more)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+    broken = old.clone()
+    broken[3, 1] = torch.nan
+    loss = triplet_loss(x, y, reference_embeddings=broken, reference_labels=old_labels)
+    assert loss.isnan() and torch.autograd.grad(loss, x)[0].isnan().all()
 
 
 def test_miner_takes_negatives_from_the_memory():

@@ -35,6 +35,7 @@ struct Call {
   const bool hard;  // the closest negative, whatever the positives' distances are
   const bool one_positive;  // the farthest or closest
   const bool every_pair;  // both (i, j) and (j, i) of all candidates of one label
+  const int64_t gradient_rows;  // candidates of an index below it have a gradient
   const int threads;     // below about a million products a second thread costs more than it brings
 
   Classes classes{};
@@ -65,6 +66,7 @@ struct Call {
         hard(a.negatives == Negatives::hard),
         one_positive(a.positives != Positives::all),
         every_pair(!one_positive && a.pairs == PairOrder::ordered && a.negatives_only == 0),
+        gradient_rows(C - a.constants),
         threads(static_cast<double>(A) * static_cast<double>(C) * static_cast<double>(D) < 1e6 ? 1 : a.num_threads) {}
 
   bool wants_gradient() const { return args.grad_candidates || args.grad_anchors; }

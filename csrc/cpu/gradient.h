@@ -145,6 +145,7 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
     return place >= 0 ? w.weight[w.rows[row].slot + place] : T(0);
   };
   const auto in_pass = [&](int64_t row) { return row >= begin && row < end; };
+  const auto is_constant = [&](int64_t j) { return w.order[j] >= c.gradient_rows; };
 
   // Is the class of candidate j in hand as a whole, all of its pairs in both directions?
   const auto whole_class = [&](int64_t j) {
@@ -198,6 +199,8 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
   if (args.grad_candidates) {
     // All positives of a few rows, then all negatives: the former share what the latter would drive out of L1.
     own_rows_first(c, 0, c.C, kRows, [&](int64_t j0, int64_t j1) {
+      while (j0 < j1 && is_constant(j0)) ++j0;  // most of a memory's rows
+      if (j0 == j1) return;
       const auto scratch = c.scratch(omp_get_thread_num());
       fill(scratch.rows, (j1 - j0) * c.Dp, T(0));
       const auto carry_of = [&](int64_t j) -> T* {
@@ -212,17 +215,18 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
         return {w.x + j * c.Dp, x, c.Dp, scratch.list, scratch.list_weight, scratch.block, rows, carry_of(j)};
       };
       for (int64_t j = j0; end > begin && j < j1;) {
-        if (!whole_class(j)) {
-          add_positives(j, gather_for(j));
+        if (is_constant(j) || !whole_class(j)) {
+          if (!is_constant(j)) add_positives(j, gather_for(j));
           ++j;
           continue;
         }
-        int count = 1;
+        int count = 1;  // a class's constants are its last
         while (count < GatherTogether<S>::kTogether && j + count < j1 && w.class_of[j + count] == w.class_of[j]) ++count;
         add_class(j, count, scratch.block, scratch.rows + (j - j0) * c.Dp, carry_of(j));
         j += count;
       }
       for (int64_t j = j0; j < j1; ++j) {
+        if (is_constant(j)) continue;
         const Gather<S> gather = gather_for(j);
         if (end > begin) {
           if (j + 1 < c.C) {  // a list that comes from afar is waited for before the first row it names can be asked for

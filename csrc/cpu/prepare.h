@@ -175,7 +175,7 @@ void fill_nan(const Call<S>& c) {
   using T = typename S::T;
   const T nan = std::numeric_limits<T>::quiet_NaN();
   *static_cast<T*>(c.args.loss) = nan;
-  if (c.args.grad_candidates) fill(static_cast<T*>(c.args.grad_candidates), c.C * c.D, nan);
+  if (c.args.grad_candidates) fill(static_cast<T*>(c.args.grad_candidates), c.gradient_rows * c.D, nan);
   if (c.args.grad_anchors) fill(static_cast<T*>(c.args.grad_anchors), c.A * c.D, nan);
   if (!c.args.stat_counts) return;
   fill(c.args.stat_counts, 5, int64_t{0});

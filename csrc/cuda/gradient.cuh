@@ -11,7 +11,7 @@
 // times 2 (squared) or 1 (euclidean, cosine; Roots), over the number of counted pairs. Differences, not rowsum * x - S x:
 // near-duplicates keep their relative accuracy.
 //
-//   5 gather    a warp per row; bytes from L2: two rows per active pair; class rows mostly from L1
+//   5 gather    a warp per row that is no constant; bytes from L2: two rows per active pair; class rows mostly from L1
 //
 // A candidate's list stands in its own places of `list`; only if some list is longer do two more phases, each behind a grid
 // barrier, build them anew:
@@ -253,7 +253,8 @@ __device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass, bool o
     const int64_t position = turn + warp;
     const bool has_row = position < p.candidates.count;
     const int32_t index = has_row ? sorted_index(p, p.candidates)[position] : 0;
-    const int32_t length = has_row ? p.times_chosen[index] : 0;
+    const bool has_gradient = has_row && index < p.gradient_rows;
+    const int32_t length = has_gradient ? p.times_chosen[index] : 0;
     const int32_t begin = overflow ? p.list_begin[index] : index * p.list_places;
     __syncthreads();  // the turn before is done with `s`
     if (lane == 0) {
@@ -268,7 +269,7 @@ __device__ void gather_gradients(const Problem<Acc>& p, const Pass& pass, bool o
       const int32_t from = s.begin[i];
       block_sort(p.list + from, p.sorted_list + from, p.list_scratch + from, s.length[i]);
     }
-    if (!has_row) continue;
+    if (!has_gradient) continue;
     const bool is_short = length <= kWarpSort;
     if (is_short) {
       for (int32_t e = lane; e < length; e += 32) s.list[warp][e] = p.list[begin + e];
@@ -344,7 +345,7 @@ __device__ void write_nan(const Problem<Acc>& p) {
   for (int set = 0; set < (p.plain ? 1 : 2); ++set) {
     const Rows<Acc>& rows = set == 0 ? p.candidates : p.anchors;
     if (rows.gradient_out == nullptr) continue;
-    const int64_t elements = int64_t(rows.count) * p.dim;
+    const int64_t elements = int64_t(set == 0 ? p.gradient_rows : rows.count) * p.dim;
     for (int64_t i = int64_t(block_index()) * kThreads + thread_index(); i < elements; i += int64_t(grid_size()) * kThreads) {
       static_cast<Acc*>(rows.gradient_out)[i] = nan;
     }

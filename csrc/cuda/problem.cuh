@@ -131,6 +131,7 @@ struct Problem {
   bool unordered;
   bool drops_pairs;  // not every candidate of the anchor's class makes a pair: one of the three options above, or those below
   int32_t positives_end;  // candidates from this index on are nobody's positives
+  int32_t gradient_rows;  // candidates from this index on are constants
   bool direct;  // the loss takes every distance in direct form, not those of near pairs alone (finish.cuh)
   bool is_usual;  // the plain loss with a hinge over squared distances, semi-hard negatives and a gradient, without statistics
   bool without_negative;  // a pair whose bucket is empty does not count, or (mining, random rules) has negative -1
@@ -247,6 +248,7 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.unordered = args.pairs == PairOrder::unordered;
   p.drops_pairs = p.unordered || p.positives != Positives::all || args.negatives_only > 0;
   p.positives_end = static_cast<int32_t>(args.num_candidates - args.negatives_only);
+  p.gradient_rows = static_cast<int32_t>(args.num_candidates - args.constants);
   p.without_negative = draws(p) || (p.negatives == Negatives::semi_hard && args.fallback == Fallback::skip && !p.mining);
   p.direct = sizeof(Acc) == 8 || M == Math::simt32 || p.mining || draws(p) || args.dim > kExpandedDim;
   p.closed = p.negatives == Negatives::random_semi_hard && args.band > 0;

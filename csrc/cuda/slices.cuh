@@ -368,7 +368,7 @@ __device__ __forceinline__ void gather_slices(const Problem<float>& p, const Pas
 // How wide slices are and which items there are, and the block's shared memory with one; slice_lanes stays 0 where none fits,
 // or the rows are not of the kind above. Where the rows lie changes how they are copied, not who sums what: the same bits.
 inline void choose_slice(const TripletArgs& args, Problem<float>& p, int64_t blocks, int64_t limit, int64_t* bytes) {
-  if (!p.plain || p.normalize || p.candidates.gradient_out == nullptr || blocks == 0) return;
+  if (!p.plain || p.normalize || p.candidates.gradient_out == nullptr || args.constants > 0 || blocks == 0) return;
   p.writes_fours = p.dim % 4 == 0 && reinterpret_cast<uintptr_t>(p.candidates.gradient_out) % 16 == 0;
   if (p.dim >= 1 << 18) return;  // SliceItem counts on few slices
   int32_t lanes = 8;

@@ -48,12 +48,15 @@ Status launch_triplet(const TripletArgs& args) {
   if (args.multiprocessors < 1) return {Code::invalid, name, "multiprocessors is not set"};
   if (args.compute_capability < 75) return {Code::unsupported, name, "the device is older than compute capability 7.5"};
 
+  if (args.constants < 0 || args.constants > args.num_candidates || (is_dense(args) && args.constants > 0))
+    return {Code::invalid, name, "constants are some of the candidates, and none under a rule of every negative"};
+
   if (args.num_anchors == 0 || args.num_candidates == 0) {  // no pair: zeros
     const bool wide = args.dtype == DType::float64;
     const int64_t scalar = wide ? 8 : 4;
     Status status = fill_zero(args.loss, scalar, args.stream);
     if (status.code == Code::ok) {
-      status = fill_zero(args.grad_candidates, args.num_candidates * args.dim * scalar, args.stream);
+      status = fill_zero(args.grad_candidates, (args.num_candidates - args.constants) * args.dim * scalar, args.stream);
     }
     if (status.code == Code::ok) status = fill_zero(args.grad_anchors, args.num_anchors * args.dim * scalar, args.stream);
     if (status.code == Code::ok) status = fill_zero(args.stat_counts, 5 * 8, args.stream);

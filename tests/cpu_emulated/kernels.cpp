@@ -18,12 +18,25 @@ bool all_nan(const std::vector<T>& v) {
   return std::all_of(v.begin(), v.end(), [](T e) { return std::isnan(e); });
 }
 
+// The gradient of the first candidates alone is those rows of the gradient of all.
+template <class T>
+void check_constants(const Kernels& k, Problem p, Loss<T> full, Report& report) {
+  p.constants = Random{static_cast<uint64_t>(p.C * 7 + p.D)}.below(p.C + 1);
+  full.grad.resize(static_cast<size_t>((p.C - p.constants) * p.D));
+  const Loss<T> some = loss_of<T>(k, p, p.other_threads, false, true, true);
+  if (some.loss != full.loss || !same_bits(some.grad, full.grad) || !same_bits(some.agrad, full.agrad))
+    report.fail("loss or gradient depends on how many candidates are constants (" + std::to_string(p.constants) + ")");
+}
+
 template <class T>
 void check_losses(const Kernels& k, const Problem& p, Oracle<T>& oracle, const Mined<T>& chosen, Report& report) {
   const Loss<T> full = loss_of<T>(k, p, p.threads, true, true, true);
   if (!p.finite) {  // must not look like a number
     const bool nan = std::isnan(full.loss) && std::isnan(full.d2[0]) && std::isnan(full.d2[1]) && std::isnan(full.d2[2]);
     if (!nan || !all_nan(full.grad) || !all_nan(full.agrad)) report.fail("a non-finite input, yet a number came out");
+    Problem some = p;
+    some.constants = p.C / 3;
+    if (!all_nan(loss_of<T>(k, some, p.threads, false, true, true).grad)) report.fail("a non-finite input and constants");
     if (full.counts[0] || full.counts[1] || full.counts[2]) report.fail("a non-finite input, yet pairs were counted");
     return;
   }
@@ -33,6 +46,7 @@ void check_losses(const Kernels& k, const Problem& p, Oracle<T>& oracle, const M
   if (pruned.loss != full.loss || !same_bits(pruned.grad, full.grad) || !same_bits(pruned.agrad, full.agrad))
     report.fail("loss or gradient depends on the statistics or on the number of threads (" + std::to_string(p.other_threads) + ")");
   if (loss_of<T>(k, p, p.threads, false, false, false).loss != full.loss) report.fail("loss depends on the gradient");
+  check_constants(k, p, full, report);
   if (p.offset < 0) {
     if (!same_bits(loss_of<T>(k, p, p.threads, false, false, true).agrad, full.agrad)) report.fail("grad_anchors alone differs");
     if (!same_bits(loss_of<T>(k, p, p.threads, true, true, false).grad, full.grad)) report.fail("grad_candidates alone differs");
@@ -83,6 +97,7 @@ void check_rule(Problem p, const std::vector<int64_t>& begin, Report& report) {
     if (!std::isfinite(full.loss) || full.loss < 0) report.fail("loss " + std::to_string(full.loss));
     if (alone.loss != full.loss || !same_bits(alone.grad, full.grad) || !same_bits(alone.agrad, full.agrad))
       report.fail("loss or gradient depends on the statistics or on the number of threads (" + std::to_string(p.other_threads) + ")");
+    if (draws || p.negatives == Negatives::hard) check_constants(*k, p, full, report);
     if (k == &kernels_avx512) avx512 = full;
     if (k == &kernels_avx2 && (full.counts[0] != avx512.counts[0] || full.counts[2] != avx512.counts[2]))
       report.fail("counts other terms than AVX-512");

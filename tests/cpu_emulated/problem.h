@@ -45,6 +45,7 @@ struct Problem {
   double margin = 0, band = 0;
   Negatives negatives = Negatives::semi_hard;
   int64_t seed = 0;
+  int64_t constants = 0;
   int threads = 1, other_threads = 1;
 
   int64_t self(int64_t a) const { return offset < 0 ? -1 : offset + a; }
@@ -226,6 +227,7 @@ struct Call {  // a problem's input in memory and the arguments that do not depe
     args.negatives = p.negatives;
     args.band = p.band;
     args.seed = &p.seed;
+    args.constants = p.constants;
   }
   // In a workspace of exactly the size asked for, filled with a pattern: what is read before it is written shows.
   Status run(const Kernels& kernels, int threads) {
@@ -247,7 +249,10 @@ Loss<T> loss_of(const Kernels& kernels, const Problem& p, int threads, bool stat
   const T nan = std::numeric_limits<T>::quiet_NaN();
   out.loss = 77;
   call.args.loss = &out.loss;
-  if (gradient) out.grad.assign(static_cast<size_t>(p.C * p.D), nan), call.args.grad_candidates = out.grad.data();
+  if (gradient) {
+    out.grad.assign(static_cast<size_t>((p.C - p.constants) * p.D), nan);
+    call.args.grad_candidates = out.grad.data();
+  }
   if (anchor_gradient && p.offset < 0) out.agrad.assign(static_cast<size_t>(p.A * p.D), nan), call.args.grad_anchors = out.agrad.data();
   if (stats) call.args.stat_counts = out.counts, call.args.stat_d2 = out.d2;
   call.run(kernels, threads);

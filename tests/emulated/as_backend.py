@@ -46,7 +46,7 @@ class Launcher:
         """The arguments of bindings.cpp, which has their names in this order."""
         anchors, candidates, anchor_labels, candidate_labels, a, c, dim, *arguments = arguments
         anchor_stride, candidate_stride, offset, dtype, distance, fallback, reduction, normalize, *arguments = arguments
-        margin, negatives, positives, pairs, soft_margin, band, negatives_only, seed, *arguments = arguments
+        margin, negatives, positives, pairs, soft_margin, band, negatives_only, constants, seed, *arguments = arguments
         loss, grad_candidates, grad_anchors, stat_counts, stat_d2, pair_begin, *mined = arguments[:11]
         element, scalar = ELEMENT[dtype], 8 if dtype == 1 else 4
 
@@ -61,7 +61,7 @@ class Launcher:
         numbers += [grad_candidates != 0, grad_anchors != 0, stat_counts != 0, pair_begin != 0, listed]
         numbers += [draw.choice((1, 2, 3)), self.capability, draw.randrange(len(SCHEDULES)), draw.randrange(2**31)]
         numbers += [draw.random() < 0.5, self.shared_kib, negatives, positives, pairs, negatives_only, soft_margin]
-        parts = [struct.pack("<28q2d", *map(int, [*numbers, drawn]), margin, band)]
+        parts = [struct.pack("<29q2d", *map(int, [*numbers, drawn, constants]), margin, band)]
         parts += [rows(candidates, c, candidate_stride), ctypes.string_at(candidate_labels, 8 * c)]
         if not (a == c and offset == 0):
             parts += [rows(anchors, a, anchor_stride), ctypes.string_at(anchor_labels, 8 * a)]
@@ -69,7 +69,7 @@ class Launcher:
             self.process.stdin.write(b"".join([*parts, begin]))
             self.process.stdin.flush()
         self.take(8)  # the workspace's size
-        outputs = [(loss, 1), (grad_candidates, c * dim), (grad_anchors, a * dim)]
+        outputs = [(loss, 1), (grad_candidates, (c - constants) * dim), (grad_anchors, a * dim)]
         outputs = [(address, scalar * count) for address, count in outputs]
         outputs += [(stat_counts, 40), (stat_d2, 3 * scalar)]
         outputs += zip(mined, (8 * listed, 8 * listed, scalar * listed, scalar * listed, listed), strict=True)

@@ -150,6 +150,7 @@ def draw_rule(seed: int, largest: int = 130) -> Case:
         "band": pick((0, 0, 0.1, 0.25, 1.0)),
         "negatives_only": 0 if rng.random() < 0.6 else int(rng.integers(0, len(case.x) + 1)),
         "draw_seed": int(rng.integers(-(2**63), 2**63)),
+        "constants": 0 if rng.random() < 0.6 else int(rng.integers(0, len(case.x) + 1)),
         "distance": distance,
         "normalize": case.normalize or distance == "cosine",
     }

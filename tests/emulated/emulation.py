@@ -134,6 +134,7 @@ class Case:
     soft_margin: bool = False
     band: float = 0  # 0: the margin
     negatives_only: int = 0
+    constants: int = 0
     draw_seed: int = 7
     fallback: str = "farthest"
     reduction: str = "mean"
@@ -248,9 +249,9 @@ def _encode(case: Case, mining: bool) -> bytes:
     numbers += [loss and case.stats, mining, begin[-1] if mining else 0, case.multiprocessors, case.capability]
     numbers += [SCHEDULES.index(case.schedule), case.seed, case.late_copies, case.shared_kib]
     numbers += [NEGATIVES.index(case.negatives), POSITIVES.index(case.positives), PAIR_ORDERS.index(case.pairs)]
-    numbers += [case.negatives_only, case.soft_margin, case.draw_seed]
+    numbers += [case.negatives_only, case.soft_margin, case.draw_seed, case.constants]
     parts = [
-        struct.pack("<28q2d", *map(int, numbers), case.margin, case.band),
+        struct.pack("<29q2d", *map(int, numbers), case.margin, case.band),
         _padded(case.x, case),
         case.labels.astype("<i8").tobytes(),
     ]
@@ -311,7 +312,7 @@ def run(program: Path, cases: list[tuple[Case, bool]], directory: Path, timeout:
         else:
             out.loss = float(take(scalar, 1)[0])
             if case.gradient:
-                out.grad_candidates = take(scalar, *case.x.shape)
+                out.grad_candidates = take(scalar, len(case.x) - case.constants, case.x.shape[1])
                 if case.anchors is not None:
                     out.grad_anchors = take(scalar, *anchors.shape)
             if case.stats:
@@ -515,6 +516,8 @@ def check_loss(case: Case, mined: Outputs, out: Outputs) -> None:
     ):
         if result is None:
             continue
+        kept = slice(len(result))  # all but the constants
+        x, prepared, gradient, size, maybe = x[kept], prepared[kept], gradient[kept], size[kept], maybe[kept]
         if case.normalize:
             norm = np.linalg.norm(x, axis=1, keepdims=True)
             along = (gradient * prepared).sum(axis=1, keepdims=True)

@@ -16,6 +16,7 @@ struct Header {  // as struct.pack in emulation.py writes it
   int64_t anchors, candidates, dim, anchor_stride, candidate_stride, offset, dtype, distance, fallback, reduction, normalize;
   int64_t want_grad_candidates, want_grad_anchors, want_stats, mining, pairs, multiprocessors, capability, schedule, seed;
   int64_t late_copies, shared_kib, negatives, positives, pair_order, negatives_only, soft_margin, draw_seed;
+  int64_t constants;
   double margin, band;
 };
 
@@ -85,11 +86,13 @@ int main(int argc, char** argv) {
     args.soft_margin = h.soft_margin != 0;
     args.band = h.band;
     args.negatives_only = h.negatives_only;
+    args.constants = h.constants;
     int64_t* draw_seed = static_cast<int64_t*>(malloc(8));
     *draw_seed = h.draw_seed;
     args.seed = draw_seed;
     args.loss = output(scalar, !h.mining, 1);
-    args.grad_candidates = output(h.candidates * h.dim * scalar, h.want_grad_candidates, 2);
+    const int64_t grad_candidates = (h.candidates - h.constants) * h.dim * scalar;
+    args.grad_candidates = output(grad_candidates, h.want_grad_candidates, 2);
     args.grad_anchors = output(h.anchors * h.dim * scalar, h.want_grad_anchors, 3);
     args.stat_counts = static_cast<int64_t*>(output(40, h.want_stats, 4));
     args.stat_d2 = output(3 * scalar, h.want_stats, 5);
@@ -125,7 +128,7 @@ int main(int argc, char** argv) {
     }
     fwrite(&args.workspace_bytes, 8, 1, out);
     write_and_free(args.loss, scalar);
-    write_and_free(args.grad_candidates, h.candidates * h.dim * scalar);
+    write_and_free(args.grad_candidates, grad_candidates);
     write_and_free(args.grad_anchors, h.anchors * h.dim * scalar);
     write_and_free(args.stat_counts, 40);
     write_and_free(args.stat_d2, 3 * scalar);
