@@ -295,9 +295,36 @@ struct Avx2 {
     for (int u = 0; u < U; ++u) _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + u * W), before[u]);
   }
 
-  // As in Avx512::ranks, with 8 steps in one register.
+  // The list is searched as in find(): lane p of R rows holds t[R p .. R p + R). Three probes into the last row find the
+  // lane, R - 1 comparisons the place in it; a gather of 8, which steps of halves would take, costs as much as five of those.
   template <bool kClosed>
   static void ranks(const T* t, int K, T shift, const T* d, int n, int32_t* rank) {
+    constexpr int kCompare = kClosed ? _CMP_LE_OQ : _CMP_LT_OQ;
+    constexpr int kMostRows = 32;
+    if (K >= kMostRows * W) return long_ranks<kClosed>(t, K, shift, d, n, rank);
+    const int rows = K / W + 1;
+    T row[kMostRows * W];  // [rows, W]
+    for (int p = 0; p < W; ++p)
+      for (int i = 0; i < rows; ++i) row[i * W + p] = t[p * rows + i];
+    const V last = load(row + (rows - 1) * W), middle = set1(row[(rows - 1) * W + 3]), s = set1(shift);
+    const __m256i one = _mm256_set1_epi32(1), of_lane = _mm256_set1_epi32(rows);
+    for (int j = 0; j < n; j += W) {
+      const V v = load(d + j) - s;
+      const auto below = [&](V table, __m256i at) {
+        return _mm256_castps_si256(_mm256_cmp_ps(_mm256_permutevar8x32_ps(table, at), v, kCompare));
+      };
+      const __m256i half = _mm256_castps_si256(_mm256_cmp_ps(middle, v, kCompare));
+      __m256i probe = _mm256_sub_epi32(one, _mm256_slli_epi32(half, 2));
+      probe = _mm256_sub_epi32(_mm256_sub_epi32(probe, one), _mm256_slli_epi32(below(last, probe), 1));
+      const __m256i lane = _mm256_sub_epi32(probe, below(last, probe));
+      __m256i at = _mm256_mullo_epi32(lane, of_lane);
+      for (int i = 0; i + 1 < rows; ++i) at = _mm256_sub_epi32(at, below(load(row + i * W), lane));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rank + j), at);
+    }
+  }
+  // As in Avx512::ranks, with 8 steps in one register.
+  template <bool kClosed>
+  static void long_ranks(const T* t, int K, T shift, const T* d, int n, int32_t* rank) {
     constexpr int kCompare = kClosed ? _CMP_LE_OQ : _CMP_LT_OQ;
     int stride = 1;
     while (stride * 8 <= K) stride *= 2;
