@@ -60,10 +60,10 @@ def test_loss_and_gradient_are_those_of_the_rows(positives):
 @pytest.mark.parametrize("rule", _options.NEGATIVES)
 @pytest.mark.parametrize("which", _options.REFERENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_rows_without_gradient_change_no_bit_of_the_batches(rule, which, dtype):
+def test_rows_without_gradient_change_no_bit_of_the_batches(device, rule, which, dtype):
     """Of constants no gradient is made; where they ask for one, the batch's is the same."""
-    x, y = batch(70, 3, 40)
-    old, old_labels = batch(250, 4, 40)
+    x, y = (rows.to(device) for rows in batch(70, 3, 40))
+    old, old_labels = (rows.to(device) for rows in batch(250, 4, 40))
     x, old = x.to(dtype), old.to(dtype)
     for options in ({}, {"normalize": True, "distance": "cosine"}, {"reduction": "mean_active", "fallback": "skip"}):
         results = []

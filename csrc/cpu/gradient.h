@@ -215,12 +215,16 @@ void gradient(Call<S>& c, const Takers<S>& takers) {
         return {w.x + j * c.Dp, x, c.Dp, scratch.list, scratch.list_weight, scratch.block, rows, carry_of(j)};
       };
       for (int64_t j = j0; end > begin && j < j1;) {
-        if (is_constant(j) || !whole_class(j)) {
-          if (!is_constant(j)) add_positives(j, gather_for(j));
+        if (is_constant(j)) {
           ++j;
           continue;
         }
-        int count = 1;  // a class's constants are its last
+        if (!whole_class(j)) {
+          add_positives(j, gather_for(j));
+          ++j;
+          continue;
+        }
+        int count = 1;
         while (count < GatherTogether<S>::kTogether && j + count < j1 && w.class_of[j + count] == w.class_of[j]) ++count;
         add_class(j, count, scratch.block, scratch.rows + (j - j0) * c.Dp, carry_of(j));
         j += count;

@@ -106,6 +106,21 @@ struct Avx2 {
     return count;
   }
 
+  // -1 in each lane where entry `at` of the table is below v, or, as kCompare has it, no greater.
+  template <int kCompare>
+  static __m256i below(V table, __m256i at, V v) {
+    return _mm256_castps_si256(_mm256_cmp_ps(_mm256_permutevar8x32_ps(table, at), v, kCompare));
+  }
+  // How many of the first 7 entries of `last`, ascending, are that: three probes. middle: its entry 3, in every lane.
+  template <int kCompare>
+  static __m256i lane_of(V last, V middle, V v) {
+    // A true comparison is -1: the probe moves on by -2 mask - 1, and so on.
+    const __m256i one = _mm256_set1_epi32(1), half = _mm256_castps_si256(_mm256_cmp_ps(middle, v, kCompare));
+    __m256i probe = _mm256_sub_epi32(one, _mm256_slli_epi32(half, 2));
+    probe = _mm256_sub_epi32(_mm256_sub_epi32(probe, one), _mm256_slli_epi32(below<kCompare>(last, probe, v), 1));
+    return _mm256_sub_epi32(probe, below<kCompare>(last, probe, v));
+  }
+
   // The lanes that a mask names, lowest first.
   static __m256i packing(unsigned mask) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kCompress.lanes[mask])));
@@ -118,7 +133,7 @@ struct Avx2 {
     T upper[kMaxStrided];
     for (int i = 0; i < radix * W; i += W) store(upper + i, values(key + i));
     const V first_bound = load(upper);
-    const __m256i one = _mm256_set1_epi32(1), tags = _mm256_set1_epi32(static_cast<int>(tag));
+    const __m256i tags = _mm256_set1_epi32(static_cast<int>(tag));
     __m256i columns = _mm256_add_epi32(tags, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     int count = 0;
     for (int j = 0; j < n; j += W, columns = _mm256_add_epi32(columns, _mm256_set1_epi32(W))) {
@@ -126,18 +141,11 @@ struct Avx2 {
       if (!kSifted && !_mm256_movemask_ps(_mm256_cmp_ps(v, top, _CMP_LE_OQ))) continue;
       if (kSifted)
         columns = _mm256_add_epi32(tags, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(column + j))));
-      // A true comparison is -1: the probe moves on by -2 mask - 1, and so on.
-      const auto below = [&](V table, __m256i at) {
-        return _mm256_castps_si256(_mm256_cmp_ps(_mm256_permutevar8x32_ps(table, at), v, _CMP_LT_OQ));
-      };
-      const __m256i half = _mm256_castps_si256(_mm256_cmp_ps(middle, v, _CMP_LT_OQ));
-      __m256i probe = _mm256_sub_epi32(one, _mm256_slli_epi32(half, 2));
-      probe = _mm256_sub_epi32(_mm256_sub_epi32(probe, one), _mm256_slli_epi32(below(last, probe), 1));
-      const __m256i lane = _mm256_sub_epi32(probe, below(last, probe));
+      const __m256i lane = lane_of<_CMP_LT_OQ>(last, middle, v);
       __m256i more = _mm256_setzero_si256();
       V wanted = _mm256_permutevar8x32_ps(first_bound, lane);
       for (int i = 0; i + 1 < radix; ++i) {
-        const __m256i mask = below(load(t + i * W), lane);
+        const __m256i mask = below<_CMP_LT_OQ>(load(t + i * W), lane, v);
         more = _mm256_sub_epi32(more, mask);
         wanted =
             _mm256_blendv_ps(wanted, _mm256_permutevar8x32_ps(load(upper + (i + 1) * W), lane), _mm256_castsi256_ps(mask));
@@ -307,18 +315,12 @@ struct Avx2 {
     for (int p = 0; p < W; ++p)
       for (int i = 0; i < rows; ++i) row[i * W + p] = t[p * rows + i];
     const V last = load(row + (rows - 1) * W), middle = set1(row[(rows - 1) * W + 3]), s = set1(shift);
-    const __m256i one = _mm256_set1_epi32(1), of_lane = _mm256_set1_epi32(rows);
+    const __m256i of_lane = _mm256_set1_epi32(rows);
     for (int j = 0; j < n; j += W) {
       const V v = load(d + j) - s;
-      const auto below = [&](V table, __m256i at) {
-        return _mm256_castps_si256(_mm256_cmp_ps(_mm256_permutevar8x32_ps(table, at), v, kCompare));
-      };
-      const __m256i half = _mm256_castps_si256(_mm256_cmp_ps(middle, v, kCompare));
-      __m256i probe = _mm256_sub_epi32(one, _mm256_slli_epi32(half, 2));
-      probe = _mm256_sub_epi32(_mm256_sub_epi32(probe, one), _mm256_slli_epi32(below(last, probe), 1));
-      const __m256i lane = _mm256_sub_epi32(probe, below(last, probe));
+      const __m256i lane = lane_of<kCompare>(last, middle, v);
       __m256i at = _mm256_mullo_epi32(lane, of_lane);
-      for (int i = 0; i + 1 < rows; ++i) at = _mm256_sub_epi32(at, below(load(row + i * W), lane));
+      for (int i = 0; i + 1 < rows; ++i) at = _mm256_sub_epi32(at, below<kCompare>(load(row + i * W), lane, v));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(rank + j), at);
     }
   }
