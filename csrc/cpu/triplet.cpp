@@ -175,8 +175,7 @@ Status launch_triplet(const TripletArgs& args) {
             "build_info()['cpu_isa'] lists those that do"};
   if (args.num_candidates >= (int64_t{1} << 31) || args.num_anchors >= (int64_t{1} << 31))
     return {Code::invalid, "triplet", "more than 2^31 - 1 anchors or candidates"};
-  const bool every = args.negatives == Negatives::all || args.negatives == Negatives::all_semi_hard;
-  if (args.constants < 0 || args.constants > args.num_candidates || (every && args.constants > 0))
+  if (args.constants < 0 || args.constants > args.num_candidates || (counts_all(args) && args.constants > 0))
     return {Code::invalid, "triplet", "constants are some of the candidates, and none under a rule of every negative"};
   if (args.workspace_bytes < triplet_workspace_bytes(args)) return {Code::invalid, "triplet", "the workspace is too small"};
   return args.dtype == DType::float64 ? kernels->run_double(args) : kernels->run_float(args);
