@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
 """Compiles every kernel for every architecture and fails on a spill, a stack frame or a missing mma. Needs no GPU.
 
-python csrc/cuda/compile_gate.py [--architectures 80,86,89,90,100,120]
+python csrc/cuda/compile_gate.py [--architectures 80,86,89,90,100,120] [--recorded FOLDER]
+
+A build can leave its own kernels there to be checked, so that only those of other architectures are compiled:
+
+CMAKE_CUDA_COMPILER_LAUNCHER="$(command -v python3);$PWD/csrc/cuda/compile_gate.py;--record;FOLDER" pip install .
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -51,49 +56,77 @@ def kernel_name(mangled: str) -> str:
     return f"{math}, {({'f': 'float32', 'd': 'float64'}).get(kind, kind[5:].lower())}"
 
 
-def to_ptx(source: Path, architecture: str, directory: Path) -> tuple[Path, dict[str, int]]:
-    """The PTX of one .cu file, and how often each of its kernels says mma."""
+def to_ptx(source: Path, architecture: str, directory: Path) -> Path:
     ptx = directory / f"{source.stem}_{architecture}.ptx"
     nvcc(f"-arch=compute_{architecture}", "-ptx", str(source), "-o", str(ptx))
+    return ptx
+
+
+def assemble(ptx: Path, architecture: str, directory: Path) -> str:
+    """What ptxas says of a file's kernels."""
+    cubin = directory / f"{ptx.stem}.{architecture}"
+    return nvcc(f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", str(ptx), "-o", str(cubin))
+
+
+def rows_of(report: str, ptx: Path) -> list[tuple]:
+    """(architecture, kernel, registers, spilled, stack, mma) for each kernel of a report."""
     bodies = re.split(r"^\s*\.visible \.entry ", ptx.read_text(), flags=re.M)[1:]
-    return ptx, {kernel_name(body.split("(", 1)[0]): len(re.findall(r"\bmma\.sync", body)) for body in bodies}
-
-
-def check(ptx: Path, mma: dict[str, int], architecture: str) -> list[tuple]:
-    """Rows (architecture, kernel, registers, spilled, stack, mma) of one file's PTX for one architecture."""
-    report = nvcc(
-        f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", str(ptx), "-o", str(ptx.with_suffix(f".{architecture}"))
-    )
+    mma = {kernel_name(body.split("(", 1)[0]): len(re.findall(r"\bmma\.sync", body)) for body in bodies}
     rows = []
     for part in report.split("Compiling entry function '")[1:]:
-        name = kernel_name(part.split("'", 1)[0])
+        mangled, architecture = re.match(r"(\w+)' for 'sm_(\d+)'", part).groups()
         stack, stores, loads = re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
         ).groups()
         registers = int(re.search(r"Used (\d+) registers", part)[1])
+        name = kernel_name(mangled)
         rows.append((int(architecture), name, registers, int(stores) + int(loads), int(stack), mma[name]))
     return rows
+
+
+def record(directory: Path, command: list[str]) -> int:
+    """Runs a build's nvcc and keeps its PTX and what ptxas said."""
+    kept = directory / Path(command[command.index("-c") + 1]).stem
+    kept.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run([*command, "-Xptxas=-v", "--keep", f"--keep-dir={kept}"], capture_output=True, text=True)
+    sys.stdout.write(done.stdout)
+    if done.returncode == 0:
+        (kept / "report.txt").write_text(done.stderr)
+    else:
+        sys.stderr.write(done.stderr)
+    return done.returncode
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", default="80,86,89,90,100,120", help="comma-separated (default: %(default)s)")
-    architectures = parser.parse_args().architectures.split(",")
+    parser.add_argument("--recorded", type=Path, help="folder in which a build left what it compiled")
+    parser.add_argument("--record", nargs=argparse.REMAINDER, help="FOLDER NVCC ...: compile, and leave it there")
+    arguments = parser.parse_args()
+    if arguments.record:
+        return record(Path(arguments.record[0]), arguments.record[1:])
+    architectures = arguments.architectures.split(",")
     sources = sorted([*HERE.glob("triplet_*.cu"), HERE / "dense.cu"])
-    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        # As CMakeLists.txt does: from the source to PTX once, from there to each architecture from sm_80 on.
-        ptx = {
-            (source, virtual): pool.submit(to_ptx, source, virtual, Path(directory))
-            for virtual in sorted({min(a, "80", key=int) for a in architectures})
-            for source in sources
-        }
-        checked = [
-            pool.submit(check, *made.result(), a)
-            for (_, virtual), made in ptx.items()
-            for a in architectures
-            if min(a, "80", key=int) == virtual
-        ]
-        rows = sorted(row for each in checked for row in each.result())
+    # As CMakeLists.txt does: from the source to PTX once, from there to each architecture from sm_80 on.
+    virtual = {a: min(a, "80", key=int) for a in architectures}
+    rows, ptx = [], {}
+    if arguments.recorded:
+        for source in sources:
+            kept = arguments.recorded / source.stem
+            ptx[source, "80"] = kept / f"{source.stem}.ptx"
+            rows += rows_of((kept / "report.txt").read_text(), ptx[source, "80"])
+    built = {str(row[0]) for row in rows}
+    print("already built:", " ".join(sorted(built, key=int)) or "none")
+    missing = list(product(sources, [a for a in architectures if a not in built]))
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        directory = Path(name)
+        wanted = {(source, virtual[a]) for source, a in missing} - ptx.keys()
+        made = {key: pool.submit(to_ptx, *key, directory) for key in sorted(wanted)}
+        ptx |= {key: each.result() for key, each in made.items()}
+        reports = {(source, a): pool.submit(assemble, ptx[source, virtual[a]], a, directory) for source, a in missing}
+        for (source, a), report in reports.items():
+            rows += rows_of(report.result(), ptx[source, virtual[a]])
+    rows = sorted(row for row in rows if str(row[0]) in architectures)
     failed = 0
     print(f"{'sm':>4} {'kernel':20} {'registers':>9} {'spilled':>8} {'stack':>6} {'mma':>4}")
     for architecture, name, registers, spilled, stack, mma in rows:
