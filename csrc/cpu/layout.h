@@ -284,6 +284,9 @@ Classes sort_labels(const TripletArgs& args, int32_t* table, int64_t hash_size, 
                     int32_t* aself, int32_t* row_of, int32_t* class_row);
 void sort_thresholds(float* t, uint32_t* rank, int64_t n);  // ascending, rank = original place, stable
 void sort_thresholds(double* t, uint32_t* rank, int64_t n);
+// FACENET_EXT_SCREENING=off or always, for tests: no bit of any result depends on it (screen.h).
+enum class Screening { when_worth, never, always };
+Screening screening_switch();
 
 // One instruction set's entry points.
 struct Kernels {

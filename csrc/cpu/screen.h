@@ -1,5 +1,7 @@
 // Late in training nearly every negative is so far that nobody asks for it. There a tile is looked at in whole numbers of 8 bits
 // first, and only what may be wanted is computed: at four times the speed where AVX-512 has VNNI, at 1.8 to 2 times with AVX2.
+// Where statistics are asked for every positive has its negative, however far; but beyond all of an anchor's positives that is
+// one and the same, the closest, and of what is seen later ever less is closer than the closest so far.
 //
 //   x = s q + e, q in -m .. m, s as small as m allows (m = 127; with AVX2 63, and see Avx2::screen). |e| is known for each row.
 //   With L the longest row,
@@ -18,23 +20,42 @@ namespace {
 
 constexpr int64_t kMaxScreenDim = 32768;  // 255 * 127 * D has to fit 32 bits
 
-// Is it worth it? By a sample of pairs of other labels: how many are within reach of the anchor's farthest positive. Where the
-// closest negative is all that counts, always: nothing beyond the closest so far is wanted.
+// |a.b - s_a s_b q_a.q_b| <= spread (|e_a| + |e_b|).
+template <class S>
+double spread(const Call<S>& c) {
+  return std::sqrt(static_cast<double>(c.longest)) * (1 + std::sqrt(static_cast<double>(c.D)) / (2 * S::kCoarse));
+}
+
+// Is it worth it? By a sample of pairs of other labels: how many are within reach of the anchor's farthest positive. Statistics,
+// a soft margin and mining ask for every positive's negative, wherever it is: then a pair is within reach if it may be closer
+// than the farthest positive, as far as whole numbers can tell, and the closest so far are wanted besides, of few rows too many.
+// Where the closest negative is all that counts, always: nothing beyond the closest so far is wanted.
 template <class S>
 bool worth_screening(const Call<S>& c, int64_t begin, int64_t end) {
-  const bool may = (c.hard || c.limit.on) && !c.mining && !c.args.stat_counts && c.symmetric && begin < end;
-  if (!may || c.D > kMaxScreenDim || c.A < 2 * c.kT || !S::screens()) return false;
+  using T = typename S::T;
+  const Screening set = screening_switch();
+  const bool may = (!counts_all(c.args) || c.limit.on) && c.finite && c.symmetric && begin < end && set != Screening::never;
+  if (!may || c.D > kMaxScreenDim || !S::screens()) return false;
+  if (set == Screening::always) return true;
+  if (c.A < (c.far_is_zero ? 2 : 8) * c.kT) return false;
   if (c.hard) return true;
+  const double error = 4 * spread(c) * std::sqrt(static_cast<double>(c.D) / 12);  // of a squared distance, in steps
+  const auto reach = [&](int64_t row) {
+    const T farthest = c.w.rows[row].farthest_positive;
+    return c.limit.on ? c.limit(farthest) : farthest + static_cast<T>(error) * S::coarse_step(c.w.ax + row * c.Dp, c.Dp);
+  };
+  // W pairs, asked for from both sides: if so few are within reach, most vectors are not wanted.
   constexpr int kTries = 1024;
+  const int most = kTries / ((c.limit.on ? 4 : 16) * S::W);
   int tried = 0, near = 0;
-  for (int i = 0; i < kTries && near * 4 * S::W < kTries; ++i) {
+  for (int i = 0; i < kTries && near < most; ++i) {
     const int64_t row = begin + (end - begin) * i / kTries;
     const int64_t other = static_cast<int64_t>(mix(static_cast<uint64_t>(i)) % static_cast<uint64_t>(c.C));
     if (c.w.class_of[other] == c.w.aclass[row]) continue;
     ++tried;
-    near += direct_distance(c, row, other) <= c.limit(c.w.rows[row].farthest_positive);
+    near += direct_distance(c, row, other) <= reach(row);
   }
-  return near * 4 * S::W < tried;  // W pairs, asked for from both sides: then most vectors are not wanted
+  return near * kTries < most * tried;
 }
 
 // An anchor wants every distance until it knows a negative beyond all its positives. One that is looked for beforehand, among
@@ -69,8 +90,7 @@ void quantise(const Call<S>& c) {
   constexpr T kRound = T(3) / 2 / std::numeric_limits<T>::epsilon();
   constexpr T kLeast = 1 / std::numeric_limits<T>::max() * 4;  // a step whose inverse is no number takes every element for 0
   const auto& w = c.w;
-  const double root = std::sqrt(static_cast<double>(c.D));
-  const double spread = std::sqrt(static_cast<double>(c.longest)) * (1 + root / (2 * S::kCoarse));
+  const double factor = 2.002 * spread(c);  // a thousandth for the rounding of all this
   for (int t = 0; t < c.threads; ++t) *c.scratch(t).coarse_rows = -1;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
   for (int64_t at = 0; at < round_up(c.C, kColumnPad); ++at) {
@@ -97,8 +117,8 @@ void quantise(const Call<S>& c) {
     for (int64_t k = 0; k < c.Dp; k += 4) __builtin_memcpy(out + k * S::NR, row + k, 4);
     w.step[at] = step;
     w.level[at] = -S::kUp * sum;
-    // A thousandth for the rounding of all this; the slack once for both rows of a pair.
-    w.reach[at] = w.norm[at] - static_cast<T>(2.002 * spread * std::sqrt(static_cast<double>(S::sum(error)))) - c.limit.slack / 2;
+    // The slack once for both rows of a pair.
+    w.reach[at] = w.norm[at] - static_cast<T>(factor * std::sqrt(static_cast<double>(S::sum(error)))) - c.limit.slack / 2;
   }
 }
 

@@ -149,6 +149,13 @@ Classes sort_labels(const TripletArgs& args, int32_t* table, int64_t hash_size, 
   return result;
 }
 
+Screening screening_switch() {
+  const char* const set = std::getenv("FACENET_EXT_SCREENING");
+  if (set && std::strcmp(set, "off") == 0) return Screening::never;
+  if (set && std::strcmp(set, "always") == 0) return Screening::always;
+  return Screening::when_worth;
+}
+
 const char* isa() { return chosen() ? chosen()->name : ""; }
 
 const char* const* isas() {

@@ -1,6 +1,7 @@
 // kernels FIRST COUNT [threaded]: COUNT random problems through every path of the CPU backend, AVX-512 emulated. Exits with 1 on
 // a failure.
 #include <atomic>
+#include <cstdlib>
 
 #include "oracle.h"
 
@@ -8,6 +9,9 @@ namespace facenet_ext::cpu::testing {
 namespace {
 
 bool runs_here(const Kernels* k) { return k != &kernels_avx2 || (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }
+
+// Whether tiles are looked at in whole numbers first (cpu/screen.h); "": when it is worth it.
+void screen(const char* set) { setenv("FACENET_EXT_SCREENING", set, 1); }
 
 template <class T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
@@ -30,7 +34,9 @@ void check_constants(const Kernels& k, Problem p, Loss<T> full, Report& report) 
 
 template <class T>
 void check_losses(const Kernels& k, const Problem& p, Oracle<T>& oracle, const Mined<T>& chosen, Report& report) {
+  screen("off");
   const Loss<T> full = loss_of<T>(k, p, p.threads, true, true, true);
+  screen("always");
   if (!p.finite) {  // must not look like a number
     const bool nan = std::isnan(full.loss) && std::isnan(full.d2[0]) && std::isnan(full.d2[1]) && std::isnan(full.d2[2]);
     if (!nan || !all_nan(full.grad) || !all_nan(full.agrad)) report.fail("a non-finite input, yet a number came out");
@@ -41,10 +47,18 @@ void check_losses(const Kernels& k, const Problem& p, Oracle<T>& oracle, const M
     return;
   }
   oracle.check_loss(chosen, full);
-  // Without statistics the search stops at the margin, and threads share the work: no bit may change.
+  // Without statistics the search stops at the margin, tiles are looked at in whole numbers first, and threads share the work:
+  // no bit may change.
   const Loss<T> pruned = loss_of<T>(k, p, p.other_threads, false, true, true);
   if (pruned.loss != full.loss || !same_bits(pruned.grad, full.grad) || !same_bits(pruned.agrad, full.agrad))
     report.fail("loss or gradient depends on the statistics or on the number of threads (" + std::to_string(p.other_threads) + ")");
+  if (p.offset == 0 && p.A == p.C && p.C > kTile<T>) {
+    const Loss<T> screened = loss_of<T>(k, p, p.other_threads, true, false, false);
+    if (screened.loss != full.loss || std::memcmp(screened.counts, full.counts, sizeof full.counts) != 0 ||
+        std::memcmp(screened.d2, full.d2, sizeof full.d2) != 0)
+      report.fail("loss or statistics depend on screening");
+  }
+  screen("");
   if (loss_of<T>(k, p, p.threads, false, false, false).loss != full.loss) report.fail("loss depends on the gradient");
   check_constants(k, p, full, report);
   if (p.offset < 0) {
@@ -93,7 +107,10 @@ void check_rule(Problem p, const std::vector<int64_t>& begin, Report& report) {
     report.context = name + " [" + k->name + "]";
     if (draws && p.exact && p.distance == Distance::sqeuclidean) check_draws<T>(*k, p, begin, report);
     if (!p.finite) continue;
-    const Loss<T> full = loss_of<T>(*k, p, p.threads, true, true, true), alone = loss_of<T>(*k, p, p.other_threads, false, true, true);
+    screen("off");
+    const Loss<T> full = loss_of<T>(*k, p, p.threads, true, true, true);
+    screen("always");
+    const Loss<T> alone = loss_of<T>(*k, p, p.other_threads, false, true, true);
     if (!std::isfinite(full.loss) || full.loss < 0) report.fail("loss " + std::to_string(full.loss));
     if (alone.loss != full.loss || !same_bits(alone.grad, full.grad) || !same_bits(alone.agrad, full.agrad))
       report.fail("loss or gradient depends on the statistics or on the number of threads (" + std::to_string(p.other_threads) + ")");
@@ -108,10 +125,12 @@ template <class T>
 void check(const Problem& p, Report& report) {
   report.context = p.name;
   Oracle<T> oracle(p, report);
+  screen("off");
   const Mined<T> avx512 = mined<T>(kernels_avx512, p, oracle.begin, p.threads);
   for (const Kernels* k : {&kernels_avx512, &kernels_avx2, &kernels_portable}) {
     if (!runs_here(k)) continue;
     report.context = p.name + " [" + k->name + "]";
+    screen("always");
     const Mined<T> chosen = mined<T>(*k, p, oracle.begin, p.other_threads);
     oracle.check_selection(chosen);
     // Both fuse, in the same order over k: the same distances to the bit, so the same choice, near-ties included.
