@@ -77,6 +77,25 @@ def test_same_bits(check, shape, noise, options):
     check(*apart(*shape, noise, seed=3), **options)
 
 
+@pytest.mark.parametrize("noise", [0.3, 1.1])
+@pytest.mark.parametrize(
+    "options", [{}, {"distance": "cosine"}, {"negatives": "hard"}, {"negatives": "all_semi_hard"}], ids=str
+)
+@pytest.mark.parametrize("references", ["negatives", "all", "only"])
+@pytest.mark.parametrize(("batch", "shape"), [(100, (900, 7, 33)), (431, (1000, 40, 128)), (600, (650, 5, 260))], ids=str)
+def test_same_bits_with_references(check, batch, shape, references, options, noise):
+    x, labels = apart(*shape, noise, seed=5)
+    rows = {"reference_embeddings": x[batch:], "reference_labels": labels[batch:]}
+    check(x[:batch], labels[:batch], references=references, **rows, **options)
+
+
+def test_by_itself_with_references(check):
+    x, labels = apart(2000, 8, 48, 0.8, seed=10)
+    rows = {"reference_embeddings": x[400:], "reference_labels": labels[400:]}
+    for options in {}, {"references": "only", "negatives": "hard"}, {"references": "all", "soft_margin": True}:
+        check(x[:400], labels[:400], **rows, **options)
+
+
 @pytest.mark.parametrize("noise", [0.3, 1.1, 3.0])
 @pytest.mark.parametrize("options", [{}, {"fallback": "skip"}, {"negatives": "hard", "normalize": True}], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

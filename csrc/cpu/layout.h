@@ -83,6 +83,15 @@ struct RowSum {
   int64_t pairs, active, fallback, hard, semi_hard;
 };
 
+// Rows in whole numbers, Rp of them.
+template <class T>
+struct Coarse {
+  int8_t* numbers;  // [Rp / NR, Dp / 4, NR, 4]
+  T* step;  // [Rp] what a unit of a row's numbers is worth
+  T* reach;  // [Rp] a pair's squared distance is at least reach_a + reach_b - 2 step_a step_b numbers_a.numbers_b
+  int32_t* level;  // [Rp] -kUp times their sum: takes back that the other row of a product was moved up by kUp
+};
+
 // All arrays of one call. Sorted order: classes with two or more candidates first, in order of first appearance, inside a
 // class by index. It depends on which labels are equal, never on their values: relabelling changes no bit of the result.
 template <class T>
@@ -96,16 +105,13 @@ struct Workspace {
   int32_t* position;  // [C] candidate index -> sorted position
   int32_t* class_of;  // [C] sorted position -> class
   int32_t* class_begin;  // [classes + 1] first sorted position
-  // the rows in whole numbers, where tiles may be screened (screen.h)
-  int8_t* coarse;  // [Cp / NR, Dp / 4, NR, 4]
-  T* step;  // [Cp] what a unit of a row's numbers is worth
-  T* reach;  // [Cp] a pair's squared distance is at least reach_a + reach_b - 2 step_a step_b coarse_a.coarse_b
-  int32_t* level;  // [Cp] -kUp times their sum: takes back that the other row of a product was moved up by kUp
+  Coarse<T> coarse;  // where tiles may be screened (screen.h)
   // the rows as whole numbers of 24 bits, where weights are summed in bytes (dense.h)
   int8_t* digits;  // [Cp / 4, Dp / 16, 3, 16, 4]
   // anchors, sorted; the same memory as above where anchors and candidates are the same rows
   T* ax;  // [Ap, Dp]
   T* anorm;  // [Ap]
+  Coarse<T> acoarse;
   T* ainverse_length;  // [A]
   int32_t* arow;  // [A] sorted row -> anchor index
   int32_t* aclass;  // [A] sorted row -> class or -1
@@ -207,11 +213,14 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   take(w.panels, Cp * Dp);
   take(w.norm, Cp);
   take(w.inverse_length, C);
-  const bool may_screen = std::is_same<T, float>::value && symmetric && !draws_one(args);
-  take(w.coarse, may_screen ? Cp * Dp : 0);
-  take(w.step, may_screen ? Cp : 0);
-  take(w.reach, may_screen ? Cp : 0);
-  take(w.level, may_screen ? Cp : 0);
+  const bool may_screen = std::is_same<T, float>::value && !draws_one(args);
+  const auto take_coarse = [&](Coarse<T>& coarse, int64_t rows) {
+    take(coarse.numbers, may_screen ? rows * Dp : 0);
+    take(coarse.step, may_screen ? rows : 0);
+    take(coarse.reach, may_screen ? rows : 0);
+    take(coarse.level, may_screen ? rows : 0);
+  };
+  take_coarse(w.coarse, Cp);
   const bool may_weigh = std::is_same<T, float>::value && symmetric && counts_all(args);
   take(w.digits, may_weigh ? 3 * Cp * Dp : 0);
   take(w.order, C);
@@ -221,10 +230,12 @@ Workspace<T> divide(const TripletArgs& args, void* base) {
   if (symmetric) {
     w.ax = w.x;
     w.anorm = w.norm;
+    w.acoarse = w.coarse;
     w.ainverse_length = w.inverse_length;
   } else {
     take(w.ax, Ap * Dp);
     take(w.anorm, Ap);
+    take_coarse(w.acoarse, Ap);
     take(w.ainverse_length, A);
   }
   take(w.arow, A);

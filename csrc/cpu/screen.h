@@ -34,10 +34,10 @@ template <class S>
 bool worth_screening(const Call<S>& c, int64_t begin, int64_t end) {
   using T = typename S::T;
   const Screening set = screening_switch();
-  const bool may = (!counts_all(c.args) || c.limit.on) && c.finite && c.symmetric && begin < end && set != Screening::never;
+  const bool may = (!counts_all(c.args) || c.limit.on) && c.finite && begin < end && set != Screening::never;
   if (!may || c.D > kMaxScreenDim || !S::screens()) return false;
   if (set == Screening::always) return true;
-  if (c.A < (c.far_is_zero ? 2 : 8) * c.kT) return false;
+  if (c.A < 2 * c.kT || c.C < (c.far_is_zero ? 2 : 8) * c.kT) return false;
   if (c.hard) return true;
   const double error = 4 * spread(c) * std::sqrt(static_cast<double>(c.D) / 12);  // of a squared distance, in steps
   const auto reach = [&](int64_t row) {
@@ -78,30 +78,31 @@ void find_far(const Call<S>& c, int64_t begin, int64_t end) {
 
 // Where row `at` stands among the coarse rows: by panels of NR rows, 4 numbers of a row side by side.
 template <class S>
-int8_t* coarse_row(const Call<S>& c, int64_t at) {
-  return c.w.coarse + at / S::NR * S::NR * c.Dp + at % S::NR * 4;
+int8_t* coarse_row(const Call<S>& c, const Coarse<typename S::T>& rows, int64_t at) {
+  return rows.numbers + at / S::NR * S::NR * c.Dp + at % S::NR * 4;
 }
 
 // Every row as whole numbers, and how far it reaches with them.
 template <class S>
-void quantise(const Call<S>& c) {
+void quantise(const Call<S>& c,
+              const typename S::T* x,  // [count, Dp]
+              const typename S::T* norm,  // [count]
+              int64_t count, const Coarse<typename S::T>& rows) {
   using T = typename S::T;
   using V = typename S::V;
   constexpr T kRound = T(3) / 2 / std::numeric_limits<T>::epsilon();
   constexpr T kLeast = 1 / std::numeric_limits<T>::max() * 4;  // a step whose inverse is no number takes every element for 0
-  const auto& w = c.w;
   const double factor = 2.002 * spread(c);  // a thousandth for the rounding of all this
-  for (int t = 0; t < c.threads; ++t) *c.scratch(t).coarse_rows = -1;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
-  for (int64_t at = 0; at < round_up(c.C, kColumnPad); ++at) {
-    const T* x = w.x + at * c.Dp;
+  for (int64_t at = 0; at < count; ++at) {
+    const T* const from = x + at * c.Dp;
     T* const q = c.scratch(omp_get_thread_num()).rows;
-    const T step = S::coarse_step(x, c.Dp), inverse = step > kLeast ? 1 / step : 0;
+    const T step = S::coarse_step(from, c.Dp), inverse = step > kLeast ? 1 / step : 0;
     const V to = S::set1(kRound);  // adding it rounds to a whole number
     V error = S::zero();
     for (int64_t k = 0; k < c.Dp; k += S::W) {
-      const V whole = S::madd(S::load(x + k), S::set1(inverse), to) - to;
-      const V e = S::load(x + k) - S::set1(step) * whole;
+      const V whole = S::madd(S::load(from + k), S::set1(inverse), to) - to;
+      const V e = S::load(from + k) - S::set1(step) * whole;
       error = S::madd(e, e, error);
       S::store(q + k, whole);
     }
@@ -113,16 +114,23 @@ void quantise(const Call<S>& c) {
       for (int i = 0; i < S::W; ++i) some[i] = static_cast<int8_t>(q[k + i]);
       __builtin_memcpy(row + k, some, sizeof some);
     }
-    int8_t* const out = coarse_row(c, at);
+    int8_t* const out = coarse_row(c, rows, at);
     for (int64_t k = 0; k < c.Dp; k += 4) __builtin_memcpy(out + k * S::NR, row + k, 4);
-    w.step[at] = step;
-    w.level[at] = -S::kUp * sum;
+    rows.step[at] = step;
+    rows.level[at] = -S::kUp * sum;
     // The slack once for both rows of a pair.
-    w.reach[at] = w.norm[at] - static_cast<T>(factor * std::sqrt(static_cast<double>(S::sum(error)))) - c.limit.slack / 2;
+    rows.reach[at] = norm[at] - static_cast<T>(factor * std::sqrt(static_cast<double>(S::sum(error)))) - c.limit.slack / 2;
   }
 }
+template <class S>
+void quantise(const Call<S>& c) {
+  const auto& w = c.w;
+  for (int t = 0; t < c.threads; ++t) *c.scratch(t).coarse_rows = -1;
+  quantise(c, w.x, w.norm, round_up(c.C, kColumnPad), w.coarse);
+  if (!c.symmetric) quantise(c, w.ax, w.anorm, round_up(c.A, kColumnPad), w.acoarse);
+}
 
-// Rows r0 .. of a tile by groups of MR, as a register block reads them where they do not stand in one panel, and moved up:
+// Anchors r0 .. of a tile by groups of MR, as a register block reads them where they do not stand in one panel, and moved up:
 // [kT / MR, Dp / 4, MR, 4]. A thread's tiles come in strips (share.h), so they are seldom made anew.
 template <class S>
 const int8_t* side_by_side(const Call<S>& c, int64_t r0) {
@@ -130,9 +138,9 @@ const int8_t* side_by_side(const Call<S>& c, int64_t r0) {
   int8_t* const aside = scratch.coarse;
   if (*scratch.coarse_rows == r0) return aside;
   *scratch.coarse_rows = r0;
-  const int64_t padded = round_up(c.C, kColumnPad) - r0, rows = padded < c.kT ? padded : c.kT, dims = c.Dp;
+  const int64_t padded = round_up(c.A, kColumnPad) - r0, rows = padded < c.kT ? padded : c.kT, dims = c.Dp;
   for (int64_t r = 0; r < rows; ++r) {
-    const int8_t* const from = coarse_row(c, r0 + r);
+    const int8_t* const from = coarse_row(c, c.w.acoarse, r0 + r);
     int8_t* const to = aside + r / S::MR * S::MR * dims + r % S::MR * 4;
     for (int64_t k = 0; k < dims; k += 4)
       for (int i = 0; i < 4; ++i) to[k * S::MR + i] = static_cast<int8_t>(from[k * S::NR + i] + S::kUp);
@@ -194,7 +202,13 @@ struct Units {
   }
 };
 
-// Of rows row0 .. rows of a tile off the diagonal, the vectors in which an anchor of [begin, end) may want a pair, as
+// A tile whose rows and columns are the same rows is not: near the diagonal nearly all is wanted.
+template <class S>
+bool is_screened(const Call<S>& c, int64_t I, int64_t J) {
+  return c.screening && (I != J || !c.symmetric);
+}
+
+// Of rows row0 .. rows of such a tile, the vectors in which an anchor of [begin, end) may want a pair, as
 // squared_distances() has them: bit v of near[row] for columns v W and on. The others are left as they are.
 template <class S>
 void screened_distances(const Call<S>& c, int64_t r0, int row0, int rows, int64_t c0, int cols, bool both, int64_t begin,
@@ -213,10 +227,11 @@ void screened_distances(const Call<S>& c, int64_t r0, int row0, int rows, int64_
   const int8_t* const aside = kInPlace ? nullptr : side_by_side(c, r0);
   for (int col = 0; col < cols; col += S::NR)
     for (int r = row0; r < rows; r += S::MR) {
-      const int8_t* const a = kInPlace ? coarse_row(c, r0 + r) : aside + r * c.Dp;
-      uint32_t wanted = S::screen(a, coarse_row(c, c0 + col), c.Dp / 4, w.step + r0 + r, w.level + r0 + r,
-                                  w.reach + r0 + r, row_ceiling + r, w.step + c0 + col, w.level + c0 + col,
-                                  w.reach + c0 + col, column_ceiling + col);
+      const int8_t* const a = kInPlace ? coarse_row(c, w.acoarse, r0 + r) : aside + r * c.Dp;
+      uint32_t wanted = S::screen(a, coarse_row(c, w.coarse, c0 + col), c.Dp / 4, w.acoarse.step + r0 + r,
+                                  w.acoarse.level + r0 + r, w.acoarse.reach + r0 + r, row_ceiling + r,
+                                  w.coarse.step + c0 + col, w.coarse.level + c0 + col, w.coarse.reach + c0 + col,
+                                  column_ceiling + col);
       if (wanted == 0) continue;
       constexpr int NV = S::NR / S::W;
       const bool most = __builtin_popcount(wanted) > S::MR * NV / 4;

@@ -155,8 +155,9 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
   const auto scratch = c.scratch(omp_get_thread_num());
   const int64_t r0 = I * kT, c0 = J * kT;
   const int64_t from = r0 > begin ? r0 : begin, to = r0 + kT < end ? r0 + kT : end;  // this pass's anchors among the rows
+  const bool screened = is_screened(c, I, J);
   // What is looked at in whole numbers first comes in whole register blocks.
-  const int cols = static_cast<int>(c0 + kT < c.C ? kT : round_up(c.C - c0, c.screening && I != J ? S::NR : kSlotPad));
+  const int cols = static_cast<int>(c0 + kT < c.C ? kT : round_up(c.C - c0, screened ? S::NR : kSlotPad));
   int row0 = 0, rows;
   if (both) {  // every row is a candidate to the columns' anchors; the padding's norm is NaN
     rows = static_cast<int>(r0 + kT < c.A ? kT : round_up(c.A - r0, kSlotPad % S::MR == 0 ? kSlotPad : kColumnPad));
@@ -166,7 +167,6 @@ void sweep_tile(Call<S>& c, int64_t I, int64_t J, bool both, int64_t begin, int6
   }
   T* tile = scratch.tile;
   uint64_t near[kT];
-  const bool screened = c.screening && I != J;
   if (screened) {
     screened_distances(c, r0, row0, rows, c0, cols, both, begin, end, tile, near);
   } else {

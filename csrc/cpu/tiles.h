@@ -121,7 +121,7 @@ void tile_distances(const Call<S>& c, const Tile& tile, int64_t begin, int64_t e
   const int64_t bottom = tile.both ? (top + kT < c.A ? top + kT : c.A) : tile.r1;
   const int rows = static_cast<int>(round_up(bottom - top, S::MR) - low);
   const int cols = static_cast<int>(round_up(tile.c1 - tile.c0, S::NR));
-  if (c.screening && tile.I != tile.J) {
+  if (is_screened(c, tile.I, tile.J)) {
     uint64_t near[kT];
     const int first = static_cast<int>(low);
     screened_distances(c, top, first, first + rows, tile.c0, cols, tile.both, begin, end, out, near);
