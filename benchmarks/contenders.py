@@ -182,11 +182,12 @@ def package_loss(x: Tensor, y: Tensor) -> Tensor:
     return facenet_ext.triplet_loss(x, y, margin=MARGIN)
 
 
-def rule(**options) -> Callable[[Tensor, Tensor], Tensor]:
-    return functools.partial(facenet_ext.triplet_loss, margin=MARGIN, **options)
+def rule(return_stats: bool = False, **options) -> Callable[[Tensor, Tensor], Tensor]:
+    loss = functools.partial(facenet_ext.triplet_loss, margin=MARGIN, return_stats=return_stats, **options)
+    return (lambda x, y: loss(x, y)[0]) if return_stats else loss
 
 
-def same_rule(**options) -> Callable:
+def same_rule(return_stats: bool = False, **options) -> Callable:
     """The reference's value, on batches whose triplets it can list."""
 
     def check(loss: Tensor, gradient: Tensor, x: Tensor, y: Tensor) -> str:
@@ -299,6 +300,7 @@ RULES = tuple(
     Contender(name, rule(**options), PACKAGE.memory, check=same_rule(**options), always=True)
     for name, options in {
         "semi_hard": {},
+        "semi_hard, statistics": {"return_stats": True},
         "hard": {"negatives": "hard"},
         "hard, hardest positive": {"negatives": "hard", "positives": "hardest"},
         "all": {"negatives": "all"},
