@@ -328,8 +328,7 @@ struct Dense {
         count[j] = static_cast<T>(K - from[j]);
       }
       if (active > 0 && few(K)) {
-        fill(term, n, static_cast<int32_t>(K));
-        S::count_covers(from, term, n, K, h.from);
+        S::count_covers(from, nullptr, n, K, h.from);
       } else if (active > 0) {
         for (int j = 0; j < n; j += 2) {
           ++h.from[from[j]];

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <cstring>
 #include <limits>
 
 #include "simd_generic.h"
@@ -355,27 +356,49 @@ struct Avx2 {
     }
   }
 
-  // See Avx512::count_covers. Matches are counted in bytes, which are added up eight at a time.
+  // See Avx512::count_covers. Matches are counted in bytes, which are added up four ranks at a time.
   static constexpr int kCountable = 60;
   static void count_covers(const int32_t* from, const int32_t* to, int n, int K, uint32_t* count) {
-    constexpr int kVectors = kTile<T> / 32;
-    int8_t first[kTile<T>] = {}, last[kTile<T>] = {};
-    for (int j = 0; j < n; ++j) {
-      first[j] = static_cast<int8_t>(from[j]);
-      last[j] = static_cast<int8_t>(to[j]);
-    }
+    if (to) count_by_four<true>(from, to, n, K, count);
+    else count_by_four<false>(from, to, n, K, count);
+  }
+  template <bool kEnds>
+  static void count_by_four(const int32_t* from, const int32_t* to, int n, int K, uint32_t* count) {
+    constexpr int kVectors = kTile<T> / 32, kNever = 127;
+    int8_t begin[kTile<T>], end[kTile<T>];
+    std::memset(begin, kNever, sizeof begin);
+    std::memset(end, 0, sizeof end);
+    for (int j = 0; j < n; ++j) begin[j] = static_cast<int8_t>(from[j]);
+    for (int j = 0; j < n && kEnds; ++j) end[j] = static_cast<int8_t>(to[j]);
     const auto vector = [](const int8_t* bytes, int v) {
       return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32 * v));
     };
-    for (int r = 0; r < K; ++r) {
-      const __m256i here = _mm256_set1_epi8(static_cast<char>(r));
-      __m256i found = _mm256_setzero_si256();
-      for (int v = 0; v < kVectors; ++v)
-        found = _mm256_sub_epi8(
-            found, _mm256_andnot_si256(_mm256_cmpgt_epi8(vector(first, v), here), _mm256_cmpgt_epi8(vector(last, v), here)));
-      found = _mm256_sad_epu8(found, _mm256_setzero_si256());
-      const __m128i sum = _mm_add_epi64(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
-      count[r] += static_cast<uint32_t>(_mm_cvtsi128_si64(sum) + _mm_extract_epi64(sum, 1));
+    for (int r = 0; r < K; r += 4) {
+      __m256i sum[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m256i here = _mm256_set1_epi8(static_cast<char>(r + i));
+        __m256i found = kEnds ? _mm256_setzero_si256() : _mm256_set1_epi8(kVectors);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          const __m256i later = _mm256_cmpgt_epi8(vector(begin, v), here);
+          if (kEnds) found = _mm256_sub_epi8(found, _mm256_andnot_si256(later, _mm256_cmpgt_epi8(vector(end, v), here)));
+          else found = _mm256_add_epi8(found, later);
+        }
+        sum[i] = _mm256_sad_epu8(found, _mm256_setzero_si256());  // four of them, in the low half of 64 bits each
+      }
+      const __m256i first = _mm256_or_si256(sum[0], _mm256_slli_epi64(sum[1], 32)),
+                    second = _mm256_or_si256(sum[2], _mm256_slli_epi64(sum[3], 32)),
+                    both = _mm256_add_epi32(_mm256_unpacklo_epi64(first, second), _mm256_unpackhi_epi64(first, second));
+      const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+      __m128i* const counts = reinterpret_cast<__m128i*>(count + r);
+      if (r + 4 <= K) {
+        _mm_storeu_si128(counts, _mm_add_epi32(_mm_loadu_si128(counts), four));
+      } else {
+        uint32_t last[4];
+        std::memcpy(last, &four, sizeof last);
+        for (int i = 0; r + i < K; ++i) count[r + i] += last[i];
+      }
     }
   }
 

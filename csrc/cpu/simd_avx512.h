@@ -494,7 +494,7 @@ struct Avx512 {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(v));
     };
     for (int j = 0; j < n; j += W) {
-      const __m512i begin = _mm512_loadu_si512(from + j), end = _mm512_loadu_si512(to + j);
+      const __m512i begin = _mm512_loadu_si512(from + j), end = to ? _mm512_loadu_si512(to + j) : _mm512_set1_epi32(K);
       put(first + j, begin);
       put(length + j, _mm512_max_epi32(_mm512_sub_epi32(end, begin), _mm512_setzero_si512()));
     }

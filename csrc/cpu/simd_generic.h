@@ -126,10 +126,11 @@ struct Generic {
   }
 
   static constexpr int kCountable = 0;  // up to so many ranks count_covers() is worth it
-  // count[r] += #{ j < n : from[j] <= r < to[j] } for r < K <= kCountable; n is a multiple of W, at most a tile's.
+  // count[r] += #{ j < n : from[j] <= r < to[j] } for r < K <= kCountable; n is a multiple of W, at most a tile's. Without
+  // `to` every range ends at K.
   static void count_covers(const int32_t* from, const int32_t* to, int n, int K, uint32_t* count) {
     for (int j = 0; j < n; ++j)
-      for (int r = from[j]; r < to[j] && r < K; ++r) ++count[r];
+      for (int r = from[j]; r < K && (!to || r < to[j]); ++r) ++count[r];
   }
 
   // out[c * rows + r] = tile[r * stride + c] for W columns; rows is a multiple of W.

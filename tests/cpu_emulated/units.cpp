@@ -246,10 +246,11 @@ void count_covers() {
     to[j] = draw() % 3 ? static_cast<int32_t>(draw() % static_cast<uint64_t>(K + 1)) : K;
   }
   std::vector<uint32_t> count(static_cast<size_t>(K) + 1, 7);
-  S::count_covers(from.data(), to.data(), n, K, count.data());
+  const bool open = draw() % 3 == 0;
+  S::count_covers(from.data(), open ? nullptr : to.data(), n, K, count.data());
   for (int r = 0; r < K; ++r) {
     uint32_t want = 7;
-    for (size_t j = 0; j < from.size(); ++j) want += from[j] <= r && r < to[j];
+    for (size_t j = 0; j < from.size(); ++j) want += from[j] <= r && (open || r < to[j]);
     check(count[static_cast<size_t>(r)] == want, "count_covers");
   }
   check(count[static_cast<size_t>(K)] == 7, "count_covers: beyond K");
