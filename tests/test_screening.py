@@ -82,7 +82,9 @@ def test_same_bits(check, shape, noise, options):
     "options", [{}, {"distance": "cosine"}, {"negatives": "hard"}, {"negatives": "all_semi_hard"}], ids=str
 )
 @pytest.mark.parametrize("references", ["negatives", "all", "only"])
-@pytest.mark.parametrize(("batch", "shape"), [(100, (900, 7, 33)), (431, (1000, 40, 128)), (600, (650, 5, 260))], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "shape"), [(100, (900, 7, 33)), (431, (1000, 40, 128)), (600, (650, 5, 260))], ids=str
+)
 def test_same_bits_with_references(check, batch, shape, references, options, noise):
     x, labels = apart(*shape, noise, seed=5)
     rows = {"reference_embeddings": x[batch:], "reference_labels": labels[batch:]}
@@ -112,6 +114,12 @@ def test_by_itself_where_every_negative_is_asked_for(check):
     """From 8 tiles on a call with statistics is screened without being told to."""
     check(*apart(1600, 8, 48, 0.8, seed=9))
     check(*apart(1600, 8, 48, 0.8, seed=9), soft_margin=True)
+
+
+def test_a_misspelt_switch_is_an_error(screening):
+    screening("of")
+    with pytest.raises(ValueError, match="FACENET_EXT_SCREENING: is neither off nor always"):
+        triplet_loss(*apart(20, 2, 4, 1.0, seed=11))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

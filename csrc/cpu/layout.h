@@ -296,7 +296,7 @@ Classes sort_labels(const TripletArgs& args, int32_t* table, int64_t hash_size, 
 void sort_thresholds(float* t, uint32_t* rank, int64_t n);  // ascending, rank = original place, stable
 void sort_thresholds(double* t, uint32_t* rank, int64_t n);
 // FACENET_EXT_SCREENING=off or always, for tests: no bit of any result depends on it (screen.h).
-enum class Screening { when_worth, never, always };
+enum class Screening { when_worth, never, always, misspelt };
 Screening screening_switch();
 
 // One instruction set's entry points.

@@ -26,10 +26,10 @@ double spread(const Call<S>& c) {
   return std::sqrt(static_cast<double>(c.longest)) * (1 + std::sqrt(static_cast<double>(c.D)) / (2 * S::kCoarse));
 }
 
-// Is it worth it? By a sample of pairs of other labels: how many are within reach of the anchor's farthest positive. Statistics,
-// a soft margin and mining ask for every positive's negative, wherever it is: then a pair is within reach if it may be closer
-// than the farthest positive, as far as whole numbers can tell, and the closest so far are wanted besides, of few rows too many.
-// Where the closest negative is all that counts, always: nothing beyond the closest so far is wanted.
+// Is it worth it? By a sample of pairs of other labels: how many are within reach of the anchor's farthest positive. Where
+// statistics, a soft margin or mining ask for every positive's negative, how many may be closer than it, as far as whole numbers
+// can tell; beyond it the closest so far is wanted, which among few candidates changes often. Where the closest negative is all
+// that counts, always.
 template <class S>
 bool worth_screening(const Call<S>& c, int64_t begin, int64_t end) {
   using T = typename S::T;

@@ -151,9 +151,9 @@ Classes sort_labels(const TripletArgs& args, int32_t* table, int64_t hash_size, 
 
 Screening screening_switch() {
   const char* const set = std::getenv("FACENET_EXT_SCREENING");
-  if (set && std::strcmp(set, "off") == 0) return Screening::never;
-  if (set && std::strcmp(set, "always") == 0) return Screening::always;
-  return Screening::when_worth;
+  if (!set || !*set) return Screening::when_worth;
+  if (std::strcmp(set, "off") == 0) return Screening::never;
+  return std::strcmp(set, "always") == 0 ? Screening::always : Screening::misspelt;
 }
 
 const char* isa() { return chosen() ? chosen()->name : ""; }
@@ -180,6 +180,9 @@ Status launch_triplet(const TripletArgs& args) {
     return {Code::invalid, "FACENET_EXT_ISA",
             "names no instruction set that is compiled in and runs on this machine; "
             "build_info()['cpu_isa'] lists those that do"};
+  if (screening_switch() == Screening::misspelt)
+    return {Code::invalid, "FACENET_EXT_SCREENING",
+            "is neither off nor always; unset, or empty, it leaves the choice to each call"};
   if (args.num_candidates >= (int64_t{1} << 31) || args.num_anchors >= (int64_t{1} << 31))
     return {Code::invalid, "triplet", "more than 2^31 - 1 anchors or candidates"};
   if (args.constants < 0 || args.constants > args.num_candidates || (counts_all(args) && args.constants > 0))
