@@ -194,9 +194,13 @@ def gradient_error(grad: Tensor, exact: Exact) -> float:
     if not exact.uncertain:
         return _gradient_error(got, exact.grad, exact.grad_unit, grad.dtype)
     parts = torch.stack(exact.uncertain)
-    likely, every = torch.einsum("k,knd->nd", exact.likely.double(), parts), parts.sum(0)
-    choices = (likely, torch.zeros_like(every), every, _closest_subset(parts, got - exact.grad))
-    return min(_gradient_error(got, exact.grad + choice, exact.grad_unit, grad.dtype) for choice in choices)
+    flat, aim = parts.flatten(1), (got - exact.grad).flatten()
+    choices = [exact.likely.double(), torch.zeros(len(parts)).double(), torch.ones(len(parts)).double()]
+    if bool(aim.isfinite().all()):
+        choices.append(_closest_subset(flat, aim))
+        choices += [_flipped(choice, flat, aim) for choice in choices]
+    sums = ((choice @ flat).reshape(got.shape) for choice in choices)
+    return min(_gradient_error(got, exact.grad + part, exact.grad_unit, grad.dtype) for part in sums)
 
 
 def _gradient_error(got: Tensor, truth: Tensor, unit: float, dtype: torch.dtype) -> float:
@@ -213,18 +217,27 @@ def _gradient_error(got: Tensor, truth: Tensor, unit: float, dtype: torch.dtype)
 
 
 def _closest_subset(parts: Tensor, target: Tensor) -> Tensor:
-    """The sum of some of the parts [k, N, D] that comes closest to the target: of few, all 2^k sums are tried."""
+    """Which of the parts [k, M] add up to what comes closest to the target [M]: of few, all 2^k sums are tried."""
     k = len(parts)
-    flat, aim = parts.reshape(k, -1), target.reshape(-1)
-    if not bool(target.isfinite().all()):
-        return torch.zeros_like(target)
     if k <= 12:
         choice = (torch.arange(2**k)[:, None] >> torch.arange(k) & 1).double()  # [2^k, k]
-        distance = ((choice @ (flat @ flat.T)) * choice).sum(1) - 2 * choice @ (flat @ aim)
-        best = choice[distance.argmin()]
-    else:
-        best = torch.linalg.lstsq(flat.T, aim[:, None]).solution.flatten().round().clamp(0, 1)
-    return (best @ flat).reshape(target.shape)
+        distance = ((choice @ (parts @ parts.T)) * choice).sum(1) - 2 * choice @ (parts @ target)
+        return choice[distance.argmin()]
+    return torch.linalg.lstsq(parts.T, target[:, None]).solution.flatten().round().clamp(0, 1)
+
+
+def _flipped(choice: Tensor, parts: Tensor, target: Tensor) -> Tensor:
+    """The same, taken in or left out one by one while that comes closer: where parts depend on each other, least
+    squares spread over all of them what a few have done, and how rounding falls decides what is left of that."""
+    products, aims = parts @ parts.T, parts @ target
+    for _ in range(4 * len(parts)):
+        change = (1 - 2 * choice) * 2 * (products @ choice - aims) + products.diagonal()
+        best = change.argmin()
+        if change[best] >= 0:
+            break
+        choice = choice.clone()
+        choice[best] = 1 - choice[best]
+    return choice
 
 
 def loss_error(loss: Tensor, exact: Exact) -> float:
