@@ -14,8 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.spatial.distance import cdist
-from tqdm import tqdm
+
+try:
+    from scipy.spatial.distance import cdist
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError("the command line needs the packages of the extra: pip install '.[train]'") from error
 
 from . import data, evaluate, mine_triplets, train
 

@@ -26,7 +26,11 @@ import numpy as np
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+
+try:
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError("training needs the packages of the extra: pip install '.[train]'") from error
 
 from . import TripletLoss, _options, cached_step, data, evaluate, mine_triplets, models
 

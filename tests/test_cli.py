@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -208,3 +210,11 @@ def test_the_view_2_option_leaves_out_one_set(tmp_path):
                            "--size", "16", "--hold-out", "0"])
     images, indices, _ = train.load_data(train.complete(options))
     assert {images.names[images.labels[i]] for i in indices} & {"p02", "p03"} == set()
+
+
+@pytest.mark.parametrize(("module", "missing"), [("train", "tqdm"), ("cli", "tqdm"), ("cli", "scipy.spatial.distance")])
+def test_the_extra_is_named_where_it_is_missing(module, missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; import facenet_ext.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "needs the packages of the extra: pip install '.[train]'" in done.stderr, done.stderr
