@@ -19,6 +19,7 @@ namespace facenet_ext::cpu {
 namespace {
 
 constexpr int64_t kMaxScreenDim = 32768;  // 255 * 127 * D has to fit 32 bits
+constexpr int64_t kScreenAnchors = 128;  // fewer do not win back what whole numbers of every candidate cost
 
 // |a.b - s_a s_b q_a.q_b| <= spread (|e_a| + |e_b|).
 template <class S>
@@ -37,7 +38,7 @@ bool worth_screening(const Call<S>& c, int64_t begin, int64_t end) {
   const bool may = (!counts_all(c.args) || c.limit.on) && c.finite && begin < end && set != Screening::never;
   if (!may || c.D > kMaxScreenDim || !S::screens()) return false;
   if (set == Screening::always) return true;
-  if (c.A < 2 * c.kT || c.C < (c.far_is_zero ? 2 : 8) * c.kT) return false;
+  if (c.A < kScreenAnchors || c.C < (c.far_is_zero ? 2 : 8) * c.kT) return false;
   if (c.hard) return true;
   const double error = 4 * spread(c) * std::sqrt(static_cast<double>(c.D) / 12);  // of a squared distance, in steps
   const auto reach = [&](int64_t row) {
