@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -330,7 +330,7 @@ def small_set() -> None:
 
 
 def machine() -> dict:
-    facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "platform": platform.platform()}
+    facts = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "platform": platform.platform()}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     # Where the sources are a copy without their history, whoever copied them says of what.
     facts["commit"] = os.environ.get("FACENET_EXT_COMMIT") or commit.stdout.strip() or "unknown"

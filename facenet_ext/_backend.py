@@ -216,7 +216,7 @@ def _launch(problem: Problem, options: Options, constants: int, loss_outputs: tu
         workspace = (
             torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
             if on_cuda
-            else _cpu_workspace(workspace_bytes)
+            else _take_cpu_workspace(workspace_bytes)
         )
         _C.launch_triplet(
             on_cuda,
@@ -229,20 +229,21 @@ def _launch(problem: Problem, options: Options, constants: int, loss_outputs: tu
             *mining_outputs,
             *(workspace.data_ptr(), workspace_bytes, threads, stream, multiprocessors, capability),
         )
+    if not on_cuda and workspace.numel() <= _KEPT_BYTES:
+        _kept.workspace = workspace
 
 
 # Each thread keeps its last CPU workspace, unless it is very large: fresh memory costs a page fault per 4 KiB touched,
 # at N = 1800 several hundred a call, with a memory of 65,536 rows of 128 a third of it. torch caches GPU memory itself.
+# A call takes it away while it runs: a signal handler that runs inside of it may call the loss as well.
 _KEPT_BYTES = 256 << 20
 _kept = threading.local()
 
 
-def _cpu_workspace(size: int) -> Tensor:
-    workspace = getattr(_kept, "workspace", None)
+def _take_cpu_workspace(size: int) -> Tensor:
+    workspace = _kept.__dict__.pop("workspace", None)
     if workspace is None or workspace.numel() < size:
-        workspace = torch.empty(size, dtype=torch.uint8)
-        if size <= _KEPT_BYTES:
-            _kept.workspace = workspace
+        workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     return workspace
 
 

@@ -145,11 +145,11 @@ def check_options(options: Options) -> None:
 def check_band(band: float, negatives: str, argument: str = "band") -> None:
     if isinstance(band, bool) or not isinstance(band, (int, float, numbers.Real)):
         raise TypeError(f"{argument} is a {_kind(band)}; accepted: None or a number > 0, in the unit of distance")
-    if not 0 < band < math.inf:
+    if not 0 < _as_float(band) < math.inf:
         raise ValueError(f"{argument} is {band}; accepted: None or a finite number > 0, in the unit of distance")
     if negatives not in _options.BANDED:
         raise ValueError(
-            f"band is {band} with negatives={negatives!r}; accepted: None, or negatives one of "
+            f"{argument} is {band} with negatives={negatives!r}; accepted: None, or negatives one of "
             f"{_names(_options.BANDED)}"
         )
 
@@ -162,21 +162,27 @@ def check_generator(generator: torch.Generator | None) -> None:
 def check_margin(margin: float) -> None:
     if isinstance(margin, bool) or not isinstance(margin, (int, float, numbers.Real)):
         raise TypeError(f"margin is a {_kind(margin)}; accepted: a number >= 0, in the unit of distance")
-    if not 0 <= margin < math.inf:
+    if not 0 <= _as_float(margin) < math.inf:
         raise ValueError(f"margin is {margin}; accepted: a finite number >= 0, in the unit of distance")
 
 
 def check_choice(argument: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value in accepted and isinstance(value, str):
-        return
     if not isinstance(value, str):
         raise TypeError(f"{argument} is a {_kind(value)}; accepted: {_names(accepted)}")
-    raise ValueError(f"{argument} is {value!r}; accepted: {_names(accepted)}")
+    if value not in accepted:
+        raise ValueError(f"{argument} is {value!r}; accepted: {_names(accepted)}")
 
 
 def check_switch(argument: str, value: bool) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{argument} is a {_kind(value)}; accepted: True or False")
+
+
+def _as_float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # of an integer or a fraction
+        return math.inf
 
 
 def _kind(value: object) -> str:

@@ -12,11 +12,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import _backend
 from ._backend import Problem
 from ._options import Options
 
+_FORWARD_MODE = (
+    "facenet_ext.triplet_loss has no forward-mode derivative: its gradient is computed in the forward pass; use "
+    "backward(), or facenet_ext.reference.triplet_loss where one is needed"
+)
 _SECOND_DERIVATIVE = (
     "facenet_ext.triplet_loss has no second derivative: its gradient is computed in the forward pass, with the "
     "selection of negatives as a constant; use facenet_ext.reference.triplet_loss where one is needed"
@@ -36,6 +41,9 @@ def triplet_loss(problem: Problem, options: Options, need_stats: bool) -> tuple[
         flat = options._replace(margin=float(options.margin), band=band)
         loss, _, _, counts, d2 = torch.ops.facenet_ext.triplet_loss(*problem[:-1], *flat, *need_grad, need_stats)
         return (loss, counts, d2) if need_stats else (loss, None, None)
+    for rows in (candidates, problem.candidates, anchors):
+        if rows is not None and unpack_dual(rows).tangent is not None:
+            raise RuntimeError(_FORWARD_MODE)
     if True in need_grad:
         return _TripletLoss.apply(candidates, anchors, problem, options, need_grad, need_stats)
     loss, _, _, counts, d2 = _backend.triplet_loss(problem, options, need_grad, need_stats)
@@ -70,7 +78,7 @@ def scaled(grad: Tensor | None, upstream: Tensor, rows: Tensor) -> Tensor | None
     if grad is None:
         return None
     if torch.is_grad_enabled():  # create_graph=True: what comes out must be differentiable, or say that it is not
-        return _ScaledGradient.apply(grad, upstream, rows)
+        return ScaledGradient.apply(grad, upstream, rows)
     if grad.dtype == rows.dtype and not upstream.is_cuda and upstream.item() == 1:
         # loss.backward(): the saved gradient is the answer. Where the graph is retained, the engine copies it, and
         # autograd's version check refuses a second backward over one that was changed in place. (A GPU would have to be
@@ -79,7 +87,7 @@ def scaled(grad: Tensor | None, upstream: Tensor, rows: Tensor) -> Tensor | None
     return _backend.scale_gradient(grad, upstream, rows.dtype)
 
 
-class _ScaledGradient(torch.autograd.Function):
+class ScaledGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad, upstream, rows):
         return _backend.scale_gradient(grad, upstream, rows.dtype)

@@ -38,8 +38,8 @@ def cached_step(
         scaler: its scale multiplies the loss before the backward pass; ``scaler.step`` and ``update`` stay yours.
 
     Returns:
-        What ``criterion`` returned, the loss detached. Gradients were added to ``.grad`` of the model's parameters, and
-        of the criterion's if it has any; zero them before, step the optimizer after.
+        What ``criterion`` returned (any tuple as a plain one), the loss detached. Gradients were added to ``.grad`` of
+        the model's parameters, and of the criterion's if it has any; zero them before, step the optimizer after.
 
     Raises:
         TypeError, ValueError: ``chunk`` is neither None nor an integer >= 1; images or embeddings are no tensor.
@@ -60,6 +60,8 @@ def cached_step(
 
     if not isinstance(images, Tensor):
         raise TypeError(f"images is a {type(images).__name__}; accepted: a torch.Tensor [N, ...]")
+    if images.dim() == 0:
+        raise ValueError("images has shape []; accepted: [N, ...]")
 
     if chunk is None or len(images) <= chunk:
         return _backward(criterion(model(images), labels), scaler)

@@ -33,7 +33,7 @@ from torch import distributed as dist
 from . import _backend, _checks
 from ._backend import Problem
 from ._options import Options
-from .autograd import scaled
+from .autograd import ScaledGradient, scaled
 
 __all__ = ["Gathered", "gather"]
 
@@ -117,7 +117,7 @@ def _gather(
 
     most = max(counts)
     label_bytes, row_bytes = 8 * most, most * dim * embeddings.element_size()
-    size = -(-(label_bytes + row_bytes) // 8) * 8  # so that every rank's labels are aligned
+    size = max(8, -(-(label_bytes + row_bytes) // 8) * 8)  # so that every rank's labels are aligned
     packed = torch.zeros(size, dtype=torch.uint8, device=device)
     packed[: 8 * n].view(torch.int64).copy_(labels)
     packed[label_bytes : label_bytes + row_bytes].view(embeddings.dtype)[: n * dim].view(n, dim).copy_(
@@ -222,7 +222,8 @@ class _GlobalTripletLoss(torch.autograd.Function):
             grad_references, factor, embeddings, references = ctx.saved_tensors
             factor = (upstream * factor).to(upstream.dtype)
             if ctx.needs_input_grad[0]:
-                grads[0] = scaled(ctx.own[: ctx.n], factor, embeddings)
+                # Never ctx.own itself: no saved tensor, so nothing would notice that the caller adds to what it got.
+                grads[0] = ScaledGradient.apply(ctx.own[: ctx.n], factor, embeddings)
             if ctx.needs_input_grad[1]:
                 grads[1] = scaled(grad_references, factor, references)
         return tuple(grads)

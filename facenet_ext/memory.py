@@ -105,7 +105,10 @@ class CrossBatchMemory(nn.Module):
         return {"added": self.added}
 
     def set_extra_state(self, state: dict) -> None:
-        self.added = state["added"]
+        added = state.get("added") if isinstance(state, dict) else None
+        if isinstance(added, bool) or not isinstance(added, int) or added < 0:
+            raise ValueError(f"state of the memory is {state!r}; accepted: {{'added': an integer >= 0}}")
+        self.added = added
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

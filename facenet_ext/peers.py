@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import _checks
+from . import _checks, _options
 from .loss import TripletLoss
 
 __all__ = ["like"]
@@ -70,10 +70,13 @@ def like(name: str, **overrides) -> TripletLoss:
     """
     _checks.check_choice("name", name, tuple(_PEERS))
     options = dict(_PEERS[name])
+    negatives = overrides.get("negatives", options.get("negatives"))
+    if negatives not in _options.BANDED:
+        options.pop("band", None)  # the peer's, of its own rule
     if "mine_margin" in overrides:
         margin = options["band"] = overrides.pop("mine_margin")
         if name != "pytorch-metric-learning" or "band" in overrides:
             raise ValueError(f"mine_margin is {margin!r}; accepted: with 'pytorch-metric-learning', and without band")
         if margin is not None:
-            _checks.check_band(margin, options["negatives"], "mine_margin")
+            _checks.check_band(margin, negatives, "mine_margin")
     return TripletLoss(**{**options, **overrides})

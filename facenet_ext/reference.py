@@ -191,8 +191,9 @@ def _rows(
     x, index = _prepared(embeddings, normalize), torch.arange(len(embeddings), device=embeddings.device)
     if reference_embeddings is None:
         return _Rows(embeddings, x, labels, x, labels, index, len(x))
-    r = _prepared(reference_embeddings, normalize).to(x.dtype)
-    given = torch.cat([embeddings.flatten(), reference_embeddings.flatten().to(embeddings.dtype)])
+    reference_embeddings = reference_embeddings.to(embeddings.dtype)
+    r = _prepared(reference_embeddings, normalize)
+    given = torch.cat([embeddings.flatten(), reference_embeddings.flatten()])
     if references == "only":
         return _Rows(given, x, labels, r, reference_labels, len(r) + index, len(r))
     may_be_positive = len(x) if references == "negatives" else len(x) + len(r)

@@ -113,5 +113,7 @@ def test_images_and_embeddings_of_another_kind_are_named(chunk):
     images, labels = batch("cpu")
     with pytest.raises(TypeError, match="images is a list; accepted: a torch.Tensor"):
         cached_step(network("cpu"), list(images), labels, SemiHardTripletLoss(), chunk=chunk)
+    with pytest.raises(ValueError, match=r"images has shape \[\]; accepted: \[N, ...\]"):
+        cached_step(network("cpu"), torch.tensor(1.0), labels, SemiHardTripletLoss(), chunk=chunk)
     with pytest.raises(TypeError, match="embeddings is a tuple; accepted: a torch.Tensor"):
         cached_step(lambda x: (x.flatten(1),), images, labels, SemiHardTripletLoss(), chunk=chunk)

@@ -11,7 +11,8 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from facenet_ext import SemiHardTripletLoss, triplet_loss
+from facenet_ext import SemiHardTripletLoss, mine_triplets, triplet_loss
+from facenet_ext.distributed import gather
 
 JOBS = ("random_splits", "data_parallel", "own_loss", "disagreements", "nothing_finite", "rank_fails")
 
@@ -44,6 +45,28 @@ def test_module_options_and_errors(one_rank):
         triplet_loss(x, y, process_group="world")
     with pytest.raises(TypeError, match="process_group is a int"):
         SemiHardTripletLoss(process_group=2)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_gradient_survives_several_backwards(one_rank, reduction):
+    x, y = torch.randn(12, 4, requires_grad=True), torch.arange(12) // 3
+    (want,) = torch.autograd.grad(triplet_loss(x, y, reduction=reduction), x)
+    loss = triplet_loss(x, y, reduction=reduction, process_group=one_rank)
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(x.grad, times * want)
+    x.grad.zero_()
+    loss.backward()
+    torch.testing.assert_close(x.grad, want)
+
+
+def test_no_rows_on_any_rank(one_rank):
+    x, y = torch.randn(0, 4, requires_grad=True), torch.arange(0)
+    loss, stats = triplet_loss(x, y, process_group=one_rank, return_stats=True)
+    loss.backward()
+    assert loss == 0 and stats.pairs == 0 and x.grad.shape == (0, 4)
+    assert len(mine_triplets(x, y, process_group=one_rank).anchor) == 0
+    assert gather(x, y, one_rank).rows.shape == (0, 4)
 
 
 def test_compiled_it_breaks_the_graph_and_works(one_rank):

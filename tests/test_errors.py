@@ -52,8 +52,10 @@ OPTIONS = [
     ({"margin": float("inf")}, ValueError, "margin is inf"),
     ({"margin": "0.2"}, TypeError, "margin is a str; accepted: a number >= 0"),
     ({"margin": True}, TypeError, "margin is a bool"),
+    ({"margin": 10**400}, ValueError, "margin is 1000"),
     ({"margin": None}, TypeError, "margin is a NoneType"),
     ({"margin": torch.tensor(0.2)}, TypeError, "margin is a Tensor"),
+    ({"negatives": np.array(["hard", "all"])}, TypeError, "negatives is a ndarray; accepted: 'semi_hard', 'hard'"),
     ({"negatives": "closest"}, ValueError, "negatives is 'closest'; accepted: 'semi_hard', 'hard', 'random_semi_hard'"),
     ({"positives": "farthest"}, ValueError, "positives is 'farthest'; accepted: 'all', 'hardest', 'easiest'"),
     ({"pairs": "both"}, ValueError, "pairs is 'both'; accepted: 'ordered', 'unordered'"),
@@ -65,6 +67,7 @@ OPTIONS = [
     ({"soft_margin": True, "negatives": "all_semi_hard"}, ValueError, "soft_margin is True with negatives='all_semi"),
     ({"band": 0.1}, ValueError, "band is 0.1 with negatives='semi_hard'; accepted: None, or negatives one of 'rando"),
     ({"band": 0.0, "negatives": "all_semi_hard"}, ValueError, "band is 0.0; accepted: None or a finite number > 0"),
+    ({"band": 10**400, "negatives": "all_semi_hard"}, ValueError, "band is 1000"),
     ({"band": "m", "negatives": "all_semi_hard"}, TypeError, "band is a str; accepted: None or a number > 0"),
     ({"generator": 7}, TypeError, "generator is a int; accepted: None or a torch.Generator"),
     ({"reduction": "none"}, ValueError, "reduction is 'none'; accepted: 'mean', 'mean_active', 'sum'"),
@@ -72,7 +75,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), OPTIONS, ids=[str(o[0]) for o in OPTIONS])
+@pytest.mark.parametrize(("options", "error", "message"), OPTIONS, ids=[str(o[0])[:60] for o in OPTIONS])
 def test_bad_option(options, error, message):
     with pytest.raises(error, match=message):
         triplet_loss(X, Y, **options)
@@ -112,6 +115,25 @@ def test_cuda_without_backend_says_how_to_get_it(monkeypatch):
     with pytest.raises(RuntimeError, match="no CUDA backend.*FACENET_EXT_CUDA=ON pip install.*or move embeddings"):
         _backend._cuda_device(0)
     _backend._cuda_device.cache_clear()
+
+
+def test_forward_mode_says_that_there_is_none():
+    """It would be a derivative of 0, silently: jacobian(strategy="forward-mode") asks for it."""
+    forward_ad = torch.autograd.forward_ad
+    rows = {"reference_embeddings": X + 1, "reference_labels": Y}
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, torch.ones_like(X))
+        for arguments, options in (
+            ((dual, Y), {}),
+            ((dual, Y), rows),
+            ((dual, Y), {**rows, "references": "only"}),
+            ((X, Y), {**rows, "reference_embeddings": dual}),
+            ((X.clone().requires_grad_(), Y), {**rows, "reference_embeddings": dual}),
+        ):
+            with pytest.raises(RuntimeError, match="no forward-mode derivative.*facenet_ext.reference"):
+                triplet_loss(*arguments, **options)
+        assert mine_triplets(dual, Y).d2_ap.isfinite().all()
+        assert triplet_loss(X, Y).isfinite()
 
 
 def test_function_transforms_say_that_they_do_not_work():

@@ -205,5 +205,8 @@ def test_overrides_and_unknown_names():
     for name, more in (("paper", {}), (f"{pml}-batch-hard", {}), (pml, {"band": 0.3})):
         with pytest.raises(ValueError, match="^mine_margin is .*; accepted: with 'pytorch-metric-learning'"):
             facenet_ext.like(name, mine_margin=0.4, **more)
+    with pytest.raises(ValueError, match="^mine_margin is 0.4 with negatives='hard'; accepted: None, or negatives one"):
+        facenet_ext.like(pml, negatives="hard", mine_margin=0.4)
+    assert facenet_ext.like(pml, negatives="hard").band is None  # the peer's band is that of its own rule
     with pytest.raises(ValueError, match="^mine_margin is -1; accepted: .* > 0"):
         facenet_ext.like(pml, mine_margin=-1)

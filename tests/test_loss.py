@@ -8,7 +8,7 @@ from cases import DTYPES, OPTIONS, geometry, random_case
 from oracle import assert_case, loss_and_gradient, pairwise_d2
 
 import facenet_ext
-from facenet_ext import SemiHardTripletLoss, TripletStats, mine_triplets, reference, triplet_loss
+from facenet_ext import SemiHardTripletLoss, TripletStats, _backend, mine_triplets, reference, triplet_loss
 
 
 def loss_dtype(dtype):
@@ -342,3 +342,14 @@ def test_every_soft_term_is_active(device, op, dtype):
         loss.backward()
         assert stats.active == stats.pairs == 2
         assert 0 <= loss.item() < 1e-40 and x.grad.abs().max().item() < 1e-30
+
+
+def test_another_default_device_changes_nothing():
+    """torch.set_default_device("cuda") and batches on the CPU: the workspace is the batch's neighbour all the same."""
+    x, y = torch.randn(12, 5, requires_grad=True), torch.arange(12) // 3
+    want = triplet_loss(x, y)
+    with torch.device("meta"):
+        assert _backend._take_cpu_workspace(1 << 30).device == x.device  # more than is kept: a fresh one
+        loss, stats = triplet_loss(x, y, return_stats=True)
+        mined = mine_triplets(x, y, negatives="random_active")
+    assert torch.equal(loss, want) and {tensor.device for tensor in (*stats.values(), *mined)} == {x.device}

@@ -97,6 +97,15 @@ def test_rows_without_gradient_and_who_asks_for_one():
     assert loss.isnan() and torch.autograd.grad(loss, x)[0].isnan().all()
 
 
+@pytest.mark.parametrize("function", [triplet_loss, reference.triplet_loss])
+def test_references_are_taken_in_the_dtype_of_the_batch(function):
+    x, y = batch(9, 3)
+    old, old_labels = batch(12, 4)
+    rounded = dict(reference_embeddings=old.bfloat16(), reference_labels=old_labels, references="all")
+    loss = function(x.bfloat16(), y, **{**rounded, "reference_embeddings": old})
+    assert torch.equal(loss, function(x.bfloat16(), y, **rounded))
+
+
 def test_miner_takes_negatives_from_the_memory():
     memory = CrossBatchMemory(4, 1)
     memory.add(torch.tensor([[3.0]]), torch.tensor([7]))
@@ -115,7 +124,7 @@ def test_state_comes_back_and_goes_on():
     assert torch.equal(memory.embeddings, other.embeddings) and torch.equal(memory.labels, other.labels)
 
 
-@pytest.mark.parametrize("change", ["size", "dim", "no labels", "no count", "a foreign count"])
+@pytest.mark.parametrize("change", ["size", "dim", "no labels", "no count", "a foreign count", "a count below 0"])
 @pytest.mark.parametrize("assign", [False, True])
 def test_state_of_another_memory_changes_nothing(change, assign):
     """Rows of one memory with the count of another would be neither."""
@@ -128,10 +137,12 @@ def test_state_of_another_memory_changes_nothing(change, assign):
         del state["_extra_state"]
     elif change == "a foreign count":
         state["_extra_state"] = {}
+    elif change == "a count below 0":
+        state["_extra_state"] = {"added": -4}
     memory = CrossBatchMemory(6, 5)
     memory.add(*batch(3, 2))
     buffers, before = dict(memory.named_buffers()), {name: b.clone() for name, b in memory.named_buffers()}
-    with pytest.raises((RuntimeError, KeyError)):
+    with pytest.raises((RuntimeError, ValueError), match="state"):
         memory.load_state_dict(state, assign=assign)
     assert memory.added == 3
     for name, buffer in memory.named_buffers():
