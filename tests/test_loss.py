@@ -8,7 +8,7 @@ from cases import DTYPES, OPTIONS, geometry, random_case
 from oracle import assert_case, loss_and_gradient, pairwise_d2
 
 import facenet_ext
-from facenet_ext import SemiHardTripletLoss, TripletStats, _backend, mine_triplets, reference, triplet_loss
+from facenet_ext import SemiHardTripletLoss, TripletStats, _backend, _options, mine_triplets, reference, triplet_loss
 
 
 def loss_dtype(dtype):
@@ -210,6 +210,58 @@ def test_collapse_is_the_margin(device, distance):
     assert loss.item() == pytest.approx(0.2, rel=1e-7) and float(stats.max_d2_ap) == 0
     assert int(stats.pairs) == int(stats.active) == int(stats.fallback) == 72
     assert torch.equal(x.grad, torch.zeros_like(x.grad))
+
+
+@pytest.mark.parametrize("negatives", ["semi_hard", "hard"])
+@pytest.mark.parametrize(("dim", "nearness", "beyond"), [(16, 2e-4, 1.2e-4), (128, 5e-4, 4e-4)])
+def test_near_duplicates_and_negatives_at_the_margin(device, dim, nearness, beyond, negatives):
+    """A root magnifies the rounding of a small square: by expanded distances these negatives lie beyond the margin, by
+    exact ones within it. Their terms do not depend on whether somebody asks for statistics."""
+    anchor, to_p, to_n = torch.nn.functional.normalize(torch.randn(3, 100, dim, dtype=torch.float64), dim=2)
+    x = torch.cat([anchor, anchor + nearness * to_p, anchor + (0.2 + beyond) * to_n]).float().to(device)
+    y = torch.cat([torch.arange(100), torch.arange(200)]).to(device)
+    options = dict(distance="euclidean", negatives=negatives, reduction="sum")
+    x.requires_grad_()
+    plain, (loss, stats) = triplet_loss(x, y, **options), triplet_loss(x, y, return_stats=True, **options)
+    (plain_grad,), (grad,) = torch.autograd.grad(plain, x), torch.autograd.grad(loss, x)
+    want = reference.triplet_loss(x.detach().double(), y, **options)
+    assert float(plain.detach()) == pytest.approx(float(want), rel=1e-3)
+    assert torch.equal(plain, loss) and torch.equal(plain_grad, grad) and int(stats.active) > 20
+
+
+@pytest.mark.parametrize("distance", ["sqeuclidean", "euclidean"])
+@pytest.mark.parametrize("negatives", _options.NEGATIVES)
+@pytest.mark.parametrize(
+    ("dtype", "scale", "margin"),
+    [(torch.float32, 2.0**-67, 0.2), (torch.float32, 2.0**-74, 0.2), (torch.float32, 2.0**-140, 0.2)]
+    + [(torch.float32, 1.0, 9e37), (torch.float64, 2.0**-600, 0.2), (torch.float64, 2.0**-1030, 0.2)]
+    + [(torch.float64, 2.0**-600, 0.0), (torch.float64, 2.0**-1030, 0.0), (torch.float64, 2.0**600, 0.0)],
+    ids=str,
+)
+def test_margins_out_of_all_proportion(device, dtype, scale, margin, negatives, distance):
+    """Selection and terms are those of the same rows at an ordinary size, beside a margin that is large, or 0."""
+    if device.type == "cuda" and dtype == torch.float64:
+        pytest.skip("on a GPU float64 rows are not scaled: squares beyond its range (csrc/cuda/README.md)")
+    x = torch.randint(-3, 4, (24, 5), device=device).to(dtype)  # exact also where they are denormal
+    y = torch.arange(24, device=device) % 6
+
+    def at(scale, margin):
+        seeded = torch.Generator().manual_seed(1)
+        rows = (x * scale).requires_grad_()
+        loss, stats = triplet_loss(
+            rows, y, margin=margin, negatives=negatives, distance=distance, generator=seeded, return_stats=True
+        )
+        (grad,) = torch.autograd.grad(loss, rows)
+        return loss, {name: int(stats[name]) for name in ("pairs", "active", "fallback")}, grad
+
+    loss, counts, grad = at(scale, margin)
+    _, ordinary_counts, _ = at(1.0, 1e6 if margin else 0.0)
+    assert not loss.isnan() and not grad.isnan().any()
+    if margin:
+        assert counts == ordinary_counts and counts["active"] == counts["pairs"] > 0
+        assert float(loss.detach()) == pytest.approx(margin, rel=1e-5)
+    else:  # a term's value may underflow to 0: the pairs are the same all the same
+        assert [counts[name] for name in ("pairs", "fallback")] == [ordinary_counts[n] for n in ("pairs", "fallback")]
 
 
 def test_zero_rows_normalized(device):

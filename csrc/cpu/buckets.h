@@ -1,4 +1,4 @@
-// From rows to selection state: packing, squared distances by register blocks, and the search that finds a distance's bucket
+// From rows to selection state: squared distances by register blocks, and the search that finds a distance's bucket
 // and whether the bucket wants it.
 //
 // An anchor with K positives keeps their sorted distances t[0 .. K) and, for each of the K + 1 buckets between them, a key:
@@ -166,21 +166,22 @@ uint32_t key_index(Key key) {
 }
 constexpr uint32_t kNobody = ~uint32_t{0};  // the index where a bucket holds no negative: its distance is where it closes
 
-// Beyond limit(t) a negative of a positive at distance t has hinge 0 for certain, whichever way both distances were rounded.
+// Beyond limit(t) a negative of a positive at distance t has hinge 0 for certain, whichever way both distances were rounded:
+// neither is off by more than half the slack. (A root magnifies that of the positive's where t is small.)
 template <class T>
 struct Limit {
   T margin, slack;  // in scaled units
   bool euclidean, on;
   static constexpr T kUp = 1 + 8 * std::numeric_limits<T>::epsilon();
   T operator()(T t) const {
-    const T root = euclidean ? std::sqrt(t) + margin : 0;
+    const T root = euclidean ? std::sqrt(t + slack) + margin : 0;
     return (euclidean ? root * root : t + margin) * kUp + slack;
   }
   template <class S>
   typename S::V of(typename S::V t) const {
     typename S::V d = t + S::set1(margin);
     if (euclidean) {
-      const typename S::V root = S::sqrt(t) + S::set1(margin);
+      const typename S::V root = S::sqrt(t + S::set1(slack)) + S::set1(margin);
       d = root * root;
     }
     return d * S::set1(kUp) + S::set1(slack);

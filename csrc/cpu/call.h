@@ -40,7 +40,7 @@ struct Call {
 
   Classes classes{};
   bool finite = true;
-  double scale = 1, unscale = 1;  // rows are multiplied by `scale`, squared distances by `unscale` = scale^-2 on the way out
+  double scale = 1, unscale = 1;  // rows are multiplied by `scale` on the way in, distances by `unscale` on the way out
   Limit<T> limit{};
   T longest = 0;  // the largest squared length of a row
   bool direct = false;  // every distance that enters the loss is summed directly (finish.h)
@@ -68,6 +68,16 @@ struct Call {
         every_pair(!one_positive && a.pairs == PairOrder::ordered && a.negatives_only == 0),
         gradient_rows(C - a.constants),
         threads(static_cast<double>(A) * static_cast<double>(C) * static_cast<double>(D) < 1e6 ? 1 : a.num_threads) {}
+
+  // scale^-2 itself may be beyond the range, and 0 times infinity is no tie.
+  double unscaled(double d2) const { return d2 * unscale * unscale; }
+  // A margin or band in the unit of scaled rows' distances. Beyond all of them it is as good as infinite, but stays below
+  // what stands for "no negative" (kNoNegative).
+  T scaled(double width) const {
+    constexpr double kMost = static_cast<double>(std::numeric_limits<T>::max()) / 16;
+    const double x = args.distance == Distance::euclidean ? width * scale : width * scale * scale;
+    return width > 0 ? static_cast<T>(x < kMost ? x : kMost) : T(0);
+  }
 
   bool wants_gradient() const { return args.grad_candidates || args.grad_anchors; }
 

@@ -221,8 +221,7 @@ struct Dense {
   const bool above = c.args.negatives == Negatives::all_semi_hard;  // only negatives farther than the positive
   const bool closed = above && c.args.band > 0;  // a term where d <= t + width
   const bool stats = c.args.stat_counts != nullptr;
-  const double unit = euclidean ? c.scale : c.scale * c.scale;  // of distances
-  const T margin = static_cast<T>(c.args.margin * unit), width = static_cast<T>(c.args.band * unit);
+  const T margin = c.scaled(c.args.margin), width = c.scaled(c.args.band);
 
   // Counts of ranks at an anchor's slots. Few thresholds: how many ranges of active terms cover each rank (from), and how
   // many ranges of terms (term). Many: histograms of where ranges of active terms begin, where ranges end, where ranges of
@@ -495,7 +494,6 @@ struct Dense {
       const T* t = w.t + slot;
       const Histograms h = histograms(row);
       RowSum& sum = w.sums[row];
-      const double d_to_loss = euclidean ? 1 / c.scale : c.unscale;
       int64_t active = 0, terms = 0;
       double loss = sum.loss;
       for (int64_t r = 0; r < K; ++r) {
@@ -509,16 +507,16 @@ struct Dense {
         sum.active += active;
         sum.pairs += terms;
         if (stats && terms > 0) {
-          const double d2 = c.unscale * (euclidean ? static_cast<double>(t[r]) * t[r] : static_cast<double>(t[r])) *
-                            (args.distance == Distance::cosine ? 2 : 1);
+          const double d = static_cast<double>(t[r]);
+          const double d2 = c.unscaled((euclidean ? d * d : d) * (args.distance == Distance::cosine ? 2 : 1));
           sum.d2_ap += static_cast<double>(terms) * d2;
           sum.max_d2_ap = d2 > sum.max_d2_ap ? d2 : sum.max_d2_ap;
         }
       }
       if (above) sum.semi_hard = sum.active;
-      sum.d2_an *= c.unscale * (args.distance == Distance::cosine ? 2 : 1);
+      sum.d2_an = c.unscaled(sum.d2_an * (args.distance == Distance::cosine ? 2 : 1));
       // Rounding may leave less than nothing of terms that are hardly above 0.
-      loss = loss * d_to_loss + args.margin * static_cast<double>(sum.active);
+      loss = (euclidean ? loss * c.unscale : c.unscaled(loss)) + args.margin * static_cast<double>(sum.active);
       sum.loss = loss > 0 ? loss : 0;
       w.rows[row].runs = 0;
     }

@@ -26,8 +26,7 @@ struct Draw {
   const int64_t begin, end;
   const bool above = c.args.negatives == Negatives::random_semi_hard;  // only negatives farther than the positive
   const bool closed = above && c.args.band > 0;  // eligible where d <= t + width
-  const double unit = c.args.distance == Distance::euclidean ? c.scale : c.scale * c.scale;  // of distances
-  const T width = static_cast<T>((closed ? c.args.band : c.args.margin) * unit);
+  const T width = c.scaled(closed ? c.args.band : c.args.margin);
 
   // Thresholds in the rule's unit, nothing drawn yet. A positive at distance NaN has no eligible negative.
   void start() const {

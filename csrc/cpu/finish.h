@@ -185,12 +185,12 @@ struct Selection {
   }
   void plain_hinge(int r0, int n) {
     constexpr int kSums = 8;  // partial sums, side by side
-    const double unit = c.args.distance == Distance::cosine ? c.unscale / 2 : c.unscale, margin = c.args.margin;
+    const double half = c.args.distance == Distance::cosine ? 0.5 : 1, margin = c.args.margin;
     double term[kBatch], sums[kSums] = {};
     uint32_t active[kBatch], index[kBatch];
     for (int i = 0; i < n; ++i) {
       const double gap = static_cast<double>(threshold[r0 + i]) - static_cast<double>(key_value<T>(chosen[r0 + i]));
-      term[i] = gap * unit + margin;
+      term[i] = c.unscaled(gap * half) + margin;
       active[i] = term[i] > 0;
       index[i] = key_index(chosen[r0 + i]);
     }
@@ -245,8 +245,8 @@ struct Selection {
       const int64_t pair = args.pair_begin[c.w.arow[row]] + pairs.place[i];
       args.positive[pair] = c.w.order[buckets.row.positive(pairs.place[i])];
       args.negative[pair] = c.w.order[pairs.negative[i]];
-      static_cast<T*>(args.d2_ap)[pair] = static_cast<T>(pairs.d2_ap[i] * c.unscale);
-      static_cast<T*>(args.d2_an)[pair] = static_cast<T>(pairs.d2_an[i] * c.unscale);
+      static_cast<T*>(args.d2_ap)[pair] = static_cast<T>(c.unscaled(pairs.d2_ap[i]));
+      static_cast<T*>(args.d2_an)[pair] = static_cast<T>(c.unscaled(pairs.d2_an[i]));
       args.is_fallback[pair] = pairs.index[i] == kNobody;
     }
   }
@@ -257,25 +257,25 @@ struct Selection {
     const double margin = c.args.margin;
     if (c.args.stat_counts)
       for (int i = 0; i < n; ++i) {
-        const double ap = pairs.d2_ap[i] * c.unscale;
+        const double ap = c.unscaled(pairs.d2_ap[i]);
         sum.d2_ap += ap;
-        sum.d2_an += pairs.d2_an[i] * c.unscale;
+        sum.d2_an += c.unscaled(pairs.d2_an[i]);
         sum.max_d2_ap = ap > sum.max_d2_ap ? ap : sum.max_d2_ap;
       }
     // In scaled units first: two distances beyond the number range may still have a difference.
     double loss[kBatch];  // d_ap - d_an, then the term
     T push[kBatch], pull[kBatch];
-    const double unit = c.args.distance == Distance::cosine ? c.unscale / 2 : c.unscale;
+    const double half = c.args.distance == Distance::cosine ? 0.5 : 1;
     if (c.args.distance == Distance::euclidean) {
       for (int i = 0; i < n; ++i) {
         const double ap = std::sqrt(static_cast<double>(pairs.d2_ap[i])), an = std::sqrt(static_cast<double>(pairs.d2_an[i]));
-        loss[i] = (ap - an) / c.scale;
+        loss[i] = (ap - an) * c.unscale;
         push[i] = static_cast<T>(ap > 0 ? 1 / ap : 0);
         pull[i] = static_cast<T>(an > 0 ? 1 / an : 0);
       }
     } else {
       for (int i = 0; i < n; ++i) {
-        loss[i] = (static_cast<double>(pairs.d2_ap[i]) - static_cast<double>(pairs.d2_an[i])) * unit;
+        loss[i] = c.unscaled((static_cast<double>(pairs.d2_ap[i]) - static_cast<double>(pairs.d2_an[i])) * half);
         push[i] = pull[i] = 1;
       }
     }

@@ -115,7 +115,7 @@ void put(const Call<S>& c, typename S::T* sum, typename S::T* out, const typenam
     for (int64_t k = 0; k < c.D; ++k) sum[k] = out[k] + sum[k];
   if (last) {
     // Differences of scaled rows carry `scale`; over a distance they do not.
-    const double f = c.factor * (c.args.distance == Distance::sqeuclidean ? 2 / c.scale : 1);
+    const double f = c.factor * (c.args.distance == Distance::sqeuclidean ? 2 * c.unscale : 1);
     const T factor = static_cast<T>(f);
     if (std::fabs(factor) >= std::numeric_limits<T>::min() && factor <= std::numeric_limits<T>::max())
       for (int64_t k = 0; k < c.D; ++k) sum[k] *= factor;

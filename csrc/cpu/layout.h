@@ -27,6 +27,8 @@ struct KeyOf<double> {
   using Bits = uint64_t;
 };
 
+namespace {
+
 constexpr int kColumnPad = 48;  // candidates are padded to a multiple of every register block's width
 constexpr int kSlotPad = 16;  // an anchor's thresholds are padded to a multiple of every vector width
 constexpr int kMaxBins = 8;  // parts in which the reverse lists are built; more threads than that share them
@@ -168,8 +170,6 @@ constexpr int kBlock = 16 * kList;  // neighbours of a longer list whose sum is 
 constexpr int kCarried = 48;  // rows of a class beyond which totals in float carry what they round away (gather.h)
 constexpr int kTogether = 4;  // neighbouring rows gathered together at most
 
-namespace {
-
 // Every negative is a term of its own.
 bool counts_all(const TripletArgs& args) {
   return args.negatives == Negatives::all || args.negatives == Negatives::all_semi_hard;
@@ -179,7 +179,7 @@ bool draws_one(const TripletArgs& args) {
 }
 
 // splitmix64's finaliser.
-inline uint64_t mix(uint64_t h) {
+uint64_t mix(uint64_t h) {
   h ^= h >> 30;
   h *= 0xbf58476d1ce4e5b9u;
   h ^= h >> 27;
@@ -193,8 +193,9 @@ int64_t hash_capacity(int64_t n) {
   return size;
 }
 
-// Divides `base` (null: only counts). Slots are bounded by 3 KiB an anchor plus 16 MiB, whatever the labels are; a batch
-// whose classes need more is worked off in passes over its anchors.
+// Divides `base` (null: only counts). What stands at slots is bounded by 3 KiB an anchor plus 16 MiB, whatever the labels are
+// (twice that in double; draws and the terms of a band come on top): a batch whose classes need more is worked off in passes
+// over its anchors.
 template <class T>
 Workspace<T> divide(const TripletArgs& args, void* base) {
   Workspace<T> w{};

@@ -74,8 +74,9 @@ void inspect(Call<S>& c) {
   const int exponent = most > 0 ? std::ilogb(most) : 0;
   constexpr int kSafe = sizeof(T) == 4 ? 30 : 300;
   if (!c.args.normalize && (exponent > kSafe || exponent < -kSafe)) {
-    c.scale = std::ldexp(1.0, -exponent);
-    c.unscale = std::ldexp(1.0, 2 * exponent);
+    const int e = exponent > -1023 ? exponent : -1023;  // of denormal numbers: 2^1024 is none
+    c.scale = std::ldexp(1.0, -e);
+    c.unscale = std::ldexp(1.0, e);
   }
 }
 
@@ -154,7 +155,7 @@ void pack(Call<S>& c) {
       w.anorm[r] = guarded(squared_norm(c.D, T(0), S::madd1, [&](int64_t k) -> T { return row[k]; }));
     }
   }
-  // The error of an expanded distance is below 2 (kDepth + D / kDepth + 4) eps (|a|^2 + |b|^2); see buckets.h.
+  // The error of an expanded distance is below 2 (kDepth + D / kDepth + 4) eps (|a|^2 + |b|^2).
   T& longest = c.longest;
   for (int64_t i = 0; i < c.C; ++i) longest = w.norm[i] > longest ? w.norm[i] : longest;
   if (!c.symmetric)
@@ -164,8 +165,7 @@ void pack(Call<S>& c) {
   c.far_is_zero = !c.mining && !args.stat_counts && !args.soft_margin && !draws_one(args);
   c.limit.on = c.far_is_zero && !c.hard;  // the closest negative may lie beyond every limit
   c.limit.euclidean = args.distance == Distance::euclidean;
-  const double unit = args.distance == Distance::cosine ? 2 : 1;
-  c.limit.margin = static_cast<T>(unit * args.margin * (c.limit.euclidean ? c.scale : c.scale * c.scale));
+  c.limit.margin = c.scaled(args.distance == Distance::cosine ? 2 * args.margin : args.margin);
   c.limit.slack = static_cast<T>(8 * depth * static_cast<double>(std::numeric_limits<T>::epsilon()) * longest);
 }
 

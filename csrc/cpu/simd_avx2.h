@@ -215,7 +215,7 @@ struct Avx2 {
           else
             asm("vpbroadcastd %4, %2\n\tvpmaddubsw %5, %2, %3\n\tvpaddw %3, %0, %0\n\tvpmaddubsw %6, %2, %2\n\t"
                 "vpaddw %2, %1, %1"
-                : "+x"(part[i][0]), "+x"(part[i][1]), "=&x"(x), "=&x"(y)
+                : "+&x"(part[i][0]), "+x"(part[i][1]), "=&x"(x), "=&x"(y)
                 : "m"(four), "x"(left), "x"(right));
         }
       }

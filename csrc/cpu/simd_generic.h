@@ -1,5 +1,5 @@
 // Vectors by the compiler's own vector types: float on machines without AVX2, double everywhere. The same names as in
-// simd_avx2.h and simd_avx512.h; kernels.h is written against these names alone.
+// simd_avx2.h and simd_avx512.h: all that is included by engine.h is written against these names alone.
 #pragma once
 
 #if defined(__AVX2__)

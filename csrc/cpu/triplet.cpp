@@ -185,6 +185,8 @@ Status launch_triplet(const TripletArgs& args) {
             "is neither off nor always; unset, or empty, it leaves the choice to each call"};
   if (args.num_candidates >= (int64_t{1} << 31) || args.num_anchors >= (int64_t{1} << 31))
     return {Code::invalid, "triplet", "more than 2^31 - 1 anchors or candidates"};
+  if (args.anchor_offset >= 0 && args.anchor_offset + args.num_anchors > args.num_candidates)
+    return {Code::invalid, "triplet", "anchors are no rows of the candidates"};
   if (args.constants < 0 || args.constants > args.num_candidates || (counts_all(args) && args.constants > 0))
     return {Code::invalid, "triplet", "constants are some of the candidates, and none under a rule of every negative"};
   if (args.workspace_bytes < triplet_workspace_bytes(args)) return {Code::invalid, "triplet", "the workspace is too small"};
