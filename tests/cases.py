@@ -83,6 +83,18 @@ def geometry(rng: random.Random, generator: torch.Generator, labels: Tensor, dim
     return unit
 
 
+def at_the_margin(rng: random.Random, generator: torch.Generator, labels: Tensor, dim: int, distance: float) -> Tensor:
+    """float64 rows: classes of near duplicates, every second class at `distance` from the one before, but for as little
+    as the duplicates differ."""
+    n = len(labels)
+    noise, away = F.normalize(torch.randn(2, n, dim, generator=generator, dtype=torch.float64), dim=2)
+    _, class_of = torch.unique(labels, return_inverse=True)
+    centre = F.normalize(torch.randn(n + 1, dim, generator=generator, dtype=torch.float64))[class_of // 2]
+    size = 10.0 ** rng.uniform(-5, -2)
+    beyond = distance + size * (2 * torch.rand(n, 1, generator=generator, dtype=torch.float64) - 0.5)
+    return centre + size * noise + torch.where(class_of[:, None] % 2 == 1, beyond, 0.0) * away
+
+
 GEOMETRIES = (
     "init",
     "mid",
@@ -112,5 +124,9 @@ def random_case(seed: int, max_rows: int, max_dim: int, dtype: torch.dtype | Non
     scale = float(x.double().square().sum(dim=1).mean()) if n and not options["normalize"] else 1.0
     unit = scale if options["distance"] == "sqeuclidean" else scale**0.5
     options["margin"] = rng.choice((0.0, 0.05, 0.2, 1.0, 5.0)) * unit
+    if kind == "near_duplicates" and rng.random() < 0.5:
+        kind, options["normalize"], options["margin"] = "at_the_margin", False, rng.choice((0.05, 0.2, 1.0))
+        reach = options["margin"] if options["distance"] == "euclidean" else options["margin"] ** 0.5
+        x = at_the_margin(rng, generator, labels, dim, reach).to(dtype)
     name = f"seed={seed} n={n} dim={dim} {kind} {dtype} classes={len(labels.unique())} {options}"
     return Case(name, x, labels, options)
