@@ -66,9 +66,10 @@ def explain(
 
     Returns:
         ``Explanation``, numbers of Python; its ``verdict`` names the first of these that holds: values that are not
-        finite; no two images of one person; one person only; a collapse (every distance below 1 % of the margin); half
-        of the anchors or more without a semi-hard negative, and why; half of the pairs or more without a farther
-        negative; half of the images or more without a second one of their person; fewer than two dimensions in use.
+        finite; no two images of one person; one person only; a collapse (every d(a, p), and d(a, n) on average, at most
+        1 % of the margin); half of the anchors or more without a semi-hard negative, and why; half of the pairs or more
+        without a farther negative; half of the images or more without a second one of their person; fewer than two
+        dimensions in use.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``triplet_loss``.

@@ -65,7 +65,7 @@ def triplet_loss(
         normalize: divide every row by max(its L2 norm, 1e-12) first; the gradient goes through the division.
         generator: draws the random rules' seed, one number a call; default: torch's own of the device. Equal seed and
             batch, equal draws, for any number of threads and ranks; on another device too, but for negatives within
-            rounding of the band's edge. Other rules do not look at it.
+            rounding of the band's edge. Other rules do not look at it. One of your own breaks a compiled graph.
         reference_embeddings, reference_labels: [M, D] and [M], further candidates on the same device, converted to the
             dtype of ``embeddings``; no anchors. Their gradient is made and returned where they require one.
         references: what they serve as. "negatives": negatives beside the batch's; of an anchor's own label they count
