@@ -80,7 +80,7 @@ def place(axis, path, x, y):
 
 def do_train(options):
     """Train an embedding with the semi-hard triplet loss, verified on people it never saw."""
-    return train.start(options)
+    train.start(options)
 
 
 def do_evaluate(options):
@@ -272,7 +272,7 @@ def main(argv=None):
     function = vars(options).pop("function")
     with_place, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"{message}\n"
     try:
-        return function(options)
+        function(options)
     except (data.DataError, OSError) as error:  # an OSError names its file
         print(f"facenet-ext: {error}", file=sys.stderr)
         raise SystemExit(2) from None
