@@ -223,20 +223,30 @@ def interrupts():
 
 
 class Log:
-    """metrics.jsonl and TensorBoard; on resume the records after the checkpoint are dropped, they will come again."""
+    """metrics.jsonl and TensorBoard; on resume the records after the checkpoint are dropped, they will come again.
 
-    def __init__(self, out, step):
+    verified: the verification after ``step`` steps is behind the checkpoint, and will not come again.
+    """
+
+    def __init__(self, out, step, verified):
         path = out / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if (step or verified) and path.exists() else []
         records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]  # not what a kill cut short
-        with data.atomic(path) as file:  # a verification names the steps before it
-            file.writelines(line.encode() for line, r in records if r["step"] < step + (r["kind"] == "verification"))
+        kept = [(line, r) for line, r in records if r["step"] < step + (verified and r["kind"] == "verification")]
+        with data.atomic(path) as file:
+            file.writelines(line.encode() for line, _ in kept)
         self.file = open(path, "a", buffering=1)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and no other command needs it
-        self.board = SummaryWriter(str(out), purge_step=step or None)
+        self.board = SummaryWriter(str(out), purge_step=step)
+        for _, record in kept:
+            if record["step"] == step:  # purged with what comes again
+                self.plot(**record)
 
     def __call__(self, step, kind, **values):
         self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self.plot(step, kind, **values)
+
+    def plot(self, step, kind, **values):
         for key, value in values.items():
             if isinstance(value, float):
                 self.board.add_scalar(f"{kind}/{key}", value, step)
@@ -272,7 +282,9 @@ class Run:
         self.wrapped = DistributedDataParallel(self.model) if self.world > 1 else self.model
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.log = Log(self.out, self.state["step"])
+            over = self.state["seconds"] >= 60 * options.minutes if options.minutes else \
+                self.state["step"] >= options.steps  # a finished run is verified again
+            self.log = Log(self.out, self.state["step"], saved is not None and not over)
         self.say(f"{len(indices)} images to train on: {len(self.sampler.groups)} people with two or more, "
                  f"{len(self.sampler.single)} with one; {options.network} at {options.size[0]} x {options.size[1]} on "
                  f"{self.device}" + f", {self.world} ranks" * (self.world > 1) + f"; files in {self.out}")
@@ -406,17 +418,17 @@ class Run:
                     bar.set_postfix({k: f"{shown[k]:.3g}" for k in ("loss", "active", "fallback", "images/s")},
                                     refresh=False)
                     bar.update()
-                if state["step"] % every == 0 and state["step"] < limit:
+                verify = state["step"] % every == 0 and state["step"] < limit
+                if verify:
                     self.check(f"step {state['step']}")
-                if state["step"] % options.save_every == 0:
+                if verify or state["step"] % options.save_every == 0:  # last.pt knows the best that best.pt has to beat
                     self.save()
         self.save()
         if asked:
             self.say(f"stopped after step {state['step']}; go on with --resume {self.out}")
             raise SystemExit(130)
         after = self.check("after")
-        if self.rank == 0:
-            self.log.board.flush()
+        self.save()
         return state["before"], after
 
 

@@ -1,5 +1,6 @@
 """The driver end to end, small: it learns, resumes bit for bit, says what is wrong."""
 
+import contextlib
 import json
 import os
 import signal
@@ -88,6 +89,40 @@ def test_resume_after_kill_is_bit_identical(tmp_path, extra):
     assert str(without_clock(tmp_path / "cut")) == str(without_clock(tmp_path / "whole"))
     board = EventAccumulator(str(tmp_path / "cut")).Reload()
     assert {event.step for event in board.Scalars("step/loss")} == set(range(14))  # none was lost with the process
+    assert [event.step for event in board.Scalars("verification/accuracy")] == [0, 6, 12, 14]
+
+
+def test_every_verification_is_recorded_once_and_the_best_is_kept(tmp_path, monkeypatch):
+    """Killed before its first checkpoint, resumed, resumed when finished, resumed to train on and killed again."""
+    accuracies = iter([0.5, 0.9, 0.8, 0.95, 0.6])
+
+    def verify(*_):
+        return train.evaluate.Verification(next(accuracies), 0, [], 0, 0, 0, 0, 0), None
+
+    def run(*options, until=None):
+        def step(self, number, *rest):
+            if number == until:
+                raise OSError("killed")
+            return go(self, number, *rest)
+        monkeypatch.setattr(train.Run, "step", step)
+        with contextlib.suppress(SystemExit):
+            cli.main(["train", *options])
+        best = torch.load(tmp_path / "best.pt", weights_only=True)
+        assert best["best"] == weights(tmp_path)["best"]  # a resumed run knows what it has to beat
+        return [(r["step"], r["accuracy"]) for r in records(tmp_path) if r["kind"] == "verification"], best["step"]
+
+    go = train.Run.step
+    monkeypatch.setattr(train.evaluate, "verify", verify)
+    run("--out", str(tmp_path), "--steps", "2", *SMALL, until=1)
+    assert weights(tmp_path)["step"] == 0
+    resume = "--resume", str(tmp_path)
+    assert run(*resume) == ([(0, 0.5), (2, 0.9)], 2)
+    assert run(*resume) == ([(0, 0.5), (2, 0.8)], 2)  # verified again, it may be on other pairs
+    assert run(*resume, "--steps", "4", "--verify-every", "3", until=3) == ([(0, 0.5), (2, 0.8), (3, 0.95)], 3)
+    assert run(*resume) == ([(0, 0.5), (2, 0.8), (3, 0.95), (4, 0.6)], 3)
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in board.Scalars("step/loss")] == [0, 1, 2, 3]
+    assert [event.step for event in board.Scalars("verification/accuracy")] == [0, 2, 3, 4]
 
 
 def test_interrupt_saves_and_leaves_cleanly(tmp_path, monkeypatch, capsys):
