@@ -41,7 +41,10 @@ PRESETS = {
     # AdaGrad, whose rate only ever falls, and forgives the choice of lr.
     "modern": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05},
 }
-# Where the command line does not say: for the digits (scans of 8 x 8), on a CPU, on a GPU (the paper's batch).
+# Where the command line does not say; argparse knows no defaults, so that a resumed run can tell what was given anew.
+DEFAULTS = {"hold_out": 0.1, "crop": 1.0, "dim": 128, "margin": 0.2, "negatives": "semi_hard", "positives": "all",
+            "fallback": "farthest", "preset": "modern", "save_every": 100, "seed": 0}
+# And for the digits (scans of 8 x 8), on a CPU, on a GPU (the paper's batch).
 KEYS = ("network", "size", "people_per_batch", "images_per_person", "singletons", "steps")
 SIZES = {
     "digits": ("mini", (16, 16), 16, 8, 0, 60),
@@ -49,6 +52,8 @@ SIZES = {
     "cuda": ("nn4", (96, 96), 45, 40, 200, 20000),
 }
 STATE = {"step": 0, "seconds": 0.0, "before": None, "best": -1.0, "mined": None}  # of a run, beside its weights
+# A resumed run keeps these: its weights and optimizer fit no others, and it could be verified on people it trained on.
+FIXED = ("network", "size", "dim", "no_batch_norm", "preset", "hold_out", "without_set", "seed", "out")
 SUBSET = 4096  # images that offline mining looks through
 SHOWN = ("loss", "active", "fallback", "d2_ap", "d2_an", "max_d2_ap")  # of each step, in metrics and TensorBoard
 
@@ -74,20 +79,24 @@ def find_device(name):
     return torch.device(name)
 
 
+def flag(key):
+    return "--" + key.replace("_", "-")
+
+
 def add_arguments(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="FOLDER", help="folder of NAME/image files; without it, scikit-learn's digits")
     add("--people", metavar="FILE", help="LFW people list: train on these only (peopleDevTrain.txt, people.txt)")
     add("--without-set", type=count, metavar="K", help="leave out set K (1 to 10) of --people, the fold to test")
     add("--pairs", metavar="FILE", help="LFW pair list to verify on; default: random pairs of people held out")
-    add("--hold-out", type=within(float, 0, 1), default=0.1, metavar="SHARE", help="of people, without --pairs (0.1)")
-    add("--crop", type=share, default=1.0, metavar="SHARE", help="central share of each image to use (1.0)")
+    add("--hold-out", type=within(float, 0, 1), metavar="SHARE", help="of people, without --pairs (0.1)")
+    add("--crop", type=share, metavar="SHARE", help="central share of each image to use (1.0)")
     add = parser.add_argument_group(
         "network and batch", "On a CPU mini at 48 pixels and batches of 45 people x 4 images; on a GPU nn4 at 96 and "
         "the paper's 45 x 40, and 200 singletons.").add_argument
     add("--network", choices=sorted(models.NETWORKS), help="the paper's, OpenFace's nn4_small2, or mini for CPUs")
     add("--size", type=pixels, metavar="H[xW]", help="input pixels; default: the table's where --network is given")
-    add("--dim", type=count, default=128, metavar="D", help="length of the embedding (128)")
+    add("--dim", type=count, metavar="D", help="length of the embedding (128)")
     add("--no-batch-norm", action="store_true", help="the paper's parameter counts; slower to train")
     add("--people-per-batch", type=count, metavar="P", help="more where there are fewer images than K of each")
     add("--images-per-person", type=count, metavar="K", help="at most, of each")
@@ -95,29 +104,32 @@ def add_arguments(parser):
     add("--chunk", type=count, metavar="N", help="embed N images at a time and run each chunk again for its gradient:"
         " the whole batch's loss in the memory of a chunk (with batch norm, statistics are the chunk's)")
     add = parser.add_argument_group("loss and optimizer").add_argument
-    add("--margin", type=positive, default=0.2, help="in squared distance, 0 to 4 (0.2)")
-    add("--negatives", choices=_options.NEGATIVES, default="semi_hard",
+    add("--margin", type=positive, help="in squared distance, 0 to 4 (0.2)")
+    add("--negatives", choices=_options.NEGATIVES,
         help="of each pair: the paper's, the closest of all, a random one, or every one (semi_hard)")
-    add("--positives", choices=_options.POSITIVES, default="all", help="of each anchor (all)")
-    add("--fallback", choices=_options.FALLBACKS, default="farthest", help="without a semi-hard negative (farthest)")
+    add("--positives", choices=_options.POSITIVES, help="of each anchor (all)")
+    add("--fallback", choices=_options.FALLBACKS, help="without a semi-hard negative (farthest)")
     add("--offline", type=count, metavar="STEPS", help="the paper's offline way: every STEPS, mine each anchor's "
         f"hardest positive and its negative over {SUBSET} images, and train on those (default: online, in each batch)")
-    add("--preset", choices=sorted(PRESETS), default="modern", help="modern: AdamW 0.001, warm-up, cosine, which needs "
+    add("--preset", choices=sorted(PRESETS), help="modern: AdamW 0.001, warm-up, cosine, which needs "
         "fewer steps; paper: AdaGrad 0.05, lowered at the end (modern)")
     add("--lr", type=positive, help="learning rate; default: the preset's")
     add("--weight-decay", type=positive, metavar="DECAY", help="not of biases and batch norm; default: preset's")
-    add = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--steps", type=count, help="length of the run (digits 60, on a CPU 3000, on a GPU 20000)")
     add("--minutes", type=within(float, 0.001), help="length on the clock, not in --steps; does not repeat to the bit")
+    add = group.add_argument
     add("--verify-every", type=count, metavar="STEPS", help="default: as many epochs as make 200 steps, at least one")
-    add("--save-every", type=count, default=100, metavar="STEPS", help="checkpoint for --resume (100)")
+    add("--save-every", type=count, metavar="STEPS", help="checkpoint for --resume (100)")
     add("--flip", action="store_true", help="verify on image and mirror image together")
     add("--out", metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard; default: a new folder under runs/")
-    add("--resume", metavar="DIR", help="go on with the run in DIR, with its options but for those given anew")
+    add("--resume", metavar="DIR", help="go on with the run in DIR, with its options but for those given anew; "
+        f"{', '.join(map(flag, FIXED))} stay")
     add("--device", help="default: cuda where there is a GPU, else cpu")
     add("--bf16", action="store_true", help="bfloat16 autocast; on a CPU for 16 pixels and more")
     add("--threads", type=count, help="CPU threads; default: all cores")
-    add("--seed", type=within(int, 0), default=0, help="of weights, batches, augmentation and the people held out (0)")
+    add("--seed", type=within(int, 0), help="of weights, batches, augmentation and the people held out (0)")
 
 
 def pixels(text):
@@ -129,20 +141,38 @@ def pixels(text):
 
 def complete(options):
     """Fill what the command line leaves open; the result is stored in the checkpoint."""
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def fill(defaults):
+        for key, value in defaults.items():
+            if getattr(options, key, None) is None:
+                setattr(options, key, value)
+
+    fill({**DEFAULTS, "device": "cuda" if torch.cuda.is_available() else "cpu"})
     where = "digits" if options.data is None else options.device.split(":")[0]
-    defaults = {**dict(zip(KEYS, SIZES[where], strict=True)), **PRESETS[options.preset]}
+    sizes = dict(zip(KEYS, SIZES[where], strict=True))
     if options.network and options.data is not None:
-        defaults["size"] = models.NETWORKS[options.network].size
-    for key, value in defaults.items():
-        if getattr(options, key, None) is None:
-            setattr(options, key, value)
+        sizes["size"] = models.NETWORKS[options.network].size
+    fill({**sizes, **PRESETS[options.preset]})
     for key in ("data", "people", "pairs"):  # a run may be resumed from another folder
         if getattr(options, key) is not None:
             setattr(options, key, os.path.abspath(getattr(options, key)))
     if options.out is None:
         options.out = f"runs/{Path(options.data or 'digits').name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return options
+
+
+def resumed(saved, options):
+    """The options of a checkpoint, but for those given anew; DataError: one that is ``FIXED`` differs."""
+    had = {**vars(parse([])), **saved["options"], "out": options.resume}
+    given = {key: value for key, value in vars(options).items() if value is not None and value is not False}
+    if os.path.realpath(options.out or options.resume) == os.path.realpath(options.resume):
+        given["out"] = options.resume
+    for key in FIXED:
+        if key in given and given[key] != had[key]:
+            raise data.DataError(f"{flag(key)}: got {given[key]!r}, but the run in {options.resume} has {had[key]!r}, "
+                                 "and a resumed run keeps it")
+    if "steps" in given:
+        had["minutes"] = None  # which would count alone
+    return argparse.Namespace(**{**had, **given})
 
 
 def load_data(options):
@@ -276,7 +306,7 @@ class Run:
         self.state = dict(STATE)
         if saved:
             self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved["optimizer"]["state"]})
             self.state = {key: saved[key] for key in self.state}
             self.say(f"resumed {self.out} at step {self.state['step']}")
         self.wrapped = DistributedDataParallel(self.model) if self.world > 1 else self.model
@@ -436,9 +466,8 @@ def start(options):
     """Fill in the options, those of a run resumed first, and train; under torchrun as one of several ranks."""
     saved = None
     if options.resume:
-        saved, defaults = read_checkpoint(Path(options.resume) / "last.pt"), vars(parse([]))
-        given = {key: value for key, value in vars(options).items() if value != defaults[key]}
-        options = argparse.Namespace(**{**defaults, **saved["options"], **given, "out": options.resume})
+        saved = read_checkpoint(Path(options.resume) / "last.pt")
+        options = resumed(saved, options)
     options = complete(options)
     find_device(options.device)
     if options.threads:

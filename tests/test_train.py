@@ -125,6 +125,70 @@ def test_every_verification_is_recorded_once_and_the_best_is_kept(tmp_path, monk
     assert [event.step for event in board.Scalars("verification/accuracy")] == [0, 2, 3, 4]
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The folder of a run of 7 steps at --margin 0.5 that made none; every test has to leave it so."""
+    out = tmp_path_factory.mktemp("begun")
+    train.Run(train.complete(train.parse(["--out", str(out), "--steps", "7", "--margin", "0.5", "--save-every", "9",
+                                          "--weight-decay", "0.5", *SMALL]))).save()
+    return out
+
+
+@pytest.fixture
+def resumed(begun, monkeypatch):
+    """The options that ``--resume`` goes on with."""
+    def run(*argv):
+        seen = []
+        monkeypatch.setattr(train.Run, "train", lambda run: seen.append(run))
+        train.start(train.parse(["--resume", str(begun), *argv]))
+        return seen[0]
+    return run
+
+
+def test_options_given_anew_count_on_a_resumed_run(resumed, begun):
+    kept = resumed("--device", "cpu").options
+    assert (kept.steps, kept.margin, kept.save_every, kept.out) == (7, 0.5, 9, str(begun))
+    run = resumed("--margin", "0.2", "--save-every", "100", "--lr", "0.5", "--weight-decay", "0")  # two are defaults
+    assert (run.options.margin, run.options.save_every, run.options.lr) == (0.2, 100, 0.5)
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0, 0]
+
+
+def test_a_new_length_of_a_resumed_run_replaces_the_old_one(resumed, begun, capsys):
+    timed = resumed("--minutes", "2")
+    assert timed.options.minutes == 2
+    old = (begun / "last.pt").read_bytes()
+    try:
+        timed.save()
+        assert resumed().options.minutes == 2
+        counted = resumed("--steps", "9").options
+    finally:
+        (begun / "last.pt").write_bytes(old)
+    assert (counted.steps, counted.minutes) == (9, None)
+    with pytest.raises(SystemExit):
+        train.parse(["--steps", "9", "--minutes", "2"])
+    assert "argument --minutes: not allowed with argument --steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given, said", [
+    ("--network nn4", "--network: got 'nn4', but the run in {} has 'mini'"),
+    ("--size 16", "--size: got (16, 16), but"), ("--dim 16", "--dim: got 16, but"), ("--seed 1", "--seed: got 1, but"),
+    ("--no-batch-norm", "--no-batch-norm: got True, but the run in {} has False"),
+    ("--preset paper", "--preset: got 'paper', but the run in {} has 'modern'"),
+    ("--hold-out 0.5", "--hold-out: got 0.5, but"),
+    ("--without-set 2", "--without-set: got 2, but the run in {} has None"),
+    ("--out elsewhere", "--out: got 'elsewhere', but the run in {} has "),
+])
+def test_what_a_resumed_run_cannot_change_is_refused(begun, capsys, given, said):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "--resume", str(begun), *given.split()])
+    assert left.value.code == 2 and said.format(begun) in capsys.readouterr().err
+
+
+def test_a_resumed_run_may_be_told_what_it_has(resumed, begun):
+    same = ["--network", "mini", "--seed", "0", "--preset", "modern", "--hold-out", "0.1", "--out", f"{begun}/."]
+    assert resumed(*SMALL, *same).options.out == str(begun)
+
+
 def test_interrupt_saves_and_leaves_cleanly(tmp_path, monkeypatch, capsys):
     go = train.Run.step
 
