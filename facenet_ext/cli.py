@@ -93,7 +93,9 @@ def do_evaluate(options):
         trained.crop = trained.crop if options.crop is None else options.crop
         folder = options.data or trained.data
         listed = options.pairs or (None if options.data else trained.pairs)
-        if folder and (options.data or listed):
+        if listed and not folder:
+            raise data.DataError(f"--pairs: got {listed} without --data, and the run {path} has no folder, either")
+        if options.data or listed:
             images = data.Images(*data.scan(folder), model.input_size, trained.crop)
             pairs = data.read_pairs(listed, images.paths) if listed else \
                 data.draw_pairs(images.labels, np.arange(len(images)), 6000, options.seed)

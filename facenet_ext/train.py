@@ -177,6 +177,9 @@ def resumed(saved, options):
 
 def load_data(options):
     """Images, the indices to train on and the pairs to verify on (None where nobody can be held out)."""
+    for key, needed in (("people", "data"), ("pairs", "data"), ("without_set", "people")):
+        if getattr(options, key) is not None and getattr(options, needed) is None:
+            raise data.DataError(f"{flag(key)}: got {getattr(options, key)} without {flag(needed)}, which it needs")
     if options.data is None:
         images, train, unseen = data.digits(options.size)
         return images, train, data.draw_pairs(images.labels, unseen, 2400, options.seed)
@@ -184,6 +187,9 @@ def load_data(options):
     train, pairs = np.arange(len(images)), None
     if options.people:
         sets = data.read_people(options.people)
+        if (options.without_set or 1) > len(sets):  # the fold to test would be trained on
+            raise data.DataError(f"--without-set: got {options.without_set}; accepted are 1 to {len(sets)}, the sets "
+                                 f"of {options.people}")
         wanted = {name for k, names in enumerate(sets, 1) if k != options.without_set for name in names}
         if missing := sorted(wanted.difference(images.names)):
             warnings.warn(f"{options.people}: {len(missing)} of {len(wanted)} people have no images in {options.data}, "

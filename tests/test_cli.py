@@ -12,7 +12,7 @@ import torch
 from faces import faces
 from PIL import Image
 
-from facenet_ext import cli, train
+from facenet_ext import cli, data, train
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +206,33 @@ def test_every_command_has_help(capsys):
 def test_the_view_2_option_leaves_out_one_set(tmp_path):
     root = faces(tmp_path / "faces", people=6, singletons=0)
     (tmp_path / "people.txt").write_text("3\n" + "".join(f"2\np{k:02d}\t5\np{k + 1:02d}\t5\n" for k in (0, 2, 4)))
-    options = train.parse(["--data", str(root), "--people", str(tmp_path / "people.txt"), "--without-set", "2",
-                           "--size", "16", "--hold-out", "0"])
-    images, indices, _ = train.load_data(train.complete(options))
+    people = "--people", str(tmp_path / "people.txt"), "--size", "16", "--hold-out", "0"
+
+    def load(*argv):
+        return train.load_data(train.complete(train.parse(["--data", str(root), *argv])))
+
+    images, indices, _ = load(*people, "--without-set", "2")
     assert {images.names[images.labels[i]] for i in indices} & {"p02", "p03"} == set()
+    with pytest.raises(data.DataError, match="--without-set: got 4; accepted are 1 to 3, the sets of .*people.txt"):
+        load(*people, "--without-set", "4")
+    with pytest.raises(data.DataError, match="--without-set: got 2 without --people"):
+        load("--without-set", "2")
+
+
+@pytest.mark.parametrize("option", ["--people", "--pairs"])
+def test_lists_without_a_folder_are_refused(capsys, option):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", option, "list.txt"])
+    assert left.value.code == 2 and f"{option}: got " in (said := capsys.readouterr().err) and "without --data" in said
+
+
+def test_evaluate_does_not_claim_a_list_that_it_cannot_use(trained, tmp_path, capsys):
+    saved = torch.load(trained[1] / "last.pt", weights_only=True)
+    saved["options"]["data"] = None  # as of a run on the digits
+    torch.save(saved, tmp_path / "digits.pt")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["evaluate", "--model", str(tmp_path / "digits.pt"), "--pairs", "list.txt"])
+    assert left.value.code == 2 and "--pairs: got list.txt without --data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("module", "missing"), [("train", "tqdm"), ("cli", "tqdm"), ("cli", "scipy.spatial.distance")])
