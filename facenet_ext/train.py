@@ -147,7 +147,7 @@ def complete(options):
                 setattr(options, key, value)
 
     fill({**DEFAULTS, "device": "cuda" if torch.cuda.is_available() else "cpu"})
-    where = "digits" if options.data is None else options.device.split(":")[0]
+    where = "digits" if options.data is None else "cuda" if options.device.startswith("cuda") else "cpu"
     sizes = dict(zip(KEYS, SIZES[where], strict=True))
     if options.network and options.data is not None:
         sizes["size"] = models.NETWORKS[options.network].size

@@ -177,11 +177,11 @@ def test_values_out_of_range_are_named(capsys, arguments):
     assert left.value.code == 2 and f"argument {name}: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:7", "tpu", "meta"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "meta"])
 def test_a_device_that_is_not_there_is_named(trained, capsys, device):
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    for arguments in (["embed", str(trained[0]), "--model", str(trained[1])], ["train"]):
+    for arguments in (["embed", str(trained[0]), "--model", str(trained[1])], ["train"], ["train", "--data", "."]):
         with pytest.raises(SystemExit) as left:
             cli.main([*arguments, "--device", device])
         assert left.value.code == 2 and f"facenet-ext: device: {device!r} is" in capsys.readouterr().err
