@@ -294,12 +294,19 @@ def split_people(labels, indices, share: float, seed: int = 0) -> tuple[np.ndarr
     return indices[~out], indices[out]
 
 
+def _read_text(path):
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def read_people(path) -> list[list[str]]:
     """The names of an LFW people list, one list per set (one in peopleDevTrain.txt, ten in people.txt)."""
     sizes, sets = [], []
-    for line in Path(path).read_text().splitlines():
+    for line in _read_text(path).splitlines():
         match line.split():
-            case [size] if size.isdigit():
+            case [size] if size.isdecimal():
                 sizes.append(int(size))
                 sets.append([])
             case [name, _] if sets:
@@ -319,17 +326,20 @@ def read_pairs(path, paths: list[str]) -> Pairs:
     Pairs whose image is missing are left out, and a warning says how many. DataError: a malformed line, no pair left.
     """
     where = {(Path(p).parent.name, Path(p).stem): i for i, p in enumerate(paths)}
-    head, *lines = Path(path).read_text().strip().split("\n")
+    head, *lines = _read_text(path).strip().split("\n")
     try:
         sets, each = map(int, head.split() if len(head.split()) == 2 else (1, head))
+        if min(sets, each) < 1:
+            raise ValueError
     except ValueError:
-        raise DataError(f"{path}, first line: {head!r} is neither a number of pairs nor sets and pairs") from None
+        raise DataError(f"{path}, first line: {head!r} is neither a number of pairs, 1 or more, nor sets and "
+                        "pairs") from None
     rows, missing = [], []
     for number, line in enumerate(lines):
         match line.split():
-            case [name, i, j] if (i + j).isdigit():
+            case [name, i, j] if (i + j).isdecimal():
                 other = name
-            case [name, i, other, j] if (i + j).isdigit():
+            case [name, i, other, j] if (i + j).isdecimal():
                 pass
             case _:
                 raise DataError(f"{path}, line {number + 2}: {line!r} is not a pair (NAME i j or NAME i NAME j)")

@@ -138,4 +138,7 @@ def verify(d2, pairs, far_target: float = 1e-3) -> tuple[Verification, np.ndarra
         warnings.warn(f"{np.count_nonzero(~kept)} of {len(kept)} pairs left out: an image cannot be read, or its "
                       "embedding is not finite", stacklevel=2)
     folds = 10 if pairs.folds is None else pairs.folds[kept]
-    return verification(d2[..., kept], pairs.same[kept], folds, far_target), kept
+    try:
+        return verification(d2[..., kept], pairs.same[kept], folds, far_target), kept
+    except ValueError as error:  # of a list with pairs of one kind, or too few
+        raise DataError(f"pairs: {error}") from error

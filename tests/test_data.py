@@ -305,9 +305,11 @@ def test_lfw_lists(tmp_path):
 
 @pytest.mark.parametrize("text, named", [("2\nanna\t1\n", r"of \[2\] people are announced, of \[1\]"),
                                          ("", r"of \[\] people"), ("10\n", r"of \[10\]"),
-                                         ("anna\t1\n", "is neither the size"), ("1\nanna\t1\tx\n", "is neither")])
+                                         ("anna\t1\n", "is neither the size"), ("1\nanna\t1\tx\n", "is neither"),
+                                         ("\u00b2\nanna\t1\n", "is neither the size"),
+                                         ("1\nren\udce9\t1\n", "people.txt: not UTF-8")])
 def test_malformed_people_lists(tmp_path, text, named):
-    (tmp_path / "people.txt").write_text(text)
+    (tmp_path / "people.txt").write_text(text, "utf-8", "surrogateescape")
     with pytest.raises(data.DataError, match=named):
         data.read_people(tmp_path / "people.txt")
 
@@ -316,8 +318,11 @@ def test_malformed_pair_lists(tmp_path):
     paths = data.scan(folder(tmp_path / "faces", {"anna": 2}))[0]
     for text, named in (("1\nanna\t1\n", "line 2.*not a pair"),
                         ("1\nzoe\t1\t2\nzoe\t1\tben\t1\n", "none of the 2 pairs"),
-                        ("1\nanna\tx\t2\n", "line 2.*not a pair"), ("anna\t1\t2\n", "first line")):
-        (tmp_path / "pairs.txt").write_text(text)
+                        ("1\nanna\tx\t2\n", "line 2.*not a pair"), ("anna\t1\t2\n", "first line"),
+                        ("0\nanna\t1\t2\n", "first line: '0'"), ("2\t-1\nanna\t1\t2\n", "first line"),
+                        ("1\nanna\t1\t\u00b2\n", "line 2.*not a pair"),
+                        ("1\nren\udce9\t1\t2\n", "pairs.txt: not UTF-8")):
+        (tmp_path / "pairs.txt").write_text(text, "utf-8", "surrogateescape")
         with pytest.raises(data.DataError, match=named), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             data.read_pairs(tmp_path / "pairs.txt", paths)

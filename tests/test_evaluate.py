@@ -141,6 +141,8 @@ def test_embed_and_verify_leave_out_what_cannot_be_read():
     assert found == verification(d2[~without], pairs.same[~without], 10, far_target=0.1)
     with pytest.raises(data.DataError, match="none of the 100 pairs"):
         evaluate.verify(np.full(100, np.nan), pairs)
+    with pytest.raises(data.DataError, match="^pairs: same: 0 same and 2 different pairs; both kinds are needed"):
+        evaluate.verify(np.ones(2), data.Pairs(*np.array([[0, 1], [2, 3]]), np.zeros(2, bool), None))
 
 
 def test_flip_is_blind_to_mirroring():
