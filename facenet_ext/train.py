@@ -7,7 +7,8 @@ Everything random is drawn from (seed, step), so model, optimizer and step numbe
 after ``kill -9`` it ends with the bits of the uninterrupted run (CPU, same number of threads, length in --steps; not
 promised with --bf16; below 16 pixels oneDNN's bfloat16 gradients are not even finite: a 1 x 1 map, stride 2, and it
 reads memory that nobody wrote).
-Under torchrun every rank draws people of its own and mines among them; gradients are averaged.
+Under torchrun every rank draws a batch of its own and mines in it; gradients are averaged. Batches of one epoch are of
+different people; where an epoch has fewer than there are ranks, or ends among them, ranks may draw the same people.
 """
 
 import argparse

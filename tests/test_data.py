@@ -237,10 +237,12 @@ def test_the_sampler_resumes_at_any_step_and_depends_on_the_seed():
     assert not np.array_equal(run[0], run[10])  # another epoch, another order
 
 
-def test_ranks_draw_different_people():
+def test_ranks_draw_different_people_within_an_epoch():
     labels = np.repeat(np.arange(40), 5)
     drawn = [data.IdentitySampler(labels, 4, 3).batch(3 * 2 + rank) for rank in range(2)]  # as train.Run.read
     assert not set(labels[drawn[0]]) & set(labels[drawn[1]])
+    drawn = [data.IdentitySampler(labels, 40, 3).batch(3 * 2 + rank) for rank in range(2)]  # an epoch of one batch
+    assert set(labels[drawn[0]]) == set(labels[drawn[1]]) and set(drawn[0]) != set(drawn[1])
 
 
 # --- augmentation, digits, pairs, lists

@@ -299,7 +299,7 @@ def test_offline_triplets_are_what_they_claim(tmp_path):
 
 
 def test_two_ranks_train_one_model(tmp_path):
-    """torchrun with gloo: it ends, one rank writes, and gradients are exchanged (the ranks draw different people)."""
+    """torchrun with gloo: it ends, one rank writes, and gradients are exchanged (the ranks draw different batches)."""
     options = ["--out", str(tmp_path / "out"), "--steps", "4", "--chunk", "7", *SMALL]
     script = ("import sys; from facenet_ext import cli, train\n"
               "end = train.Run.train\n"
