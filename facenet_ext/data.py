@@ -285,11 +285,11 @@ def draw_pairs(labels, indices, count: int, seed: int = 0) -> Pairs:
 def split_people(labels, indices, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Indices to train on and of held-out people: ``share`` of those with two or more images, at least two of them.
 
-    Of fewer than four such people nobody is held out.
+    With share 0, or of fewer than four such people, nobody is held out.
     """
     people, counts = np.unique(labels[indices], return_counts=True)
     several = people[counts > 1]
-    held = max(2, round(share * len(several))) if len(several) >= 4 else 0
+    held = max(2, round(share * len(several))) if share and len(several) >= 4 else 0
     out = np.isin(labels[indices], np.random.default_rng([seed, 3]).choice(several, held, replace=False))
     return indices[~out], indices[out]
 

@@ -90,7 +90,7 @@ def add_arguments(parser):
     add("--people", metavar="FILE", help="LFW people list: train on these only (peopleDevTrain.txt, people.txt)")
     add("--without-set", type=count, metavar="K", help="leave out set K (1 to 10) of --people, the fold to test")
     add("--pairs", metavar="FILE", help="LFW pair list to verify on; default: random pairs of people held out")
-    add("--hold-out", type=within(float, 0, 1), metavar="SHARE", help="of people, without --pairs (0.1)")
+    add("--hold-out", type=within(float, 0, 1), metavar="SHARE", help="of people, without --pairs; 0: nobody (0.1)")
     add("--crop", type=share, metavar="SHARE", help="central share of each image to use (1.0)")
     add = parser.add_argument_group(
         "network and batch", "On a CPU mini at 48 pixels and batches of 45 people x 4 images; on a GPU nn4 at 96 and "
@@ -177,7 +177,7 @@ def resumed(saved, options):
 
 
 def load_data(options):
-    """Images, the indices to train on and the pairs to verify on (None where nobody can be held out)."""
+    """Images, the indices to train on and the pairs to verify on (None where nobody is held out)."""
     for key, needed in (("people", "data"), ("pairs", "data"), ("without_set", "people")):
         if getattr(options, key) is not None and getattr(options, needed) is None:
             raise data.DataError(f"{flag(key)}: got {getattr(options, key)} without {flag(needed)}, which it needs")
@@ -324,7 +324,8 @@ class Run:
             self.log = Log(self.out, self.state["step"], saved is not None and not over)
         self.say(f"{len(indices)} images to train on: {len(self.sampler.groups)} people with two or more, "
                  f"{len(self.sampler.single)} with one; {options.network} at {options.size[0]} x {options.size[1]} on "
-                 f"{self.device}" + f", {self.world} ranks" * (self.world > 1) + f"; files in {self.out}")
+                 f"{self.device}" + f", {self.world} ranks" * (self.world > 1)
+                 + "; nobody is held out, so nothing is verified" * (self.pairs is None) + f"; files in {self.out}")
 
     def say(self, text):
         if self.rank == 0:

@@ -286,7 +286,9 @@ def test_people_held_out_are_whole_people():
     train, unseen = data.split_people(labels, np.arange(len(labels)), 0.2)
     assert len(set(labels[unseen])) == 4 and not set(labels[train]) & set(labels[unseen])
     assert len(train) + len(unseen) == len(labels)
-    assert not len(data.split_people(np.array([0, 0, 1, 1]), np.arange(4), 0.5)[1])
+    for few, share in ((labels[:12], 0.0), (np.array([0, 0, 1, 1]), 0.5)):
+        train, unseen = data.split_people(few, np.arange(len(few)), share)
+        assert len(train) == len(few) and not len(unseen)
 
 
 def test_lfw_lists(tmp_path):

@@ -298,6 +298,16 @@ def test_offline_triplets_are_what_they_claim(tmp_path):
     assert (batch_labels[:third] != batch_labels[2 * third:]).all()
 
 
+def test_a_run_says_that_nobody_is_held_out(tmp_path, capsys):
+    root = faces(tmp_path / "faces", people=4)
+    cli.main(["train", "--data", str(root), "--out", str(tmp_path / "out"), "--steps", "1", "--hold-out", "0", *SMALL])
+    assert "; nobody is held out, so nothing is verified; files in" in capsys.readouterr().out
+    assert [r["kind"] for r in records(tmp_path / "out")] == ["step"]
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--model", str(tmp_path / "out")])
+    assert "nobody was held out of the training" in capsys.readouterr().err
+
+
 def test_two_ranks_train_one_model(tmp_path):
     """torchrun with gloo: it ends, one rank writes, and gradients are exchanged (the ranks draw different batches)."""
     options = ["--out", str(tmp_path / "out"), "--steps", "4", "--chunk", "7", *SMALL]
