@@ -55,7 +55,7 @@ class TripletStats(dict):
         mean_d2_ap, mean_d2_an, max_d2_ap = d2.unbind()
         looked = pairs if fallback_counts else pairs + fallback
         near = 0.01 * margin
-        near_d2 = {"sqeuclidean": near, "euclidean": near**2, "cosine": 2 * near}[distance]
+        near_d2 = {"sqeuclidean": near, "euclidean": near * near, "cosine": 2 * near}[distance]
         return cls(
             pairs=pairs,
             active=active,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from facenet_ext import SemiHardTripletLoss, TripletLoss, _backend, mine_triplets, triplet_loss
+from facenet_ext import SemiHardTripletLoss, TripletLoss, _backend, mine_triplets, reference, triplet_loss
 
 X = torch.randn(6, 4)
 Y = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -107,6 +107,13 @@ def test_options_are_keywords():
 @pytest.mark.parametrize("margin", [0, 1, np.float32(0.2), np.int64(1), 0.0])
 def test_numbers_of_any_kind_are_margins(margin):
     assert torch.equal(triplet_loss(X, Y, margin=margin), triplet_loss(X, Y, margin=float(margin)))
+
+
+@pytest.mark.parametrize("distance", ["sqeuclidean", "euclidean", "cosine"])
+def test_a_margin_whose_square_is_no_number(distance):
+    for function in (triplet_loss, reference.triplet_loss):
+        loss, stats = function(X.double(), Y, margin=1e300, distance=distance, return_stats=True)
+        assert loss == 1e300 and stats.active == stats.pairs == 6
 
 
 def test_cuda_without_backend_says_how_to_get_it(monkeypatch):

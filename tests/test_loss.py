@@ -297,6 +297,32 @@ def test_non_finite_is_seen(device, value, normalize, labels):
             assert all(stats[name].isnan() for name in ("mean_d2_ap", "mean_d2_an", "max_d2_ap"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_non_finite_is_seen_where_one_side_is_empty(device, dtype):
+    """A memory's first step, a rank without rows: no pair, and all the same not a loss of 0 to go on with."""
+    rows, labels = torch.randn(33, 9, device=device, dtype=dtype), torch.arange(33, device=device) // 3
+    none, of_none = rows[:0], labels[:0]
+    for value in (0.5, torch.inf, torch.nan):
+        some = rows.clone()
+        some[20, 4] = value
+        for x, y, references, of_references, which in (
+            (some, labels, none, of_none, "only"),
+            (none, of_none, some, labels, "only"),
+            (none, of_none, some, labels, "negatives"),
+        ):
+            x, references = x.clone().requires_grad_(), references.clone().requires_grad_()
+            more = dict(reference_embeddings=references, reference_labels=of_references, references=which)
+            loss, stats = triplet_loss(x, y, return_stats=True, **more)
+            grads = torch.autograd.grad(loss, (x, references))
+            counts = [int(stats[name]) for name in ("pairs", "active", "fallback")]
+            wanted = 0.0 if value == 0.5 else torch.nan
+            for tensor in (loss.detach(), stats.mean_d2_ap, stats.max_d2_ap, *grads):
+                assert torch.equal(tensor, torch.full_like(tensor, wanted)) or (value != 0.5 and tensor.isnan().all())
+            assert counts == [0, 0, 0]
+        mined = mine_triplets(some, labels, reference_embeddings=none, reference_labels=of_none, references="only")
+        assert len(mined.anchor) == 0
+
+
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 

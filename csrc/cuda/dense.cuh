@@ -159,8 +159,7 @@ __device__ Acc inverse_norm(const DenseProblem<Acc>& p, const void* x, int64_t b
     const Acc scaled = ldexp(load_input(p, x, begin + d), -e);
     sum = fma(scaled, scaled, sum);
   }
-  const Acc norm = ldexp(sqrt(warp_sum(sum)), e);
-  return 1 / (norm > Acc(1e-12) ? norm : Acc(1e-12));
+  return inverse_of_norm(sqrt(warp_sum(sum)), e);
 }
 
 // Calls body(set, index) for the rows of candidates (set 0) and, where they are others, anchors (set 1): a warp each.

@@ -205,8 +205,9 @@ template <class Problem>
 Status launch_cooperative(void (*kernel)(Problem), const char* name, unsigned blocks, unsigned threads, size_t shared,
                           void* stream, Problem problem) {
   void* parameters[] = {&problem};
+  // The limit belongs to the function, not to the launch: another thread must not lower it in between.
   cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared));
+                                           static_cast<int>(max_shared_bytes()));
   if (error == cudaSuccess) {
     error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), parameters,
                                         shared, static_cast<cudaStream_t>(stream));
@@ -222,6 +223,11 @@ inline Status fill_zero(void* memory, int64_t bytes, void* stream) {
   cudaGetLastError();
   return {Code::cuda, "fill_zero", cudaGetErrorString(error)};
 }
+
+// A product that is rounded before anything is added to it. Of x f - y f the compiler would round one product only, and equal
+// rows were no longer at distance 0.
+__device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+__device__ __forceinline__ double rounded_product(double x, double y) { return __dmul_rn(x, y); }
 
 __device__ __forceinline__ uint16_t half_from_float(float x) { return __half_as_ushort(__float2half_rn(x)); }
 __device__ __forceinline__ float float_from_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
@@ -288,6 +294,7 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t x) {
 __device__ __forceinline__ uint64_t atomic_min(uint64_t* p, uint64_t x) {
   return atomicMin(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
 }
+__device__ __forceinline__ uint32_t atomic_max(uint32_t* p, uint32_t x) { return atomicMax(p, x); }
 __device__ __forceinline__ uint64_t atomic_max(uint64_t* p, uint64_t x) {
   return atomicMax(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
 }

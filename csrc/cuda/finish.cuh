@@ -21,7 +21,7 @@ template <class In, class Acc>
 struct InputRow {  // a row as the distances see it
   const In* x;
   Acc factor;
-  __device__ __forceinline__ Acc operator[](int32_t d) const { return widen(x[d]) * factor; }
+  __device__ __forceinline__ Acc operator[](int32_t d) const { return rounded_product(widen(x[d]), factor); }
 };
 template <class In, class Acc>
 __device__ __forceinline__ InputRow<In, Acc> input_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t index) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ void load_piece(const Problem<Acc>& p, const Rows<Acc
       }
     }
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) piece[q * kEach + i] = widen(v.element[i]) * row.factor;
+    for (int i = 0; i < kEach; ++i) piece[q * kEach + i] = rounded_product(widen(v.element[i]), row.factor);
   }
 }
 

@@ -203,6 +203,14 @@ __device__ __forceinline__ Vector<Acc, kLaneElements<Acc>> load_elements(const P
   return out;
 }
 
+// 1 / max(length 2^e, 1e-12), also where that length is beyond the range.
+template <class Acc>
+__device__ __forceinline__ Acc inverse_of_norm(Acc length, int32_t e) {
+  const Acc norm = ldexp(length, e);
+  if (!(norm <= Acc(sizeof(Acc) == 8 ? DBL_MAX : double(FLT_MAX)))) return ldexp(1 / length, -e);
+  return 1 / (norm > Acc(1e-12) ? norm : Acc(1e-12));
+}
+
 constexpr int32_t kStagedPitch = 512;  // bytes of an operand that a warp keeps beside it, in shared memory
 
 // One warp turns row `index` into the operand at `position`, and takes its norm: the diagonal of its product with itself.
@@ -241,8 +249,7 @@ __device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t 
       const Acc scaled = ldexp(widen(static_cast<const In*>(rows.x)[int64_t(index) * rows.stride + d]), -e);
       sum = fma(scaled, scaled, sum);
     }
-    const Acc norm = ldexp(sqrt(warp_sum(sum)), e);
-    inverse = 1 / (norm > Acc(1e-12) ? norm : Acc(1e-12));
+    inverse = inverse_of_norm(sqrt(warp_sum(sum)), e);
     largest *= inverse;
   }
 

@@ -95,7 +95,7 @@ constexpr int32_t kNoExponent = -(1 << 20);  // a row of zeros
 
 // norm * 4^exponent as an integer that orders as it does: exponents are added, so no range of rows is out of reach.
 __device__ __forceinline__ int32_t norm_order(float norm, int32_t exponent) {
-  return norm > 0 ? static_cast<int32_t>(ordered_bits(norm) >> 4) + exponent * (1 << 20) : INT32_MIN;
+  return norm > 0 && norm - norm == 0 ? static_cast<int32_t>(ordered_bits(norm) >> 4) + exponent * (1 << 20) : INT32_MIN;
 }
 __device__ __forceinline__ int32_t norm_order(double, int32_t) { return INT32_MIN; }  // nobody asks
 // Rounded down, in units of 4^max_exponent.

@@ -1,4 +1,5 @@
 // The CUDA side of triplet.h: sizes the workspace, picks the kernel.
+#include "empty.cuh"
 #include "triplet_kernel.cuh"
 
 namespace facenet_ext::cuda {
@@ -51,17 +52,13 @@ Status launch_triplet(const TripletArgs& args) {
   if (args.constants < 0 || args.constants > args.num_candidates || (is_dense(args) && args.constants > 0))
     return {Code::invalid, name, "constants are some of the candidates, and none under a rule of every negative"};
 
-  if (args.num_anchors == 0 || args.num_candidates == 0) {  // no pair: zeros
-    const bool wide = args.dtype == DType::float64;
-    const int64_t scalar = wide ? 8 : 4;
-    Status status = fill_zero(args.loss, scalar, args.stream);
-    if (status.code == Code::ok) {
-      status = fill_zero(args.grad_candidates, (args.num_candidates - args.constants) * args.dim * scalar, args.stream);
+  if (args.num_anchors == 0 || args.num_candidates == 0) {
+    switch (args.dtype) {
+      case DType::float64: return launch_empty<double, double>(args);
+      case DType::float16: return launch_empty<Half, float>(args);
+      case DType::bfloat16: return launch_empty<Bfloat, float>(args);
+      default: return launch_empty<float, float>(args);
     }
-    if (status.code == Code::ok) status = fill_zero(args.grad_anchors, args.num_anchors * args.dim * scalar, args.stream);
-    if (status.code == Code::ok) status = fill_zero(args.stat_counts, 5 * 8, args.stream);
-    if (status.code == Code::ok) status = fill_zero(args.stat_d2, 3 * scalar, args.stream);
-    return status;
   }
   if (is_dense(args)) return launch_dense(args);
   if (args.dtype == DType::float64) return launch_float64(args);

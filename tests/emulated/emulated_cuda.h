@@ -331,6 +331,13 @@ inline void mma_16x8x16_bfloat(float (&c)[4], const uint32_t (&a)[4], const uint
 }
 
 inline uint16_t half_from_float(float x) { return emu::half_from_float(x); }
+// Also where the compiler contracts what is added to it.
+template <class T>
+T rounded_product(T x, T y) {
+  T product = x * y;
+  asm volatile("" : "+x"(product));
+  return product;
+}
 inline float float_from_half(uint16_t bits) { return emu::float_from_half(bits); }
 inline uint16_t bfloat_from_float(float x) { return emu::bfloat_from_float(x); }
 

@@ -4,6 +4,7 @@ tests/campaign.py --rules --emulated does."""
 from __future__ import annotations
 
 import pytest
+import test_loss
 import test_properties
 import torch
 import triplet_loop
@@ -32,6 +33,12 @@ def test_what_the_runner_says_comes_back(programs):
         launcher.shared_kib = -1
         with pytest.raises(Finding, match="exit status"):
             facenet_ext.triplet_loss(x, y)
+
+
+@pytest.mark.parametrize("dtype", test_loss.DTYPES, ids=str)
+def test_non_finite_is_seen_where_one_side_is_empty_over_the_emulated_kernels(programs, dtype):
+    with emulated(programs()):
+        test_loss.test_non_finite_is_seen_where_one_side_is_empty(torch.device("cpu"), dtype)
 
 
 PROPERTIES = (

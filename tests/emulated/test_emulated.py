@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import work_ahead
 from emulated_cases import draw, draw_rule, simple, with_nan
 from emulation import SCHEDULES, check, exact, run, with_schedule
+from planted_bugs import ONLY_FLOAT32, plant
 
 BATCH = 20
 
@@ -47,6 +51,40 @@ def test_mixed_rules_under_address_and_undefined_behaviour_sanitizers(programs, 
 
 def test_mixed_rules_under_thread_sanitizer(programs, tmp_path):
     check(programs("tsan"), [draw_rule(seed, largest=70) for seed in range(7000, 7020)], tmp_path)
+
+
+def contracted() -> Path:
+    return plant(None, ONLY_FLOAT32, "contracted", work_ahead.folder())
+
+
+@pytest.mark.ahead(work=contracted)
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the build names an instruction set")
+def test_equal_rows_are_at_distance_zero_however_products_are_contracted(ahead, tmp_path):
+    """In x f - y f the compiler may round one product alone. For the distance to the negative it did, so that it was
+    farther than an equal positive."""
+    rows = np.random.default_rng(5).standard_normal((1, 200))
+    base = simple(40, 200, 4)
+    cases = [
+        replace(base, x=np.tile(exact(rows[:, :dim], "float32"), (40, 1)), normalize=True, **options)
+        for dim in (64, 200)  # near pairs are summed directly, and rows that are so long
+        for options in ({}, {"distance": "cosine"}, {"distance": "euclidean"}, {"negatives": "hard"})
+    ]
+    results = run(ahead(), [(case, mining) for case in cases for mining in (True, False)], tmp_path)
+    for case, mined, out in zip(cases, results[::2], results[1::2], strict=True):
+        assert not mined.d2_ap.any() and not mined.d2_an.any(), case
+        assert mined.is_fallback.all() == (case.negatives == "semi_hard")
+        assert out.stat_counts[3] == out.stat_counts[0] == len(mined.d2_ap) and not out.stat_d2.any()
+        assert out.loss == pytest.approx(case.margin, rel=1e-7) and not out.grad_candidates.any()
+
+
+def test_rows_whose_length_is_beyond_the_range_are_normalised(programs, tmp_path):
+    """Finite, but the root of the sum of their squares is not: within the 17 bits that are left of its inverse."""
+    base = simple(24, 6, 5, normalize=True, margin=1.0)
+    long = replace(base, x=exact(base.x / np.abs(base.x).max(axis=1, keepdims=True) * 3e38, "float32"))
+    unit = replace(base, x=exact(long.x / np.linalg.norm(long.x, axis=1, keepdims=True), "float32"))
+    for negatives in ("semi_hard", "all"):
+        outs = run(programs(), [(replace(case, negatives=negatives), False) for case in (long, unit)], tmp_path)
+        assert outs[0].loss == pytest.approx(outs[1].loss, rel=1e-4) and outs[0].loss > 0.1
 
 
 @pytest.mark.parametrize("negatives", ["hard", "random_semi_hard", "random_active"])
