@@ -28,14 +28,18 @@ bar = partial(tqdm, desc="embedding", unit="batch", disable=None)
 
 
 def open_images(path, size, crop):
-    """The images of root/NAME/file, or of a folder without people or a single file, which have label -1."""
+    """The images of root/NAME/file; of a folder without people, or a single file, with label -1."""
     path = Path(path)
     if not path.exists():
         raise data.DataError(f"{path}: no such file or folder")
-    inside = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
-    files = [path] if path.is_file() else inside
-    if not files or any(p.is_dir() for p in inside):  # people; or nothing at all, which scan has the words for
-        return data.Images(*data.scan(path), size, crop)
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if not p.is_dir() and not p.name.startswith("."))
+        try:
+            return data.Images(*data.scan(path), size, crop)
+        except data.DataError:  # nobody in it
+            if not files:
+                raise
     return data.Images(map(str, files), np.full(len(files), -1), [], size, crop)
 
 

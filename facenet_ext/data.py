@@ -84,8 +84,8 @@ def _to_rgb(image):
 def scan(root) -> tuple[list[str], np.ndarray, list[str]]:
     """Paths, labels [N] int64 and names of root/NAME/file, sorted by name, then file.
 
-    Hidden files are ignored. Folders are not descended into, and a folder seen before (a link to itself, to a parent,
-    to another person) is named and skipped: a loop ends, and nobody gets two names.
+    Hidden files are ignored. Named and skipped are files beside the people's folders, folders inside them, and folders
+    seen before (a link to itself, to a parent, to another person): a loop ends, and nobody gets two names.
     DataError: no such folder, no person in it.
     """
     root = Path(root)
@@ -97,7 +97,9 @@ def scan(root) -> tuple[list[str], np.ndarray, list[str]]:
     def skip(entry, reason):
         warnings.warn(f"{entry}: skipped ({reason})", stacklevel=3)
 
-    for folder in sorted(path for path in root.iterdir() if os.path.isdir(path) and not path.name.startswith(".")):
+    visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    loose = [path for path in visible if not os.path.isdir(path)]
+    for folder in filter(os.path.isdir, visible):
         if (real := folder.resolve()) in seen:
             skip(folder, "a link to a folder that counts already")
             continue
@@ -115,7 +117,10 @@ def scan(root) -> tuple[list[str], np.ndarray, list[str]]:
             labels += [len(names)] * len(files)
             names.append(folder.name)
     if not paths:
-        raise DataError(f"{root}: no images; expected a folder of NAME/image files")
+        found = "files, but no people" if loose else "no images"
+        raise DataError(f"{root}: {found}; expected a folder of NAME/image files")
+    for path in loose:
+        skip(path, "beside the people's folders")
     return paths, np.array(labels, np.int64), names
 
 

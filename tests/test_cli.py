@@ -49,6 +49,15 @@ def test_embed(trained, some, tmp_path, capsys):
     assert found["paths"][0].endswith("p01/p01_0001.png") and "wrote 15 embeddings" in capsys.readouterr().out
 
 
+def test_loose_images_beside_folders_are_read_or_named(trained, some, tmp_path):
+    shutil.copy(some / "p01" / "p01_0001.png", some / "loose.png")
+    with pytest.warns(UserWarning, match="loose.png: skipped .beside the people's folders"):
+        assert len(embedded(some, trained[1], tmp_path)["names"]) == 15
+    (some / "p01" / "empty").mkdir()  # no folder that holds a file, so nobody: the images count
+    found = embedded(some / "p01", trained[1], tmp_path)
+    assert found["names"].tolist() == [""] * 5
+
+
 def test_compare_prints_the_distances_of_the_embeddings(trained, some, tmp_path, capsys):
     vectors = embedded(some, trained[1], tmp_path)["embeddings"]
     files = [str(some / name) for name in ("p01/p01_0001.png", "p01/p01_0002.png", "p02/p02_0001.png")]

@@ -167,7 +167,7 @@ def test_scan_is_sorted_and_ends_on_loops(tmp_path):
     assert names == ["anna", "ben"] and labels.tolist() == [0, 0, 1]
     assert [os.path.basename(p) for p in paths] == ["anna_0001.png", "anna_0002.png", "ben_0001.png"]
     said = " ".join(str(w.message) for w in warned)
-    assert all(f"{name}: skipped" in said for name in ("carl", "loop", "up", "anna/again"))
+    assert all(f"{name}: skipped" in said for name in ("carl", "loop", "up", "anna/again", "readme.txt"))
 
 
 def test_nothing_to_train_on_is_said(tmp_path):
@@ -175,7 +175,10 @@ def test_nothing_to_train_on_is_said(tmp_path):
         data.scan(tmp_path / "nowhere")
     with pytest.raises(data.DataError, match="no images; expected a folder of NAME/image files"):
         data.scan(tmp_path)
-    _, labels, _ = data.scan(folder(tmp_path, {"anna": 1, "ben": 1}))
+    picture(tmp_path / "loose" / "a.png")
+    with pytest.raises(data.DataError, match="loose: files, but no people; expected a folder of NAME/image files"):
+        data.scan(tmp_path / "loose")
+    _, labels, _ = data.scan(folder(tmp_path / "faces", {"anna": 1, "ben": 1}))
     with pytest.raises(data.DataError, match="2 images of 2 people, 0 with two or more"):
         data.IdentitySampler(labels, 2, 2)
     with pytest.raises(data.DataError, match="0 images of 0 people"):
