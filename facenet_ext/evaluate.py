@@ -69,7 +69,7 @@ def verification(d2, same, folds=10, far_target: float = 1e-3) -> Verification:
     d2 = d2[place % len(d2), np.arange(len(same))]  # each pair as the model saw it that did not train on it
     accuracies, thresholds, vals, fars = map(list, zip(*rows, strict=True))
     different = (~same).sum() * (len(numbers) - 1) / len(numbers)
-    if different * far_target < 1:
+    if 0 < different * far_target < 1:  # at 0 accepting none of them is what is asked for
         warnings.warn(f"VAL at FAR {far_target:g} needs {1 / far_target:.0f} different pairs to choose a threshold on; "
                       f"about {different:.0f} are given, so it accepts none of them", stacklevel=2)
     wrong, right, _ = roc_curve(same, -d2, drop_intermediate=False)  # wrong = 1 - right: the equal error rate

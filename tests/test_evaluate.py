@@ -37,7 +37,7 @@ def plain(d2, same, folds, far_target):
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("far_target", [0.05, 0.2])
+@pytest.mark.parametrize("far_target", [0.0, 0.05, 0.2])
 def test_equals_the_definitions_on_tied_scores(seed, far_target):
     d2, same, folds = scores(seed)
     accuracies, thresholds, vals, fars = plain(d2, same, folds, far_target)
