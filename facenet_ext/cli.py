@@ -108,9 +108,8 @@ def do_evaluate(options):
         if pairs is None:
             raise data.DataError(f"{path}: nobody was held out of the training; --pairs or --data say whom to judge by")
         d2.append(evaluate.distances(model, images, pairs, options.device, options.flip, bar))
-    folds = 1 if pairs.folds is None else len(np.unique(pairs.folds))
-    if len(d2) not in (1, folds):
-        raise data.DataError(f"--model: {len(d2)} models for {folds} folds; accepted are one, or one per fold")
+    if len(d2) not in (1, pairs.sets):
+        raise data.DataError(f"--model: {len(d2)} models for {pairs.sets} folds; accepted are one, or one per fold")
     found, kept = evaluate.verify(d2[0] if len(d2) == 1 else np.stack(d2), pairs, options.far)
     source = listed or f"random pairs of {f'everybody in {folder}' if options.data else 'people held out of training'}"
     print(f"{kept.sum()} pairs, {source}, {len(found.thresholds)} folds\n"

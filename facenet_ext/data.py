@@ -259,12 +259,14 @@ def augment(pixels, size: tuple[int, int], seed=None, device="cpu", mirror=True)
 
 
 class Pairs(NamedTuple):
-    """Verification pairs: image indices a, b [P], same [P] bool, folds [P] (or None where the list has one set)."""
+    """Verification pairs: image indices a, b [P], same [P] bool, folds [P] of 0 ... sets - 1 (or None where the list
+    has one set); a fold whose images are missing has no pairs."""
 
     a: np.ndarray
     b: np.ndarray
     same: np.ndarray
     folds: np.ndarray | None
+    sets: int = 1
 
 
 def draw_pairs(labels, indices, count: int, seed: int = 0) -> Pairs:
@@ -339,6 +341,8 @@ def read_pairs(path, paths: list[str]) -> Pairs:
     except ValueError:
         raise DataError(f"{path}, first line: {head!r} is neither a number of pairs, 1 or more, nor sets and "
                         "pairs") from None
+    if 1 < sets < len(lines) / (2 * each):
+        raise DataError(f"{path}, first line: {head!r} announces {2 * sets * each} pairs, {len(lines)} are there")
     rows, missing = [], []
     for number, line in enumerate(lines):
         match line.split():
@@ -359,4 +363,4 @@ def read_pairs(path, paths: list[str]) -> Pairs:
     if not rows:
         raise DataError(f"{path}: none of the {len(lines)} pairs has both images in the folder")
     a, b, same, folds = (np.array(column) for column in zip(*rows, strict=True))
-    return Pairs(a, b, same.astype(bool), folds if sets > 1 else None)
+    return Pairs(a, b, same.astype(bool), folds if sets > 1 else None, sets)

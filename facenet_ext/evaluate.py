@@ -127,18 +127,21 @@ def distances(model, images, pairs, device="cpu", flip: bool = False, progress=i
 
 
 def verify(d2, pairs, far_target: float = 1e-3) -> tuple[Verification, np.ndarray]:
-    """``verification`` of the pairs whose distances [P] (or [folds, P]) are finite, and which those are [P].
+    """``verification`` of the pairs whose distances [P] (or [pairs.sets, P]) are finite, and which those are [P].
 
-    The folds are those of the pair list, else ten.
+    The folds are those of the pair list, else ten; one without such pairs has no say, and its row of d2 no use.
     """
-    kept = np.isfinite(np.atleast_2d(d2)).all(0)
+    d2 = np.atleast_2d(d2)
+    kept = np.isfinite(d2).all(0)
     if not kept.any():
         raise DataError(f"none of the {len(kept)} pairs has two readable images with finite embeddings")
     if not kept.all():
         warnings.warn(f"{np.count_nonzero(~kept)} of {len(kept)} pairs left out: an image cannot be read, or its "
                       "embedding is not finite", stacklevel=2)
     folds = 10 if pairs.folds is None else pairs.folds[kept]
+    if 1 < len(d2) == pairs.sets:
+        d2 = d2[np.unique(folds)]
     try:
-        return verification(d2[..., kept], pairs.same[kept], folds, far_target), kept
+        return verification(d2[:, kept], pairs.same[kept], folds, far_target), kept
     except ValueError as error:  # of a list with pairs of one kind, or too few
         raise DataError(f"pairs: {error}") from error

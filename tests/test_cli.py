@@ -139,6 +139,17 @@ def test_evaluate_on_a_list_and_on_random_pairs(trained, some, tmp_path, capsys)
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--model", *[str(trained[1])] * 3, "--pairs", str(tmp_path / "view2.txt")])
     assert "3 models for 2 folds" in capsys.readouterr().err
+    gap = lines[:6] + lines[30:36] + ["nobody\t1\t2"] * 12 + lines[12:18] + lines[42:48]
+    (tmp_path / "gap.txt").write_text("3\t6\n" + "\n".join(gap) + "\n")
+    for number, model in enumerate([["run"] * 3, ["run"]]):  # the fold without images has no say, its model neither
+        with pytest.warns(UserWarning, match="12 of 36 pairs left out"):
+            cli.main(["evaluate", "--model", *[str(trained[1])] * len(model), "--pairs", str(tmp_path / "gap.txt"),
+                      "--far", "0.1", "--json", str(tmp_path / f"{number}.json"), "--plot", str(tmp_path / "e3.png")])
+    several, one = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (0, 1))
+    assert len(several["thresholds"]) == 2 and several["accuracy"] == one["accuracy"]
+    with pytest.warns(UserWarning), pytest.raises(SystemExit):
+        cli.main(["evaluate", "--model", *[str(trained[1])] * 2, "--pairs", str(tmp_path / "gap.txt")])
+    assert "2 models for 3 folds" in capsys.readouterr().err
     cli.main(["evaluate", "--model", str(trained[1] / "best.pt"), "--data", str(some), "--far", "0.5", "--flip"])
     assert "equal error rate" in capsys.readouterr().out
 

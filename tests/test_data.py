@@ -301,9 +301,10 @@ def test_lfw_lists(tmp_path):
     with pytest.warns(UserWarning, match="1 of 4 pairs left out.*zoe"):
         pairs = data.read_pairs(tmp_path / "dev.txt", paths)
     assert [*zip(pairs.a, pairs.b, pairs.same, strict=True)] == [(0, 2, True), (3, 4, True), (1, 5, False)]
-    assert pairs.folds is None
+    assert pairs.folds is None and pairs.sets == 1
     (tmp_path / "view2.txt").write_text("2\t1\nanna\t1\t3\nanna\t2\tcarl\t1\nben\t1\t2\nben\t2\tcarl\t1\n")
-    assert data.read_pairs(tmp_path / "view2.txt", paths).folds.tolist() == [0, 0, 1, 1]
+    pairs = data.read_pairs(tmp_path / "view2.txt", paths)
+    assert pairs.folds.tolist() == [0, 0, 1, 1] and pairs.sets == 2
     (tmp_path / "people.txt").write_text("2\n2\nanna\t3\nben\t2\n1\ncarl\t1\n")
     assert data.read_people(tmp_path / "people.txt") == [["anna", "ben"], ["carl"]]
     (tmp_path / "train.txt").write_text("1\ncarl\t1\n")
@@ -326,7 +327,9 @@ def test_malformed_pair_lists(tmp_path):
     for text, named in (("1\nanna\t1\n", "line 2.*not a pair"),
                         ("1\nzoe\t1\t2\nzoe\t1\tben\t1\n", "none of the 2 pairs"),
                         ("1\nanna\tx\t2\n", "line 2.*not a pair"), ("anna\t1\t2\n", "first line"),
-                        ("0\nanna\t1\t2\n", "first line: '0'"), ("2\t-1\nanna\t1\t2\n", "first line"),
+                        ("0\nanna\t1\t2\n", "first line: '0'"),
+                        ("2\t1" + 5 * "\nanna\t1\t2", "first line: '2.t1' announces 4 pairs, 5 are there"),
+                        ("2\t-1\nanna\t1\t2\n", "first line"),
                         ("1\nanna\t1\t\u00b2\n", "line 2.*not a pair"),
                         ("1\nren\udce9\t1\t2\n", "pairs.txt: not UTF-8")):
         (tmp_path / "pairs.txt").write_text(text, "utf-8", "surrogateescape")

@@ -145,6 +145,16 @@ def test_embed_and_verify_leave_out_what_cannot_be_read():
         evaluate.verify(np.ones(2), data.Pairs(*np.array([[0, 1], [2, 3]]), np.zeros(2, bool), None))
 
 
+def test_each_fold_that_is_there_keeps_its_own_model():
+    d2, same, folds = scores(0)
+    several = np.stack([d2 + k * (np.arange(len(d2)) % 3) for k in range(5)])
+    several[:, folds == 1] = np.nan  # no image of the second fold can be read
+    pairs = data.Pairs(*np.zeros((2, len(d2)), int), same, folds, 5)
+    with pytest.warns(UserWarning, match="pairs left out"):
+        found, kept = evaluate.verify(several, pairs, 0.1)
+    assert found == verification(several[[0, 2, 3, 4]][:, kept], same[kept], folds[kept], 0.1)
+
+
 def test_flip_is_blind_to_mirroring():
     images, _, unseen = data.digits((16, 16))
     model = models.create("mini", 8, input_size=16)
