@@ -198,10 +198,11 @@ def digits(size, unseen: tuple[int, ...] = (4, 6, 9)) -> tuple[Images, np.ndarra
 class IdentitySampler:
     """Batches of P people x K images and S people with a single image, who serve as negatives.
 
-    labels [N]: identity of each image. indices: the images to draw from (default all). Every epoch visits every person
-    with two or more images once, in a new order; K images are drawn without repetition, all if there are fewer, and
-    then more people fill the batch to about P x K. batch(number) depends on (seed, number) alone: any one can be drawn
-    at any time, in any order, by any rank. len(): batches of an epoch.
+    labels [N]: identity of each image. indices: the images to draw from (default all). An epoch visits the people with
+    two or more images in a new order, each at most once: those who would not fill a last batch are left out of it,
+    others each time (where all of them fill no batch, all are in it). K images are drawn without repetition, all if
+    there are fewer, and then more people fill the batch to about P x K. batch(number) depends on (seed, number) alone:
+    any one can be drawn at any time, in any order, by any rank. len(): batches of an epoch.
     DataError: nobody has two images, so there is no anchor-positive pair.
     """
 

@@ -216,6 +216,10 @@ def test_batches_hold_p_people_with_k_images():
         assert (np.unique(labels[batch], return_counts=True)[1] == 4).all()
     epoch = np.concatenate([sampler.batch(0), sampler.batch(1)])
     assert set(labels[epoch]) == set(range(10))  # everybody once per epoch
+    labels = np.repeat(np.arange(13), 6)  # three more do not fill a batch
+    sampler = data.IdentitySampler(labels, people=5, images=4)
+    epochs = [sorted({*labels[np.concatenate([sampler.batch(2 * k), sampler.batch(2 * k + 1)])]}) for k in range(9)]
+    assert len(sampler) == 2 and {*map(len, epochs)} == {10} and {*sum(epochs, [])} == {*range(13)}  # others each time
 
 
 def test_small_classes_are_filled_up_with_more_people_and_singletons_serve_as_negatives():
