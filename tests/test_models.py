@@ -287,6 +287,9 @@ def test_input_size_and_embedding_dim():
 @pytest.mark.parametrize("arguments, named", [
     ({"name": "nn5"}, "name.*nn5.*nn4"), ({"name": "nn4", "embedding_dim": 0}, "embedding_dim.*0"),
     ({"name": "nn4", "input_size": 0}, "input_size.*0"), ({"name": "nn4", "input_size": (96,)}, "input_size.*96"),
+    ({"name": "nn4", "embedding_dim": True}, "embedding_dim.*True"),
+    ({"name": "nn4", "input_size": True}, "input_size.*True"), ({"name": "nn4", "input_size": 9.5}, "input_size.*9.5"),
+    ({"name": "nn4", "batch_norm": "no"}, "batch_norm.*'no'"),
 ])
 def test_bad_arguments_are_named(arguments, named):
     with pytest.raises(ValueError, match=named):

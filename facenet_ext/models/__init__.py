@@ -74,18 +74,20 @@ def create(name: str, embedding_dim: int = 128, batch_norm: bool = True,
     input_size: pixels, one number for a square or (height, width); None is the table's. Only the networks with fully
         connected layers (nn1, nns1, nns2) are bound to it, the others take any size.
     Returns a module that maps [N, 3, H, W] to [N, embedding_dim], float32 or wider.
-    ValueError: an unknown name, a size or dimension below 1.
+    ValueError: an unknown name, a size or dimension that is no integer of at least 1, a batch_norm that is no bool.
     Source: paper section 3.3, Tables 1 and 2; the docstrings of ``tables.py`` say what is ours.
     """
     if name not in NETWORKS:
         raise ValueError(f"name: unknown network {name!r}; known are {', '.join(sorted(NETWORKS))}")
     table = NETWORKS[name]
-    size = table.size if input_size is None else (input_size,) * 2 if isinstance(input_size, int) else input_size
-    size = tuple(size)
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+    size = table.size if input_size is None else input_size
+    size = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):  # True is an int to isinstance
         raise ValueError(f"input_size: got {input_size!r}; accepted are one or two positive numbers of pixels")
-    if not isinstance(embedding_dim, int) or embedding_dim < 1:
+    if type(embedding_dim) is not int or embedding_dim < 1:
         raise ValueError(f"embedding_dim: got {embedding_dim!r}; accepted is an integer of at least 1")
+    if not isinstance(batch_norm, bool):
+        raise ValueError(f"batch_norm: got {batch_norm!r}; accepted are True and False")
     return FaceNet(name, table, embedding_dim, batch_norm, size)
 
 
