@@ -82,6 +82,13 @@ def place(axis, path, x, y):
     axis.imshow(data.read_image(path, (160, 160)), extent=(x + 0.02, x + 0.98, y + 0.98, y + 0.02))
 
 
+def png(name):
+    """Of argparse: the name of a picture, which says what is written."""
+    if not name.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{name} does not end in .png, which is what is written")
+    return name
+
+
 def do_train(options):
     """Train an embedding with the semi-hard triplet loss, verified on people it never saw."""
     train.start(options)
@@ -252,13 +259,13 @@ def build_parser():
     add("--far", type=train.within(float, 0, 1), default=1e-3, help="false accept rate for VAL (0.001)")
     add("--seed", type=train.within(int, 0), default=0, help="of the random pairs (0)")
     add("--json", metavar="FILE", help="the figures, with the threshold of every fold")
-    add("--plot", metavar="FILE.png", help="ROC and histogram of distances")
+    add("--plot", type=png, metavar="FILE.png", help="ROC and histogram of distances")
     add = command(do_embed, model, using).add_argument
     add("folder", help=f"{people}, or of image files")
     add("--out", default="embeddings.npz", metavar="FILE.npz", help="file to write (embeddings.npz)")
     add = command(do_compare, model, using, threshold).add_argument
     add("images", nargs="+", help="image files, or folders of them")
-    add("--plot", metavar="FILE.png", help="the images and their distances as a table")
+    add("--plot", type=png, metavar="FILE.png", help="the images and their distances as a table")
     add = command(do_cluster, model, using, threshold).add_argument
     add("folder", help=f"{people}, or of image files")
     add("--json", metavar="FILE", help="the figures, and the group of every image")
@@ -268,7 +275,7 @@ def build_parser():
     add = command(do_triplets, model, using).add_argument
     add("folder", help=people)
     add("--count", type=train.within(int, 1, MOST), default=20, help="triplets on the sheet (20)")
-    add("--out", default="triplets.png", metavar="FILE.png", help="file to write (triplets.png)")
+    add("--out", type=png, default="triplets.png", metavar="FILE.png", help="file to write (triplets.png)")
     return parser
 
 

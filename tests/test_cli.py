@@ -184,6 +184,7 @@ def test_errors_are_one_line(trained, tmp_path, capsys, arguments, said):
 
 @pytest.mark.parametrize("arguments", [
     "embed . --crop 3", "embed . --crop 0", "embed . --crop nan", "evaluate --far 2", "evaluate --seed -1",
+    "evaluate --plot x.pdf", "compare . --plot x", "triplets . --out x.jpg",
     "triplets . --count 0", "triplets . --count 9999", "cluster . --threshold -1", "train --steps 0",
     "train --chunk -1", "train --save-every 0", "train --verify-every 0",
     "train --people-per-batch 0",
