@@ -36,7 +36,10 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     size = (options.size, options.size)
-    images = data.Images(*data.scan(options.data), size)
+    try:
+        images = data.Images(*data.scan(options.data), size)
+    except data.DataError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     draw = np.random.default_rng(0)
 
     start = time.perf_counter()

@@ -1,7 +1,10 @@
 """Files of every kind, the sampler's promises, the LFW lists."""
 
 import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,6 +191,13 @@ def test_nothing_to_train_on_is_said(tmp_path):
     images = data.Images(["no.jpg"], [0], ["a"], SIZE)
     with pytest.warns(UserWarning, match="no.jpg"), pytest.raises(data.DataError, match="none of the 1"):
         images.batch([0])
+
+
+def test_the_loader_benchmark_says_it_in_a_line():
+    script = Path(__file__).parents[1] / "benchmarks" / "loader_bench.py"
+    done = subprocess.run([sys.executable, script, "--data", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("loader_bench.py: nowhere: no such folder"), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
