@@ -89,7 +89,8 @@ def add_arguments(parser):
     add("--data", metavar="FOLDER", help="folder of NAME/image files; without it, scikit-learn's digits")
     add("--people", metavar="FILE", help="LFW people list: train on these only (peopleDevTrain.txt, people.txt)")
     add("--without-set", type=count, metavar="K", help="leave out set K (1 to 10) of --people, the fold to test")
-    add("--pairs", metavar="FILE", help="LFW pair list to verify on; default: random pairs of people held out")
+    add("--pairs", metavar="FILE", help="LFW pair list to verify on, whose people are left out of training; "
+        "default: random pairs of people held out")
     add("--hold-out", type=within(float, 0, 1), metavar="SHARE", help="of people, without --pairs; 0: nobody (0.1)")
     add("--crop", type=share, metavar="SHARE", help="central share of each image to use (1.0)")
     add = parser.add_argument_group(
@@ -176,8 +177,17 @@ def resumed(saved, options):
     return argparse.Namespace(**{**had, **given})
 
 
+def of(images, indices, names):
+    """Whether each of the images is of one of the people of these names."""
+    names = set(names)
+    return np.isin(images.labels[indices], [label for label, name in enumerate(images.names) if name in names])
+
+
 def load_data(options):
-    """Images, the indices to train on and the pairs to verify on (None where nobody is held out)."""
+    """Images, the indices to train on and the pairs to verify on (None where nobody is held out).
+
+    Notes in ``options.held_out`` who is left out of training, by name, and goes by that where it is there already.
+    """
     for key, needed in (("people", "data"), ("pairs", "data"), ("without_set", "people")):
         if getattr(options, key) is not None and getattr(options, needed) is None:
             raise data.DataError(f"{flag(key)}: got {getattr(options, key)} without {flag(needed)}, which it needs")
@@ -196,13 +206,31 @@ def load_data(options):
             warnings.warn(f"{options.people}: {len(missing)} of {len(wanted)} people have no images in {options.data}, "
                           f"for example {missing[0]}", stacklevel=2)
         train = train[[images.names[label] in wanted for label in images.labels]]
+    held = getattr(options, "held_out", None)  # names, of a run that goes on: the folder may have changed since
     if options.pairs:
         pairs = data.read_pairs(options.pairs, images.paths)
+        judged = {images.names[label] for label in images.labels[np.concatenate([pairs.a, pairs.b])]}
+        if unknown := sorted(judged.difference(judged if held is None else held)):
+            raise data.DataError(f"--pairs: {len(unknown)} of {len(judged)} people of {options.pairs}, for example "
+                                 f"{unknown[0]}, are not among those whom the run left out of its training from the "
+                                 "start; accepted are pairs of these")
+        options.held_out = held = sorted(judged) if held is None else held
+        left = train[~of(images, train, held)]
+        if count := len(np.unique(images.labels[train])) - len(np.unique(images.labels[left])):
+            warnings.warn(f"{count} people of --pairs are left out of training", stacklevel=2)
+            if not len(left):
+                raise data.DataError(f"--pairs: everybody to train on is in {options.pairs}, and left out of training; "
+                                     "accepted are pairs of some of them, or of other people")
+        train = left
     todo = train if pairs is None else np.unique(np.concatenate([train, pairs.a, pairs.b]))
     good = images.preload(todo, lambda work: tqdm(work, "reading images", len(todo), unit="img", disable=None))
     train = np.intersect1d(train, good)
     if pairs is None:
-        train, unseen = data.split_people(images.labels, train, options.hold_out, options.seed)
+        if held is None:
+            _, unseen = data.split_people(images.labels, train, options.hold_out, options.seed)
+            options.held_out = held = [images.names[label] for label in np.unique(images.labels[unseen])]
+        out = of(images, train, held)
+        train, unseen = train[~out], train[out]
         if len(unseen):
             pairs = data.draw_pairs(images.labels, unseen, 2400, options.seed)
     return images, train, pairs

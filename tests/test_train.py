@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -379,3 +380,48 @@ def test_only_what_is_used_is_read_and_people_who_are_missing_are_said(tmp_path)
         images, indices, pairs = train.load_data(options)
     assert {images.names[images.labels[i]] for i in indices} == {"p00", "p01"} and len(pairs.a) == 4
     assert set(images._cache) == set(indices) | set(pairs.a) | set(pairs.b) and len(images._cache) == 15
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Names of the people to train on and of those in the pairs, and the options, of a run on a folder in tmp_path."""
+    root = faces(tmp_path / "faces", people=8, singletons=0)
+    (tmp_path / "people.txt").write_text("3\np00\t5\np02\t5\np05\t5\n")
+    (tmp_path / "pairs.txt").write_text("2\np02\t1\t2\np03\t1\t2\np02\t1\tp03\t1\np03\t2\tp02\t2\n")
+
+    def run(*argv, **kept):
+        options = train.complete(train.parse(["--data", str(root), *SMALL, *(str(a) for a in argv)]))
+        vars(options).update(kept)
+        images, indices, pairs = train.load_data(options)
+        used = np.concatenate([pairs.a, pairs.b])
+        return *({images.names[images.labels[i]] for i in some} for some in (indices, used)), options
+    return run
+
+
+def test_people_of_the_pairs_are_left_out_of_training(load, tmp_path):
+    pairs = "--pairs", tmp_path / "pairs.txt"
+    with pytest.warns(UserWarning, match="^2 people of --pairs are left out of training$"):
+        trained, judged, options = load(*pairs)
+    assert trained == {"p00", "p01", "p04", "p05", "p06", "p07"} and judged == {"p02", "p03"}
+    with pytest.warns(UserWarning, match="^1 people of --pairs are left out of training$"):
+        assert load(*pairs, "--people", tmp_path / "people.txt")[0] == {"p00", "p05"}
+    (tmp_path / "people.txt").write_text("1\np02\t5\n")
+    with pytest.warns(UserWarning), pytest.raises(train.data.DataError, match="--pairs: everybody to train on is in "):
+        load(*pairs, "--people", tmp_path / "people.txt")
+    (tmp_path / "people.txt").write_text("2\np00\t5\np05\t5\n")
+    assert load(*pairs, "--people", tmp_path / "people.txt")[0] == {"p00", "p05"}  # and nothing to say
+    (tmp_path / "pairs.txt").write_text("1\np02\t1\t2\np02\t1\tp05\t1\n")  # given anew to the first run
+    with pytest.raises(train.data.DataError, match="--pairs: 1 of 2 people of .*pairs.txt, for example p05, are not "):
+        load(*pairs, held_out=options.held_out)
+
+
+def test_a_run_that_goes_on_holds_out_the_same_people_in_a_folder_that_grew(load, tmp_path):
+    trained, judged, options = load("--hold-out", "0.3", "--out", tmp_path / "out")
+    assert trained | judged == {f"p{k:02d}" for k in range(8)} and not trained & judged
+    train.Run(options).save()
+    for k in range(5):
+        shutil.copytree(tmp_path / "faces" / f"p{k:02d}", tmp_path / "faces" / f"a{k:02d}")
+    kept = train.resumed(train.read_checkpoint(options.out), train.parse(["--resume", options.out]))
+    again = load("--hold-out", "0.3", held_out=kept.held_out)
+    assert again[1] == judged and again[0] == trained | {f"a{k:02d}" for k in range(5)}
+    assert load("--hold-out", "0.3")[1] != judged  # a run of its own
