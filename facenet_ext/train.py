@@ -125,7 +125,8 @@ def add_arguments(parser):
     add("--verify-every", type=count, metavar="STEPS", help="default: as many epochs as make 200 steps, at least one")
     add("--save-every", type=count, metavar="STEPS", help="checkpoint for --resume (100)")
     add("--flip", action="store_true", help="verify on image and mirror image together")
-    add("--out", metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard; default: a new folder under runs/")
+    add("--out", metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard, of no run before; default: a new "
+        "folder under runs/")
     add("--resume", metavar="DIR", help="go on with the run in DIR, with its options but for those given anew; "
         f"{', '.join(map(flag, FIXED))} stay")
     add("--device", help="default: cuda where there is a GPU, else cpu")
@@ -225,6 +226,14 @@ def load_data(options):
     todo = train if pairs is None else np.unique(np.concatenate([train, pairs.a, pairs.b]))
     good = images.preload(todo, lambda work: tqdm(work, "reading images", len(todo), unit="img", disable=None))
     train = np.intersect1d(train, good)
+    if options.pairs:  # here, before the run has a folder: can they be verified on at all?
+        read = [not {a, b} & images.bad.keys() for a, b in zip(pairs.a.tolist(), pairs.b.tolist(), strict=True)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                evaluate.verify(np.where(read, 0.0, np.nan), pairs)
+            except data.DataError as error:
+                raise data.DataError(f"--pairs {options.pairs}: {error}") from None
     if pairs is None:
         if held is None:
             _, unseen = data.split_people(images.labels, train, options.hold_out, options.seed)
@@ -295,9 +304,17 @@ class Log:
 
     def __init__(self, out, step, verified):
         path = out / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if (step or verified) and path.exists() else []
-        records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]  # not what a kill cut short
-        kept = [(line, r) for line, r in records if r["step"] < step + (verified and r["kind"] == "verification")]
+        text, kept = path.read_text("utf-8", "replace") if (step or verified) and path.exists() else "", []
+        for number, line in enumerate(text.splitlines(keepends=True), 1):
+            try:
+                record = json.loads(line)
+                behind = record["step"] < step + (verified and record["kind"] == "verification")
+            except (ValueError, KeyError, TypeError):
+                if line.endswith("\n"):  # else a kill cut it short
+                    warnings.warn(f"{path}, line {number}: dropped, it is no record of a run", stacklevel=2)
+                continue
+            if behind and line.endswith("\n"):
+                kept.append((line, record))
         with data.atomic(path) as file:
             file.writelines(line.encode() for line, _ in kept)
         self.file = open(path, "a", buffering=1)
@@ -380,9 +397,15 @@ class Run:
 
     def save(self, name="last.pt"):
         if self.rank == 0:
-            with data.atomic(self.out / name) as file:
-                torch.save({**self.state, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                            "options": vars(self.options)}, file)
+            try:
+                with data.atomic(self.out / name) as file:
+                    torch.save({**self.state, "model": self.model.state_dict(),
+                                "optimizer": self.optimizer.state_dict(), "options": vars(self.options)}, file)
+            except (OSError, RuntimeError) as error:  # of a full disk torch.save makes a RuntimeError
+                cause = error if isinstance(error, OSError) else error.__context__
+                if not isinstance(cause, OSError):
+                    raise
+                raise OSError(cause.errno, cause.strerror, str(self.out / name)) from error
             self.log.board.flush()
 
     def read(self, step):
@@ -433,8 +456,8 @@ class Run:
         values = torch.stack([value.detach().float() for value in values]).tolist()  # waits for the device, once
         shown = dict(zip(SHOWN, values, strict=True))
         if not math.isfinite(shown["loss"]):
-            raise FloatingPointError(f"step {step}: the loss is {shown['loss']}; the last good state is "
-                                     f"{self.out / 'last.pt'}; lower --lr")
+            raise data.DataError(f"step {step}: the loss is {shown['loss']}; the last checkpoint is "
+                                 f"{self.out / 'last.pt'}: --resume {self.out} with a lower --lr, or start anew")
         shown["images/s"] = self.world * len(labels) / (time.monotonic() - start)
         if step >= 20 and shown["max_d2_ap"] < 1e-3 and shown["loss"] > 0.95 * self.options.margin:
             warnings.warn("the embedding has collapsed to a point: all distances are 0, the loss is the margin and "
@@ -500,11 +523,17 @@ class Run:
 
 def start(options):
     """Fill in the options, those of a run resumed first, and train; under torchrun as one of several ranks."""
-    saved = None
+    saved, given = None, options
     if options.resume:
         saved = read_checkpoint(Path(options.resume) / "last.pt")
         options = resumed(saved, options)
+    for key in ("hold_out", "crop"):
+        value = getattr(given, key)
+        if options.data is None and value is not None and not (saved and value == saved["options"][key]):
+            raise data.DataError(f"{flag(key)}: got {value} without --data, which it needs")
     options = complete(options)
+    if not saved and (Path(options.out) / "last.pt").exists():  # on every rank: none can write before all are here
+        raise data.DataError(f"--out: {options.out} holds a run; --resume {options.out} goes on with it")
     find_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -190,6 +190,45 @@ def test_a_resumed_run_may_be_told_what_it_has(resumed, begun):
     assert resumed(*SMALL, *same).options.out == str(begun)
 
 
+def test_a_new_run_does_not_overwrite_another(begun, capsys):
+    old = (begun / "last.pt").read_bytes()
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "--out", str(begun), "--steps", "1", *SMALL])
+    assert left.value.code == 2 and (begun / "last.pt").read_bytes() == old
+    assert capsys.readouterr().err == f"facenet-ext: --out: {begun} holds a run; --resume {begun} goes on with it\n"
+
+
+@pytest.mark.parametrize("given, said", [("--hold-out 0.3", "--hold-out: got 0.3"), ("--crop 0.7", "--crop: got 0.7")])
+def test_what_the_digits_have_no_use_for_is_refused(begun, tmp_path, capsys, given, said):
+    for where in ("--out", str(tmp_path / "out")), ("--resume", str(begun)):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["train", *where, *given.split(), "--steps", "1", *SMALL])
+        assert left.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_is_named(tmp_path):
+    """As an OSError, which the command line prints as one line."""
+    run = train.Run(train.complete(train.parse(["--out", str(tmp_path), *SMALL])))
+    run.save()
+    (tmp_path / "last.pt.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'last.pt'}'"):
+        run.save()
+    assert weights(tmp_path)["step"] == 0
+
+
+def test_a_malformed_record_does_not_stop_a_resumed_run(tmp_path):
+    good = '{"step": 0, "kind": "step", "loss": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_text(good + '\0\0\n{"step": 1, "kind"\n[3]\n' + good.replace("0,", "1,")
+                                            + '{"step": 1, "ki')
+    with pytest.warns(UserWarning) as warned:
+        train.Log(tmp_path, 2, True)
+    said = [str(w.message) for w in warned if "dropped" in str(w.message)]
+    assert said == [f"{tmp_path}/metrics.jsonl, line {n}: dropped, it is no record of a run" for n in (2, 3, 4)]
+    assert [r["step"] for r in records(tmp_path)] == [0, 1]
+
+
 def test_interrupt_saves_and_leaves_cleanly(tmp_path, monkeypatch, capsys):
     go = train.Run.step
 
@@ -262,13 +301,15 @@ def test_data_that_cannot_serve_is_a_clear_error(tmp_path, capsys, make, options
     assert left.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.data, "augment", lambda pixels, *_, **__: torch.full((len(pixels), 3, 8, 8), torch.nan))
     nothing = train.evaluate.Verification(0, 0, [], 0, 0, 0, 0, 0)
     monkeypatch.setattr(train.evaluate, "verify", lambda *_: (nothing, None))  # the embeddings are NaN, too
-    with pytest.raises(FloatingPointError, match="step 0.*last good state.*lower --lr"):
+    with pytest.raises(SystemExit) as left:
         cli.main(["train", "--out", str(tmp_path), "--steps", "3", *SMALL])
-    assert weights(tmp_path)["step"] == 0
+    assert left.value.code == 2 and weights(tmp_path)["step"] == 0
+    assert capsys.readouterr().err.endswith(f"facenet-ext: step 0: the loss is nan; the last checkpoint is {tmp_path}"
+                                            f"/last.pt: --resume {tmp_path} with a lower --lr, or start anew\n")
 
 
 def test_chunks_give_the_gradient_of_the_whole_batch(tmp_path):
@@ -425,3 +466,12 @@ def test_a_run_that_goes_on_holds_out_the_same_people_in_a_folder_that_grew(load
     again = load("--hold-out", "0.3", held_out=kept.held_out)
     assert again[1] == judged and again[0] == trained | {f"a{k:02d}" for k in range(5)}
     assert load("--hold-out", "0.3")[1] != judged  # a run of its own
+
+
+def test_pairs_that_nothing_can_be_verified_on_leave_no_folder(load, tmp_path, capsys):
+    (tmp_path / "pairs.txt").write_text("1\np02\t1\t2\np02\t2\t3\n")
+    with pytest.warns(UserWarning, match="1 people of"), pytest.raises(SystemExit) as left:
+        cli.main(["train", "--data", str(tmp_path / "faces"), "--pairs", str(tmp_path / "pairs.txt"), "--out",
+                  str(tmp_path / "out"), *SMALL])
+    assert left.value.code == 2 and "2 same and 0 different pairs; both kinds are needed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
