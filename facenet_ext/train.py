@@ -216,13 +216,12 @@ def load_data(options):
                                  f"{unknown[0]}, are not among those whom the run left out of its training from the "
                                  "start; accepted are pairs of these")
         options.held_out = held = sorted(judged) if held is None else held
-        left = train[~of(images, train, held)]
-        if count := len(np.unique(images.labels[train])) - len(np.unique(images.labels[left])):
+        if count := len(np.unique(images.labels[train[of(images, train, judged)]])):
             warnings.warn(f"{count} people of --pairs are left out of training", stacklevel=2)
-            if not len(left):
-                raise data.DataError(f"--pairs: everybody to train on is in {options.pairs}, and left out of training; "
-                                     "accepted are pairs of some of them, or of other people")
-        train = left
+        train = train[~of(images, train, held)]
+        if count and not len(train):
+            raise data.DataError(f"--pairs: everybody to train on is in {options.pairs}, and left out of training; "
+                                 "accepted are pairs of some of them, or of other people")
     todo = train if pairs is None else np.unique(np.concatenate([train, pairs.a, pairs.b]))
     good = images.preload(todo, lambda work: tqdm(work, "reading images", len(todo), unit="img", disable=None))
     train = np.intersect1d(train, good)
@@ -529,7 +528,7 @@ def start(options):
         options = resumed(saved, options)
     for key in ("hold_out", "crop"):
         value = getattr(given, key)
-        if options.data is None and value is not None and not (saved and value == saved["options"][key]):
+        if options.data is None and value is not None and not (saved and value == saved["options"].get(key)):
             raise data.DataError(f"{flag(key)}: got {value} without --data, which it needs")
     options = complete(options)
     if not saved and (Path(options.out) / "last.pt").exists():  # on every rank: none can write before all are here

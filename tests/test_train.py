@@ -186,7 +186,8 @@ def test_what_a_resumed_run_cannot_change_is_refused(begun, capsys, given, said)
 
 
 def test_a_resumed_run_may_be_told_what_it_has(resumed, begun):
-    same = ["--network", "mini", "--seed", "0", "--preset", "modern", "--hold-out", "0.1", "--out", f"{begun}/."]
+    same = ["--network", "mini", "--seed", "0", "--preset", "modern", "--hold-out", "0.1", "--crop", "1", "--out",
+            f"{begun}/."]
     assert resumed(*SMALL, *same).options.out == str(begun)
 
 
@@ -466,6 +467,11 @@ def test_a_run_that_goes_on_holds_out_the_same_people_in_a_folder_that_grew(load
     again = load("--hold-out", "0.3", held_out=kept.held_out)
     assert again[1] == judged and again[0] == trained | {f"a{k:02d}" for k in range(5)}
     assert load("--hold-out", "0.3")[1] != judged  # a run of its own
+    one = sorted(judged)[0]
+    (tmp_path / "pairs.txt").write_text(f"2\n{one}\t1\t2\n{one}\t1\t3\n" + "".join(
+        f"{one}\t{i}\t{other}\t1\n" for other in judged - {one} for i in (1, 2)))
+    with pytest.warns(UserWarning, match="people of --pairs are left out of training"):  # pairs of these are welcome
+        assert load("--pairs", tmp_path / "pairs.txt", held_out=kept.held_out)[0] == again[0]
 
 
 def test_pairs_that_nothing_can_be_verified_on_leave_no_folder(load, tmp_path, capsys):
