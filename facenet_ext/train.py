@@ -318,6 +318,8 @@ class Log:
             file.writelines(line.encode() for line, _ in kept)
         self.file = open(path, "a", buffering=1)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and no other command needs it
+        while any(out.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.05)  # TensorBoard reads files by the second they were made in, then by process id
         self.board = SummaryWriter(str(out), purge_step=step)
         for _, record in kept:
             if record["step"] == step:  # purged with what comes again

@@ -230,6 +230,12 @@ def test_a_malformed_record_does_not_stop_a_resumed_run(tmp_path):
     assert [r["step"] for r in records(tmp_path)] == [0, 1]
 
 
+def test_tensorboard_reads_a_run_that_was_resumed_at_once_in_order(tmp_path):
+    for _ in range(2):
+        train.Log(tmp_path, 0, False)
+    assert len({path.name.split(".")[3] for path in tmp_path.glob("events.*")}) == 2  # seconds, which it sorts by
+
+
 def test_interrupt_saves_and_leaves_cleanly(tmp_path, monkeypatch, capsys):
     go = train.Run.step
 
