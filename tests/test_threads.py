@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from facenet_ext import mine_triplets, triplet_loss
+from facenet_ext import _backend, mine_triplets, triplet_loss
 
 
 def run_python(code: str, **env) -> subprocess.CompletedProcess:
@@ -150,25 +150,26 @@ def test_ctrl_c_ends_a_long_call():
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers on this system")
 def test_a_signal_handler_may_call_the_loss_inside_a_call():
     """Handlers run where a long call asks about Ctrl-C: evaluate and checkpoint, for one, when a cluster says so."""
-    torch.set_num_threads(2)
-    x, y = torch.randn(6000, 64, requires_grad=True), torch.arange(6000) // 4
     few, of_few = torch.randn(200, 128), torch.arange(200) // 4
-    want, want_few = triplet_loss(x, y), triplet_loss(few, of_few)
-    (want_grad,) = torch.autograd.grad(want, x)
-    calls = []
+    want_few, inside = triplet_loss(few, of_few), []
 
-    def handler(number, frame):
-        calls.append((frame.f_code.co_name, torch.equal(triplet_loss(few, of_few), want_few)))
+    def handler(*_):
+        inside.append(not hasattr(_backend._kept, "workspace"))  # a call has it
+        assert torch.equal(triplet_loss(few, of_few), want_few)
 
     before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
     try:
-        begin = time.monotonic()
-        while ("_launch", True) not in calls and time.monotonic() < begin + 60:
+        for rows in (6000, 12000, 24000):  # a call asks every 20 ms
+            x, y = torch.randn(rows, 64, requires_grad=True), torch.arange(rows) // 4
+            want = triplet_loss(x, y)
+            (want_grad,) = torch.autograd.grad(want, x)
+            signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
             loss = triplet_loss(x, y)
-            (grad,) = torch.autograd.grad(loss, x)
-            assert torch.equal(loss, want) and torch.equal(grad, want_grad)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert torch.equal(loss, want) and torch.equal(torch.autograd.grad(loss, x)[0], want_grad)
+            if any(inside):
+                break
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert ("_launch", True) in calls and all(equal for _, equal in calls)
+    assert any(inside)
