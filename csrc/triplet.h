@@ -98,10 +98,11 @@ struct TripletArgs {
   int64_t* stat_counts;
   void* stat_d2;  // [3] T: mean d2_ap, mean d2_an, max d2_ap over the terms; null exactly if stat_counts is
 
-  // outputs of mining, of one pair or more; all null for the loss. Pairs of anchor a stand at pair_begin[a] .. pair_begin[a + 1], in order of the
-  // positive's index: as many as `positives` and `pairs` keep where the anchor has a negative, none otherwise (the caller
-  // counts them from the labels). fallback = skip is ignored: the caller drops the pairs that carry the flag. negatives = -1
-  // and the flag: a random rule found none. Not for the rules that give every negative a term: the caller lists those.
+  // outputs of mining, of one pair or more; all null for the loss. Pairs of anchor a stand at pair_begin[a] .. pair_begin[a +
+  // 1], in order of the positive's index: as many as `positives` and `pairs` keep where the anchor has a negative, none
+  // otherwise (the caller counts them from the labels). fallback = skip is ignored: the caller drops the pairs that carry the
+  // flag. negatives = -1 and the flag: a random rule found none. Not for the rules that give every negative a term: the
+  // caller lists those.
   const int64_t* pair_begin;  // [A + 1]
   int64_t* positive;  // [P] candidate index
   int64_t* negative;  // [P] candidate index

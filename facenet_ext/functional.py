@@ -85,7 +85,7 @@ def triplet_loss(
         TypeError: an argument is not of an accepted type or dtype.
         ValueError: a shape, length, device, option or margin is not accepted, or two options exclude each other.
         RuntimeError: ``embeddings`` is on a GPU and the CUDA backend is not compiled in, or the GPU reports an error;
-            a second derivative is asked for.
+            a second derivative, or one in forward mode, is asked for.
 
     Notes:
         Distances have float32 accuracy (float64 for float64 input), also of half-precision input, whose gradient is

@@ -49,6 +49,8 @@ Status launch_triplet(const TripletArgs& args) {
   if (args.multiprocessors < 1) return {Code::invalid, name, "multiprocessors is not set"};
   if (args.compute_capability < 75) return {Code::unsupported, name, "the device is older than compute capability 7.5"};
 
+  if (args.anchor_offset >= 0 && args.anchor_offset + args.num_anchors > args.num_candidates)
+    return {Code::invalid, name, "anchors are no rows of the candidates"};
   if (args.constants < 0 || args.constants > args.num_candidates || (is_dense(args) && args.constants > 0))
     return {Code::invalid, name, "constants are some of the candidates, and none under a rule of every negative"};
 
