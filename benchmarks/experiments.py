@@ -136,7 +136,7 @@ class Study:
         people = np.random.default_rng(self.options.seed).permutation(people)[:max(2, round(share * len(people)))]
         label = {name: number for number, name in enumerate(images.names)}
         indices = np.flatnonzero(np.isin(images.labels, [label[name] for name in people if name in label]))
-        return images, indices, data.read_pairs(prepared.pairs, images.paths)
+        return images, indices, data.read_pairs(prepared.pairs, images.paths)[0]
 
     def train(self, key, extra, share=1.0):
         """Trains for the run's minutes and measures; ``extra``: options that differ from the base's."""

@@ -93,8 +93,8 @@ struct TripletArgs {
   void* grad_candidates;
   void* grad_anchors;  // [A, D] T contiguous, d loss / d anchors where anchor_offset = -1, else null; or null
   // [5] terms, active (loss > 0), fallback (pairs without a negative that the rule wants: terms if it is semi_hard and the
-  // fallback farthest, else left out), hard (g <= 0), semi-hard (0 < g < margin); null: not asked for, and the selection
-  // may stop at the margin
+  // fallback farthest, else left out; 0 where every negative makes a term), hard (g <= 0), semi-hard (0 < g < margin); null:
+  // not asked for, and the selection may stop at the margin
   int64_t* stat_counts;
   void* stat_d2;  // [3] T: mean d2_ap, mean d2_an, max d2_ap over the terms; null exactly if stat_counts is
 

@@ -96,10 +96,7 @@ def triplet_loss(
 
 
 def scale_gradient(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * upstream in grad's precision, rounded once, to ``dtype``.
-
-    Always multiplies: whether upstream is 1 cannot be asked without waiting for the device.
-    """
+    """grad * upstream in grad's precision, rounded once, to ``dtype``."""
     return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
 
 

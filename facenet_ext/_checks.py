@@ -186,7 +186,8 @@ def _as_float(number: float) -> float:
 
 
 def _kind(value: object) -> str:
-    return type(value).__name__
+    kind = type(value)
+    return "numpy.bool" if kind.__module__ == "numpy" and kind.__name__.startswith("bool") else kind.__name__
 
 
 def _names(accepted: tuple) -> str:

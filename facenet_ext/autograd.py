@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd.forward_ad import unpack_dual
 
 from . import _backend
@@ -21,6 +22,10 @@ from ._options import Options
 _FORWARD_MODE = (
     "facenet_ext.triplet_loss has no forward-mode derivative: its gradient is computed in the forward pass; use "
     "backward(), or facenet_ext.reference.triplet_loss where one is needed"
+)
+_TRANSFORM = (
+    "facenet_ext.triplet_loss is not differentiated by torch.func (grad, vjp, jacrev): its gradient is computed in the "
+    "forward pass; use backward() or torch.autograd.grad"
 )
 _SECOND_DERIVATIVE = (
     "facenet_ext.triplet_loss has no second derivative: its gradient is computed in the forward pass, with the "
@@ -36,23 +41,38 @@ def triplet_loss(problem: Problem, options: Options, need_stats: bool) -> tuple[
     candidates, anchors = problem.candidates if problem.own is None else problem.own, problem.anchors
     need_grad = torch.is_grad_enabled()
     need_grad = need_grad and candidates.requires_grad, need_grad and anchors is not None and anchors.requires_grad
+    if not torch.compiler.is_compiling():
+        refuse_transforms(candidates, problem.candidates, anchors)
     if not runs_eagerly(candidates):
         band = 0.0 if options.band is None else float(options.band)
         flat = options._replace(margin=float(options.margin), band=band)
         loss, _, _, counts, d2 = torch.ops.facenet_ext.triplet_loss(*problem[:-1], *flat, *need_grad, need_stats)
         return (loss, counts, d2) if need_stats else (loss, None, None)
-    for rows in (candidates, problem.candidates, anchors):
-        if rows is not None and unpack_dual(rows).tangent is not None:
-            raise RuntimeError(_FORWARD_MODE)
     if True in need_grad:
         return _TripletLoss.apply(candidates, anchors, problem, options, need_grad, need_stats)
     loss, _, _, counts, d2 = _backend.triplet_loss(problem, options, need_grad, need_stats)
     return loss, counts, d2
 
 
+def refuse_transforms(*all_rows: Tensor | None) -> None:
+    """Derivatives that are not there. Inside a compiled graph nobody sees them asked for."""
+    if (transform := peek_interpreter_stack()) is not None and transform.key() == TransformType.Grad:
+        raise RuntimeError(_TRANSFORM)
+    for rows in all_rows:
+        if rows is not None and unpack_dual(rows).tangent is not None:
+            raise RuntimeError(_FORWARD_MODE)
+
+
 def runs_eagerly(rows: Tensor) -> bool:
-    # A tensor subclass (a fake tensor, for one) has no memory to point at: the dispatcher knows what to do with it.
-    return not torch.compiler.is_compiling() and type(rows) in (Tensor, torch.nn.Parameter)
+    """Whether `rows` are memory and nobody watches. A fake tensor has none to point at; a tracer, a mode (one that
+    counts FLOPs, say) or a transform has to see an op: for these there is the dispatcher's way."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(rows) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+    )
 
 
 class _TripletLoss(torch.autograd.Function):
@@ -77,6 +97,8 @@ class _TripletLoss(torch.autograd.Function):
 def scaled(grad: Tensor | None, upstream: Tensor, rows: Tensor) -> Tensor | None:
     if grad is None:
         return None
+    if not runs_eagerly(upstream) or is_legacy_batchedtensor(upstream):  # the batch of is_grads_batched
+        return torch.ops.facenet_ext.triplet_loss_backward(grad, upstream, rows)
     if torch.is_grad_enabled():  # create_graph=True: what comes out must be differentiable, or say that it is not
         return ScaledGradient.apply(grad, upstream, rows)
     if grad.dtype == rows.dtype and not upstream.is_cuda and upstream.item() == 1:

@@ -108,7 +108,7 @@ def do_evaluate(options):
             raise data.DataError(f"--pairs: got {listed} without --data, and the run {path} has no folder, either")
         if options.data or listed:
             images = data.Images(*data.scan(folder), model.input_size, trained.crop)
-            pairs = data.read_pairs(listed, images.paths) if listed else \
+            pairs = data.read_pairs(listed, images.paths)[0] if listed else \
                 data.draw_pairs(images.labels, np.arange(len(images)), 6000, options.seed)
         else:
             images, _, pairs = train.load_data(trained)

@@ -28,13 +28,25 @@ class DataError(ValueError):
 
 
 @contextmanager
+def naming(path):
+    """What fails inside because of the system (a full disk) says of which file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of it
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.errno is None or cause.filename is not None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+
+@contextmanager
 def atomic(path):
     """A binary file to write that appears under its name whole or not at all, whenever the process dies."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
+        with naming(path), open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -84,7 +96,7 @@ def _to_rgb(image):
 def scan(root) -> tuple[list[str], np.ndarray, list[str]]:
     """Paths, labels [N] int64 and names of root/NAME/file, sorted by name, then file.
 
-    Hidden files are ignored. Named and skipped are files beside the people's folders, folders inside them, and folders
+    Hidden files are ignored. Skipped with a warning are files beside the people's folders, folders inside them, folders
     seen before (a link to itself, to a parent, to another person): a loop ends, and nobody gets two names.
     DataError: no such folder, no person in it.
     """
@@ -119,8 +131,9 @@ def scan(root) -> tuple[list[str], np.ndarray, list[str]]:
     if not paths:
         found = "files, but no people" if loose else "no images"
         raise DataError(f"{root}: {found}; expected a folder of NAME/image files")
-    for path in loose:
-        skip(path, "beside the people's folders")
+    if loose:
+        warnings.warn(f"{root}: {len(loose)} files beside the people's folders skipped, for example {loose[0].name}",
+                      stacklevel=2)
     return paths, np.array(labels, np.int64), names
 
 
@@ -304,9 +317,13 @@ def split_people(labels, indices, share: float, seed: int = 0) -> tuple[np.ndarr
 
 def _read_text(path):
     try:
-        return Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def is_number(text):
+    return text.isdecimal() and len(text) < 19  # int() refuses thousands of digits, and numpy more than 64 bits
 
 
 def read_people(path) -> list[list[str]]:
@@ -314,7 +331,7 @@ def read_people(path) -> list[list[str]]:
     sizes, sets = [], []
     for line in _read_text(path).splitlines():
         match line.split():
-            case [size] if size.isdecimal():
+            case [size] if is_number(size):
                 sizes.append(int(size))
                 sets.append([])
             case [name, _] if sets:
@@ -328,8 +345,8 @@ def read_people(path) -> list[list[str]]:
     return sets
 
 
-def read_pairs(path, paths: list[str]) -> Pairs:
-    """An LFW pair list (View 1 pairsDev*.txt or the ten sets of pairs.txt) as indices into ``paths``.
+def read_pairs(path, paths: list[str]) -> tuple[Pairs, set[str]]:
+    """An LFW pair list (View 1 pairsDev*.txt or the ten sets of pairs.txt) as indices into ``paths``; all names in it.
 
     Pairs whose image is missing are left out, and a warning says how many. DataError: a malformed line, no pair left.
     """
@@ -337,22 +354,23 @@ def read_pairs(path, paths: list[str]) -> Pairs:
     head, *lines = _read_text(path).strip().split("\n")
     try:
         sets, each = map(int, head.split() if len(head.split()) == 2 else (1, head))
-        if min(sets, each) < 1:
+        if not 1 <= min(sets, each) <= max(sets, each) < 1 << 31:
             raise ValueError
     except ValueError:
         raise DataError(f"{path}, first line: {head!r} is neither a number of pairs, 1 or more, nor sets and "
                         "pairs") from None
-    if 1 < sets < len(lines) / (2 * each):
+    if sets > 1 and len(lines) != 2 * sets * each:
         raise DataError(f"{path}, first line: {head!r} announces {2 * sets * each} pairs, {len(lines)} are there")
-    rows, missing = [], []
+    rows, missing, names = [], [], set()
     for number, line in enumerate(lines):
         match line.split():
-            case [name, i, j] if (i + j).isdecimal():
+            case [name, i, j] if is_number(i) and is_number(j):
                 other = name
-            case [name, i, other, j] if (i + j).isdecimal():
+            case [name, i, other, j] if is_number(i) and is_number(j):
                 pass
             case _:
                 raise DataError(f"{path}, line {number + 2}: {line!r} is not a pair (NAME i j or NAME i NAME j)")
+        names |= {name, other}
         ends = where.get((name, f"{name}_{int(i):04d}")), where.get((other, f"{other}_{int(j):04d}"))
         if None in ends:
             missing.append(line)
@@ -364,4 +382,4 @@ def read_pairs(path, paths: list[str]) -> Pairs:
     if not rows:
         raise DataError(f"{path}: none of the {len(lines)} pairs has both images in the folder")
     a, b, same, folds = (np.array(column) for column in zip(*rows, strict=True))
-    return Pairs(a, b, same.astype(bool), folds if sets > 1 else None, sets)
+    return Pairs(a, b, same.astype(bool), folds if sets > 1 else None, sets), names

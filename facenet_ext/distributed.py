@@ -33,7 +33,7 @@ from torch import distributed as dist
 from . import _backend, _checks
 from ._backend import Problem
 from ._options import Options
-from .autograd import ScaledGradient, scaled
+from .autograd import ScaledGradient, refuse_transforms, scaled
 
 __all__ = ["Gathered", "gather"]
 
@@ -157,6 +157,7 @@ def triplet_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, counts [5], d2 [3] of all ranks, of checked arguments; differentiable in embeddings and references[0]."""
     rows, row_labels = references or (None, None)
+    refuse_transforms(embeddings, rows)
     need_grad = torch.is_grad_enabled() and (embeddings.requires_grad or (rows is not None and rows.requires_grad))
     return _GlobalTripletLoss.apply(embeddings, rows, labels, row_labels, which, options, seed, group, need_grad)
 

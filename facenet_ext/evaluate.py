@@ -39,14 +39,23 @@ def verification(d2, same, folds=10, far_target: float = 1e-3) -> Verification:
     pairs). far_target: the false accept rate for VAL.
     A threshold is one of the observed distances: the lowest of those with the best accuracy, and for VAL the largest
     with FAR <= far_target (none: nothing is accepted). Ties need no care: equal distances are accepted together.
-    ValueError: lengths that differ, a distance that is not finite, fewer than two folds, pairs of one kind only, in
-    all or without one of the folds.
+    ValueError: lengths that differ, a distance that is not finite, a truth that is neither 0 nor 1, folds that are no
+    whole numbers or fewer than two, a far_target that is not in 0 ... 1, pairs of one kind only, in all or without one
+    of the folds.
     Warns where the different pairs are too few for far_target. Source: paper section 4; Huang et al. 2007 (LFW).
     """
+    d2, same, folds = (x.detach().cpu() if torch.is_tensor(x) else x for x in (d2, same, folds))
+    d2 = d2.double() if torch.is_tensor(d2) else d2  # numpy has no bfloat16
     d2, same = np.atleast_2d(np.asarray(d2, np.float64)), np.asarray(same)
     if d2.ndim != 2 or d2.shape[1:] != same.shape:
         raise ValueError(f"d2, same: shapes {d2.squeeze().shape} and {same.shape}; accepted are two of the same length "
                          "[P], or [folds, P] and [P]")
+    if not np.isin(same, (0, 1)).all():
+        raise ValueError(f"same: got {np.unique(same)[:3]}; accepted are True and False")
+    if not 0 <= far_target <= 1:
+        raise ValueError(f"far_target: got {far_target}; accepted are 0 to 1")
+    if not np.issubdtype(np.asarray(folds).dtype, np.integer):
+        raise ValueError(f"folds: got {folds!r}; accepted are a count or whole numbers [{len(same)}]")
     same = same.astype(bool)
     if not np.isfinite(d2).all():
         raise ValueError(f"d2: {np.count_nonzero(~np.isfinite(d2))} distances are not finite")

@@ -40,7 +40,8 @@ def triplet_loss(
 
     Args:
         embeddings: [N, D] float32, float64, bfloat16 or float16, on the CPU or a CUDA GPU, any strides; N >= 0, D >= 1.
-        labels: [N] of any integer dtype, in any order, on the device of ``embeddings``; equal number, equal identity.
+        labels: [N] of any integer dtype, in any order, on the device of ``embeddings``; equal number, equal identity
+            (uint64 numbers from 2^63 on pass for the int64 of the same bits).
         margin: in the unit of ``distance``, >= 0. With ``soft_margin`` it only bounds bands and statistics.
         negatives: which rows of another label make a term with (a, p), by their gap g = d(a, n) - d(a, p):
             "semi_hard"         the closest with g > 0; ``fallback`` where there is none
@@ -85,7 +86,7 @@ def triplet_loss(
         TypeError: an argument is not of an accepted type or dtype.
         ValueError: a shape, length, device, option or margin is not accepted, or two options exclude each other.
         RuntimeError: ``embeddings`` is on a GPU and the CUDA backend is not compiled in, or the GPU reports an error;
-            a second derivative, or one in forward mode, is asked for.
+            a second derivative is asked for, or, outside of a compiled graph, one in forward mode or of torch.func.
 
     Notes:
         Distances have float32 accuracy (float64 for float64 input), also of half-precision input, whose gradient is

@@ -70,7 +70,8 @@ def like(name: str, **overrides) -> TripletLoss:
     """
     _checks.check_choice("name", name, tuple(_PEERS))
     options = dict(_PEERS[name])
-    negatives = overrides.get("negatives", options.get("negatives"))
+    negatives = overrides.get("negatives", options.get("negatives", "semi_hard"))
+    _checks.check_choice("negatives", negatives, _options.NEGATIVES)
     if negatives not in _options.BANDED:
         options.pop("band", None)  # the peer's, of its own rule
     if "mine_margin" in overrides:

@@ -1,5 +1,7 @@
 """The triplet loss and its rules in plain PyTorch, in their plainest form: the definition that the kernels are held to.
 
+The functions take the arguments of facenet_ext's, but for ``process_group``: one process is the definition.
+
 It imports nothing of this package and is written to be read, not to be fast: one anchor at a time, distances as the sum
 of squared differences, the selection under no_grad, the gradient left to autograd. Time O(N² (D + K)) in Python steps
 of one anchor, memory O((N K + T) D) for T triplets, of which negatives="all" has N³.
@@ -12,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 __all__ = ["TripletStats", "Triplets", "mine_triplets", "triplet_loss"]
 
@@ -33,7 +36,7 @@ class TripletStats(dict):
     pairs          int64   counted terms: (anchor, positive) pairs, or triplets where every negative makes one
     active         int64   those with a loss above 0
     fallback       int64   pairs for which the rule found no negative: counted with the farthest one where the rule is
-                           "semi_hard" with fallback "farthest", else left out
+                           "semi_hard" with fallback "farthest", else left out; 0 where every negative makes a term
     hard           int64   terms whose negative is no farther than the positive:  d(a, n) <= d(a, p)
     semi_hard      int64   terms with  0 < d(a, n) - d(a, p) < margin
     easy           int64   the other terms: a hinge of 0
@@ -75,6 +78,15 @@ class TripletStats(dict):
             return self[name]
         except KeyError:
             raise AttributeError(f"stats have {', '.join(self)}; not {name!r}") from None
+
+
+# What torch.export, and whatever else walks through containers, makes of it; as of a dict.
+register_pytree_node(
+    TripletStats,
+    lambda stats: ([*stats.values()], [*stats]),
+    lambda values, names: TripletStats(zip(names, values, strict=True)),
+    serialized_type_name="facenet_ext.TripletStats",
+)
 
 
 def mine_triplets(

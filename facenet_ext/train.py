@@ -63,7 +63,8 @@ def within(kind, low, high=sys.float_info.max):
     """Of argparse: kind(text), where it lies in low ... high."""
     def parse(text):
         if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low:g} ... {high:g}")
+            wanted = f"in {low:g} ... {high:g}" if high < sys.float_info.max else f"{low:g} or more"
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
     parse.__name__ = kind.__name__  # for argparse's own words where the text is no number
     return parse
@@ -106,7 +107,7 @@ def add_arguments(parser):
     add("--chunk", type=count, metavar="N", help="embed N images at a time and run each chunk again for its gradient:"
         " the whole batch's loss in the memory of a chunk (with batch norm, statistics are the chunk's)")
     add = parser.add_argument_group("loss and optimizer").add_argument
-    add("--margin", type=positive, help="in squared distance, 0 to 4 (0.2)")
+    add("--margin", type=positive, help="in squared distance, which is 0 to 4 here (0.2)")
     add("--negatives", choices=_options.NEGATIVES,
         help="of each pair: the paper's, the closest of all, a random one, or every one (semi_hard)")
     add("--positives", choices=_options.POSITIVES, help="of each anchor (all)")
@@ -175,10 +176,13 @@ def resumed(saved, options):
                                  "and a resumed run keeps it")
     if "steps" in given:
         had["minutes"] = None  # which would count alone
+    if (options.pairs or had["pairs"]) and "trained_on" not in saved["options"]:
+        raise data.DataError(f"--pairs: the run in {options.resume} does not say whom it was trained on, as one of "
+                             "another version; accepted are runs that do")
     return argparse.Namespace(**{**had, **given})
 
 
-def of(images, indices, names):
+def shows_any(images, indices, names):
     """Whether each of the images is of one of the people of these names."""
     names = set(names)
     return np.isin(images.labels[indices], [label for label, name in enumerate(images.names) if name in names])
@@ -187,7 +191,8 @@ def of(images, indices, names):
 def load_data(options):
     """Images, the indices to train on and the pairs to verify on (None where nobody is held out).
 
-    Notes in ``options.held_out`` who is left out of training, by name, and goes by that where it is there already.
+    Notes by name who is left out of training, in ``options.held_out``, and who ever was in it, in
+    ``options.trained_on``. A run that goes on keeps to both, whatever has become of its folder.
     """
     for key, needed in (("people", "data"), ("pairs", "data"), ("without_set", "people")):
         if getattr(options, key) is not None and getattr(options, needed) is None:
@@ -207,21 +212,21 @@ def load_data(options):
             warnings.warn(f"{options.people}: {len(missing)} of {len(wanted)} people have no images in {options.data}, "
                           f"for example {missing[0]}", stacklevel=2)
         train = train[[images.names[label] in wanted for label in images.labels]]
-    held = getattr(options, "held_out", None)  # names, of a run that goes on: the folder may have changed since
+    held, trained_on = (getattr(options, key, None) for key in ("held_out", "trained_on"))
     if options.pairs:
-        pairs = data.read_pairs(options.pairs, images.paths)
-        judged = {images.names[label] for label in images.labels[np.concatenate([pairs.a, pairs.b])]}
-        if unknown := sorted(judged.difference(judged if held is None else held)):
-            raise data.DataError(f"--pairs: {len(unknown)} of {len(judged)} people of {options.pairs}, for example "
-                                 f"{unknown[0]}, are not among those whom the run left out of its training from the "
-                                 "start; accepted are pairs of these")
-        options.held_out = held = sorted(judged) if held is None else held
-        if count := len(np.unique(images.labels[train[of(images, train, judged)]])):
-            warnings.warn(f"{count} people of --pairs are left out of training", stacklevel=2)
-        train = train[~of(images, train, held)]
-        if count and not len(train):
+        pairs, judged = data.read_pairs(options.pairs, images.paths)
+        if known := sorted(judged.intersection(trained_on or ())):
+            raise data.DataError(f"--pairs: the run was trained on {len(known)} of the {len(judged)} people of "
+                                 f"{options.pairs}, for example {known[0]}; accepted are pairs of others")
+        left_out = shows_any(images, train, judged)
+        if len(train) and left_out.all():
             raise data.DataError(f"--pairs: everybody to train on is in {options.pairs}, and left out of training; "
                                  "accepted are pairs of some of them, or of other people")
+        if left_out.any() and held is None:
+            people = len(np.unique(images.labels[train[left_out]]))
+            warnings.warn(f"{people} people of --pairs are left out of training", stacklevel=2)
+        held = options.held_out = sorted(judged.union(held or ()))
+        train = train[~shows_any(images, train, held)]
     todo = train if pairs is None else np.unique(np.concatenate([train, pairs.a, pairs.b]))
     good = images.preload(todo, lambda work: tqdm(work, "reading images", len(todo), unit="img", disable=None))
     train = np.intersect1d(train, good)
@@ -237,10 +242,15 @@ def load_data(options):
         if held is None:
             _, unseen = data.split_people(images.labels, train, options.hold_out, options.seed)
             options.held_out = held = [images.names[label] for label in np.unique(images.labels[unseen])]
-        out = of(images, train, held)
+        out = shows_any(images, train, held)
         train, unseen = train[~out], train[out]
-        if len(unseen):
+        if held and not len(unseen):
+            raise data.DataError(f"--data: {options.data} has no images of the {len(held)} people whom the run holds "
+                                 f"out, for example {held[0]}; accepted are a folder that has, or --pairs")
+        if held:
             pairs = data.draw_pairs(images.labels, unseen, 2400, options.seed)
+    trained_on = {images.names[label] for label in np.unique(images.labels[train])}.union(trained_on or ())
+    options.trained_on = sorted(trained_on)
     return images, train, pairs
 
 
@@ -326,7 +336,8 @@ class Log:
                 self.plot(**record)
 
     def __call__(self, step, kind, **values):
-        self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        with data.naming(self.file.name):
+            self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self.plot(step, kind, **values)
 
     def plot(self, step, kind, **values):
@@ -361,6 +372,8 @@ class Run:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved["optimizer"]["state"]})
             self.state = {key: saved[key] for key in self.state}
+            if any(saved["options"].get(key) != getattr(options, key) for key in ("pairs", "flip")):
+                self.state["best"] = STATE["best"]  # accuracies of another kind
             self.say(f"resumed {self.out} at step {self.state['step']}")
         self.wrapped = DistributedDataParallel(self.model) if self.world > 1 else self.model
         if self.rank == 0:
@@ -398,15 +411,9 @@ class Run:
 
     def save(self, name="last.pt"):
         if self.rank == 0:
-            try:
-                with data.atomic(self.out / name) as file:
-                    torch.save({**self.state, "model": self.model.state_dict(),
-                                "optimizer": self.optimizer.state_dict(), "options": vars(self.options)}, file)
-            except (OSError, RuntimeError) as error:  # of a full disk torch.save makes a RuntimeError
-                cause = error if isinstance(error, OSError) else error.__context__
-                if not isinstance(cause, OSError):
-                    raise
-                raise OSError(cause.errno, cause.strerror, str(self.out / name)) from error
+            with data.atomic(self.out / name) as file:
+                torch.save({**self.state, "model": self.model.state_dict(),
+                            "optimizer": self.optimizer.state_dict(), "options": vars(self.options)}, file)
             self.log.board.flush()
 
     def read(self, step):
@@ -532,6 +539,8 @@ def start(options):
         value = getattr(given, key)
         if options.data is None and value is not None and not (saved and value == saved["options"].get(key)):
             raise data.DataError(f"{flag(key)}: got {value} without --data, which it needs")
+    if given.hold_out is not None and options.pairs:
+        raise data.DataError(f"--hold-out: got {given.hold_out} beside --pairs, whose people are held out")
     options = complete(options)
     if not saved and (Path(options.out) / "last.pt").exists():  # on every rank: none can write before all are here
         raise data.DataError(f"--out: {options.out} holds a run; --resume {options.out} goes on with it")

@@ -51,7 +51,7 @@ def test_embed(trained, some, tmp_path, capsys):
 
 def test_loose_images_beside_folders_are_read_or_named(trained, some, tmp_path):
     shutil.copy(some / "p01" / "p01_0001.png", some / "loose.png")
-    with pytest.warns(UserWarning, match="loose.png: skipped .beside the people's folders"):
+    with pytest.warns(UserWarning, match="1 files beside the people's folders skipped, for example loose.png"):
         assert len(embedded(some, trained[1], tmp_path)["names"]) == 15
     (some / "p01" / "empty").mkdir()  # no folder that holds a file, so nobody: the images count
     found = embedded(some / "p01", trained[1], tmp_path)

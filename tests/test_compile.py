@@ -5,8 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
-from facenet_ext import SemiHardTripletLoss, TripletLoss, _backend, functional, mine_triplets, triplet_loss
+from facenet_ext import (
+    SemiHardTripletLoss,
+    TripletLoss,
+    TripletStats,
+    _backend,
+    functional,
+    mine_triplets,
+    triplet_loss,
+)
 from facenet_ext._options import Options
 
 OP_OPTIONS = Options(band=0.0)
@@ -316,3 +328,61 @@ def test_compiled_draws_follow_torchs_seed(cpu, fresh_compiler):
     first = [float(compiled(x, y)) for _ in range(4)]
     torch.manual_seed(3)
     assert [float(compiled(x, y)) for _ in range(4)] == first and len(set(first)) > 1
+
+
+def test_modes_and_tracers_see_an_op(cpu):
+    """Not memory that was filled behind their back, which replays as garbage or ends the process."""
+    x, y = batch(cpu)
+
+    def loss(x):
+        return triplet_loss(x, y, margin=1.0)
+
+    want, other = loss(x), loss(3 * x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert loss(x).shape == () and type(loss(x)) is FakeTensor
+    with FlopCounterMode(display=False):
+        assert torch.equal(loss(x), want)
+    assert torch.equal(torch.func.functionalize(loss)(x), want)
+    with pytest.warns(torch.jit.TracerWarning, match="Python boolean"):  # the checks of shapes
+        script = torch.jit.trace(loss, x)
+    for traced in (make_fx(loss)(x), script):
+        assert torch.equal(traced(3 * x), other)
+    needs = x.clone().requires_grad_()
+    want = torch.autograd.grad(loss(3 * needs), needs)[0]
+    graph = make_fx(lambda x: torch.autograd.grad(loss(3 * x), x)[0])(torch.randn_like(x).requires_grad_())
+    torch.testing.assert_close(graph(needs), want)
+    assert torch.equal(torch.func.vmap(loss)(torch.stack([x, 3 * x])), torch.stack([loss(x), other]))
+
+
+def test_batches_of_upstream_gradients(cpu):
+    x, y = batch(cpu, torch.float64)
+    x.requires_grad_()
+    loss = triplet_loss(x, y, margin=1.0)
+    one = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    three = torch.autograd.grad(loss, x, torch.tensor([1.0, 2.0, -3.0], dtype=x.dtype), is_grads_batched=True)[0]
+    torch.testing.assert_close(three, torch.stack([one, 2 * one, -3 * one]))
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(jacobian(lambda x: triplet_loss(x, y, margin=1.0), x, vectorize=True), one)
+
+
+def test_transforms_that_differentiate_say_that_they_cannot(cpu):
+    x, y = batch(cpu)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match="not differentiated by torch.func.*torch.autograd.grad"):
+            transform(lambda x: triplet_loss(x, y))(x)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: triplet_loss(x, y), (x,), (x,))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_stats_are_exported(cpu, strict):
+    class Step(torch.nn.Module):
+        def forward(self, x, y):
+            return triplet_loss(x, y, return_stats=True)
+
+    x, y = batch(cpu)
+    loss, stats = torch.export.export(Step(), (x, y), strict=strict).module()(x, y)
+    want, want_stats = triplet_loss(x, y, return_stats=True)
+    assert torch.equal(loss, want) and type(stats) is TripletStats
+    assert all(torch.equal(stats[key], value) for key, value in want_stats.items())
+    assert type(tree_map(torch.clone, want_stats)) is TripletStats

@@ -170,7 +170,8 @@ def test_scan_is_sorted_and_ends_on_loops(tmp_path):
     assert names == ["anna", "ben"] and labels.tolist() == [0, 0, 1]
     assert [os.path.basename(p) for p in paths] == ["anna_0001.png", "anna_0002.png", "ben_0001.png"]
     said = " ".join(str(w.message) for w in warned)
-    assert all(f"{name}: skipped" in said for name in ("carl", "loop", "up", "anna/again", "readme.txt"))
+    assert all(f"{name}: skipped" in said for name in ("carl", "loop", "up", "anna/again"))
+    assert "1 files beside the people's folders skipped, for example readme.txt" in said
 
 
 def test_nothing_to_train_on_is_said(tmp_path):
@@ -313,15 +314,16 @@ def test_lfw_lists(tmp_path):
     paths, labels, _ = data.scan(root)
     (tmp_path / "dev.txt").write_text("2\nanna\t1\t3\nben\t1\t2\nanna\t2\tcarl\t1\nben\t2\tzoe\t1\n")
     with pytest.warns(UserWarning, match="1 of 4 pairs left out.*zoe"):
-        pairs = data.read_pairs(tmp_path / "dev.txt", paths)
+        pairs, names = data.read_pairs(tmp_path / "dev.txt", paths)
+    assert names == {"anna", "ben", "carl", "zoe"}
     assert [*zip(pairs.a, pairs.b, pairs.same, strict=True)] == [(0, 2, True), (3, 4, True), (1, 5, False)]
     assert pairs.folds is None and pairs.sets == 1
     (tmp_path / "view2.txt").write_text("2\t1\nanna\t1\t3\nanna\t2\tcarl\t1\nben\t1\t2\nben\t2\tcarl\t1\n")
-    pairs = data.read_pairs(tmp_path / "view2.txt", paths)
+    pairs, _ = data.read_pairs(tmp_path / "view2.txt", paths)
     assert pairs.folds.tolist() == [0, 0, 1, 1] and pairs.sets == 2
     (tmp_path / "people.txt").write_text("2\n2\nanna\t3\nben\t2\n1\ncarl\t1\n")
     assert data.read_people(tmp_path / "people.txt") == [["anna", "ben"], ["carl"]]
-    (tmp_path / "train.txt").write_text("1\ncarl\t1\n")
+    (tmp_path / "train.txt").write_text("\ufeff1\ncarl\t1\n", "utf-8")  # as some editors write it
     assert data.read_people(tmp_path / "train.txt") == [["carl"]]
 
 
@@ -329,6 +331,7 @@ def test_lfw_lists(tmp_path):
                                          ("", r"of \[\] people"), ("10\n", r"of \[10\]"),
                                          ("anna\t1\n", "is neither the size"), ("1\nanna\t1\tx\n", "is neither"),
                                          ("\u00b2\nanna\t1\n", "is neither the size"),
+                                         (5000 * "1" + "\nanna\t1\n", "is neither the size"),
                                          ("1\nren\udce9\t1\n", "people.txt: not UTF-8")])
 def test_malformed_people_lists(tmp_path, text, named):
     (tmp_path / "people.txt").write_text(text, "utf-8", "surrogateescape")
@@ -344,7 +347,10 @@ def test_malformed_pair_lists(tmp_path):
                         ("0\nanna\t1\t2\n", "first line: '0'"),
                         ("2\t1" + 5 * "\nanna\t1\t2", "first line: '2.t1' announces 4 pairs, 5 are there"),
                         ("2\t-1\nanna\t1\t2\n", "first line"),
+                        ("2\t1" + 3 * "\nanna\t1\t2", "first line: '2.t1' announces 4 pairs, 3 are there"),
                         ("1\nanna\t1\t\u00b2\n", "line 2.*not a pair"),
+                        (f"1\nanna\t1\t{5000 * '1'}\n", "line 2.*not a pair"),
+                        (5000 * "1" + "\nanna\t1\t2\n", "first line"), (30 * "1" + "\nanna\t1\t2\n", "first line"),
                         ("1\nren\udce9\t1\t2\n", "pairs.txt: not UTF-8")):
         (tmp_path / "pairs.txt").write_text(text, "utf-8", "surrogateescape")
         with pytest.raises(data.DataError, match=named), warnings.catch_warnings():

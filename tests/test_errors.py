@@ -143,8 +143,6 @@ def test_forward_mode_says_that_there_is_none():
         assert triplet_loss(X, Y).isfinite()
 
 
-def test_function_transforms_say_that_they_do_not_work():
-    with pytest.raises(RuntimeError):
-        torch.func.grad(lambda x: triplet_loss(x, Y))(X)
-    with pytest.raises(RuntimeError):
-        torch.func.vmap(lambda x: triplet_loss(x, Y))(X[None])
+def test_a_bool_of_numpy_is_told_from_pythons():
+    with pytest.raises(TypeError, match="normalize is a numpy.bool; accepted: True or False"):
+        triplet_loss(X, Y, normalize=np.bool_(True))

@@ -163,3 +163,25 @@ def test_flip_is_blind_to_mirroring():
         images._cache[i] = np.ascontiguousarray(images._cache[i][:, ::-1])
     np.testing.assert_allclose(evaluate.embed(model, images, unseen[:4], flip=True), plain_, atol=1e-5)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "given, named",
+    [
+        (dict(far_target=-1), "far_target: got -1"),
+        (dict(far_target=float("nan")), "far_target: got nan"),
+        (dict(far_target=2), "far_target: got 2; accepted are 0 to 1"),
+        (dict(folds=2.5), "folds: got 2.5"),
+        (dict(folds="a"), "folds: got 'a'"),
+        (dict(same=np.array([2, 0, 1, 1])), "same: got"),
+        (dict(same=np.array(["yes", "no", "no", "no"])), "same: got"),
+    ],
+)
+def test_arguments_of_other_kinds_are_named(given, named):
+    with pytest.raises(ValueError, match=named):
+        verification(**{**dict(d2=np.arange(4.0), same=np.array([1, 0, 1, 0]), folds=2), **given})
+
+
+def test_tensors_are_taken():
+    d2, same = torch.arange(8.0).bfloat16().requires_grad_(), torch.tensor([1, 1, 0, 1, 0, 1, 0, 0])
+    assert verification(d2, same, 2, 0.5) == verification(np.arange(8.0), same.numpy().astype(bool), 2, 0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -207,6 +208,8 @@ def test_overrides_and_unknown_names():
             facenet_ext.like(name, mine_margin=0.4, **more)
     with pytest.raises(ValueError, match="^mine_margin is 0.4 with negatives='hard'; accepted: None, or negatives one"):
         facenet_ext.like(pml, negatives="hard", mine_margin=0.4)
+    with pytest.raises(TypeError, match="negatives is a .*array"):
+        facenet_ext.like(pml, negatives=np.array(["hard", "all"]))
     assert facenet_ext.like(pml, negatives="hard").band is None  # the peer's band is that of its own rule
     with pytest.raises(ValueError, match="^mine_margin is -1; accepted: .* > 0"):
         facenet_ext.like(pml, mine_margin=-1)

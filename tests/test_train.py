@@ -454,13 +454,72 @@ def test_people_of_the_pairs_are_left_out_of_training(load, tmp_path):
     with pytest.warns(UserWarning, match="^1 people of --pairs are left out of training$"):
         assert load(*pairs, "--people", tmp_path / "people.txt")[0] == {"p00", "p05"}
     (tmp_path / "people.txt").write_text("1\np02\t5\n")
-    with pytest.warns(UserWarning), pytest.raises(train.data.DataError, match="--pairs: everybody to train on is in "):
+    with pytest.raises(train.data.DataError, match="--pairs: everybody to train on is in "):
         load(*pairs, "--people", tmp_path / "people.txt")
     (tmp_path / "people.txt").write_text("2\np00\t5\np05\t5\n")
     assert load(*pairs, "--people", tmp_path / "people.txt")[0] == {"p00", "p05"}  # and nothing to say
+    notes = {key: getattr(options, key) for key in ("held_out", "trained_on")}
     (tmp_path / "pairs.txt").write_text("1\np02\t1\t2\np02\t1\tp05\t1\n")  # given anew to the first run
-    with pytest.raises(train.data.DataError, match="--pairs: 1 of 2 people of .*pairs.txt, for example p05, are not "):
-        load(*pairs, held_out=options.held_out)
+    with pytest.raises(train.data.DataError, match="the run was trained on 1 of the 2 people of .* example p05"):
+        load(*pairs, **notes)
+    (tmp_path / "faces" / "new").mkdir()
+    for i in (1, 2):
+        shutil.copy(tmp_path / "faces" / "p00" / f"p00_000{i}.png", tmp_path / "faces" / "new" / f"new_000{i}.png")
+    lines = "new\t1\t2", "p02\t1\t2", "new\t1\tp02\t1", "new\t2\tp02\t2"
+    (tmp_path / "pairs.txt").write_text("\n".join(["2", *lines, ""]))  # it was trained on neither
+    trained, judged, options = load(*pairs, **notes)
+    assert judged == {"new", "p02"} and not trained & {"new", "p02", "p03"}
+    assert options.held_out == ["new", "p02", "p03"] and options.trained_on == notes["trained_on"]
+
+
+def test_people_of_the_pairs_are_left_out_where_an_image_of_theirs_is_missing(load, tmp_path):
+    (tmp_path / "pairs.txt").write_text("2\np02\t1\t2\np03\t1\t2\np02\t1\tp03\t1\np02\t3\tp03\t1\np04\t99\tp02\t2\n")
+    with pytest.warns(UserWarning, match="3 people of --pairs"), pytest.warns(UserWarning, match="1 of 5 pairs left"):
+        trained, judged, options = load("--pairs", tmp_path / "pairs.txt")
+    assert judged == {"p02", "p03"} and "p04" not in trained and options.held_out == ["p02", "p03", "p04"]
+
+
+def test_a_run_that_goes_on_in_a_folder_without_whom_it_holds_out_says_so(load, tmp_path):
+    *_, options = load("--hold-out", "0.3")
+    for name in options.held_out:
+        shutil.rmtree(tmp_path / "faces" / name)
+    with pytest.raises(train.data.DataError, match="--data: .*faces has no images of the 2 people whom"):
+        load(held_out=options.held_out, trained_on=options.trained_on)
+
+
+def test_a_checkpoint_that_does_not_say_whom_it_was_trained_on_takes_no_pairs(load, tmp_path):
+    *_, options = load("--out", tmp_path / "out")
+    del options.trained_on
+    train.Run(options, loaded=train.load_data(options))
+    saved = {"options": {key: value for key, value in vars(options).items() if key != "trained_on"}}
+    with pytest.raises(train.data.DataError, match="--pairs: the run in .*out does not say whom it was trained on"):
+        train.resumed(saved, train.parse(["--resume", str(tmp_path / "out"), "--pairs", "list.txt"]))
+    assert train.resumed(saved, train.parse(["--resume", str(tmp_path / "out")])).held_out == options.held_out
+
+
+def test_hold_out_beside_pairs_is_refused(load, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "--data", str(tmp_path / "faces"), "--hold-out", "0.5", "--pairs", "pairs.txt"])
+    assert left.value.code == 2 and "--hold-out: got 0.5 beside --pairs" in capsys.readouterr().err
+
+
+def test_the_best_of_other_pairs_is_forgotten(load, tmp_path, monkeypatch):
+    names = sorted(load()[2].held_out)
+    lists = []
+    for k in (1, 2):
+        (tmp_path / f"{k}.txt").write_text(f"2\n{names[0]}\t1\t2\n{names[0]}\t1\t3\n" + "".join(
+            f"{names[0]}\t{i}\t{names[1]}\t{k}\n" for i in (1, 2)))
+        lists.append(("--pairs", str(tmp_path / f"{k}.txt")))
+    accuracy = [0.95]
+    verify = train.evaluate.verify
+    monkeypatch.setattr(train.evaluate, "verify", lambda *a: (verify(*a)[0]._replace(accuracy=accuracy[0]), None))
+    out = "--out", str(tmp_path / "out")
+    with pytest.warns(UserWarning, match="people of --pairs are left out"):
+        cli.main(["train", "--data", str(tmp_path / "faces"), *out, "--steps", "1", *lists[0], *SMALL])
+    accuracy[0] = 0.6
+    for pairs, best in (((), 0.95), (lists[1], 0.6)):
+        cli.main(["train", "--resume", out[1], *pairs])
+        assert weights(tmp_path / "out")["best"] == best
 
 
 def test_a_run_that_goes_on_holds_out_the_same_people_in_a_folder_that_grew(load, tmp_path):
@@ -476,8 +535,7 @@ def test_a_run_that_goes_on_holds_out_the_same_people_in_a_folder_that_grew(load
     one = sorted(judged)[0]
     (tmp_path / "pairs.txt").write_text(f"2\n{one}\t1\t2\n{one}\t1\t3\n" + "".join(
         f"{one}\t{i}\t{other}\t1\n" for other in judged - {one} for i in (1, 2)))
-    with pytest.warns(UserWarning, match="people of --pairs are left out of training"):  # pairs of these are welcome
-        assert load("--pairs", tmp_path / "pairs.txt", held_out=kept.held_out)[0] == again[0]
+    assert load("--pairs", tmp_path / "pairs.txt", held_out=kept.held_out)[0] == again[0]  # pairs of these are welcome
 
 
 def test_pairs_that_nothing_can_be_verified_on_leave_no_folder(load, tmp_path, capsys):

@@ -77,7 +77,7 @@ def create(name: str, embedding_dim: int = 128, batch_norm: bool = True,
     ValueError: an unknown name, a size or dimension that is no integer of at least 1, a batch_norm that is no bool.
     Source: paper section 3.3, Tables 1 and 2; the docstrings of ``tables.py`` say what is ours.
     """
-    if name not in NETWORKS:
+    if not isinstance(name, str) or name not in NETWORKS:
         raise ValueError(f"name: unknown network {name!r}; known are {', '.join(sorted(NETWORKS))}")
     table = NETWORKS[name]
     size = table.size if input_size is None else input_size
