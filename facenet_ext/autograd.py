@@ -63,6 +63,15 @@ def refuse_transforms(*all_rows: Tensor | None) -> None:
             raise RuntimeError(_FORWARD_MODE)
 
 
+def refuse_tracers() -> None:
+    """Of the miner, which is no op: a fake or a proxy tensor stops it by itself, where its length is asked for."""
+    if torch.jit.is_tracing() or peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "facenet_ext.mine_triplets returns as many triplets as there are: torch.jit.trace and the transforms of "
+            "torch.func cannot see it; call it outside of them"
+        )
+
+
 def runs_eagerly(rows: Tensor) -> bool:
     """Whether `rows` are memory and nobody watches. A fake tensor has none to point at; a tracer, a mode (one that
     counts FLOPs, say) or a transform has to see an op: for these there is the dispatcher's way."""

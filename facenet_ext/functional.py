@@ -225,6 +225,7 @@ def mine_triplets(
     _checks.check_generator(generator)
     _checks.check_group(process_group)
     _checks.check_references(embeddings, reference_embeddings, reference_labels, references, options, process_group)
+    autograd.refuse_tracers()
     rows = _as_candidates(embeddings, reference_embeddings, reference_labels)
     seed = draw_seed(options, generator, embeddings.device)
     if process_group is None or references == "only":

@@ -22,6 +22,7 @@ from facenet_ext import (
 from facenet_ext._options import Options
 
 OP_OPTIONS = Options(band=0.0)
+X = torch.randn(1, 24, 8)
 
 
 def op_arguments(x, y, need_grad, need_stats):
@@ -386,3 +387,9 @@ def test_stats_are_exported(cpu, strict):
     assert torch.equal(loss, want) and type(stats) is TripletStats
     assert all(torch.equal(stats[key], value) for key, value in want_stats.items())
     assert type(tree_map(torch.clone, want_stats)) is TripletStats
+
+
+@pytest.mark.parametrize("over", [torch.func.functionalize, torch.func.vmap, lambda mine: torch.jit.trace(mine, X)])
+def test_the_miner_refuses_what_cannot_see_it(cpu, over):
+    with pytest.raises(RuntimeError, match="mine_triplets returns as many triplets as there are"):
+        over(lambda x: mine_triplets(x.view(24, 8), torch.arange(24) // 4).d2_ap)(X)
