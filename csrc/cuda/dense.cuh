@@ -135,8 +135,7 @@ __device__ __forceinline__ Acc load_input(const DenseProblem<Acc>& p, const void
     return static_cast<const double*>(x)[i];
   } else {
     if (p.dtype == DType::float32) return static_cast<const float*>(x)[i];
-    if (p.dtype == DType::float16) return widen(static_cast<const Half*>(x)[i]);
-    return widen(static_cast<const Bfloat*>(x)[i]);
+    return widen(static_cast<const Half*>(x)[i], p.dtype == DType::bfloat16);
   }
 }
 

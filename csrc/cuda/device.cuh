@@ -15,7 +15,6 @@
 #else
 
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -183,15 +182,6 @@ __device__ __forceinline__ void mma_16x8x16_half(float (&c)[4], const uint32_t (
   __trap();  // the launcher sends such a device to Math::simt32
 #endif
 }
-__device__ __forceinline__ void mma_16x8x16_bfloat(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-  __trap();
-#endif
-}
 
 // Asks nothing of the device that could wait for it; 48 KB if it cannot be asked.
 inline int64_t max_shared_bytes() {
@@ -231,7 +221,6 @@ __device__ __forceinline__ double rounded_product(double x, double y) { return _
 
 __device__ __forceinline__ uint16_t half_from_float(float x) { return __half_as_ushort(__float2half_rn(x)); }
 __device__ __forceinline__ float float_from_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-__device__ __forceinline__ uint16_t bfloat_from_float(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
 }  // namespace facenet_ext::cuda
 #endif  // FACENET_EXT_EMULATED
@@ -240,21 +229,18 @@ namespace facenet_ext::cuda {
 
 constexpr uint32_t kWholeWarp = 0xffffffffu;
 
-__device__ __forceinline__ float float_from_bfloat(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
-
 __device__ __forceinline__ double at_least_zero(double x) { return x < 0 ? 0 : x; }
 
-// Element types of the input, as bits: no vendor type leaves this header.
+// An element of half precision, as bits: no vendor type leaves this header. One kernel serves float16 and bfloat16, and asks
+// which it is where it reads the input.
 struct Half {
   uint16_t bits;
 };
-struct Bfloat {
-  uint16_t bits;
-};
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(Half x) { return float_from_half(x.bits); }
-__device__ __forceinline__ float widen(Bfloat x) { return float_from_bfloat(x.bits); }
+__device__ __forceinline__ float widen(float x, bool) { return x; }
+__device__ __forceinline__ double widen(double x, bool) { return x; }
+__device__ __forceinline__ float widen(Half x, bool is_bfloat) {
+  return is_bfloat ? __uint_as_float(uint32_t(x.bits) << 16) : float_from_half(x.bits);
+}
 
 // Bits whose unsigned order is the order of values that are >= +0; NaN comes last.
 __device__ __forceinline__ uint32_t ordered_bits(float x) { return __float_as_uint(x); }

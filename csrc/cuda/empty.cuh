@@ -9,6 +9,7 @@ namespace facenet_ext::cuda {
 struct EmptyArgs {
   const void* x;  // [rows, dim] input type, rows `stride` elements apart: the set that is not empty
   int64_t rows, dim, stride;
+  bool is_bfloat;
   void* loss;  // [] Acc, 0: NaN as soon as some block has met what is not finite
   void* gradient;  // [gradient_elements] Acc, or null
   int64_t gradient_elements;
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, 1) empty_kernel(const __grid_constan
   const int64_t own = int64_t(block_index()) * kThreads + thread_index(), step = int64_t(grid_size()) * kThreads;
   bool finite = true;
   for (int64_t i = own; i < e.rows * e.dim; i += step) {
-    const Acc value = widen(static_cast<const In*>(e.x)[i / e.dim * e.stride + i % e.dim]);
+    const Acc value = widen(static_cast<const In*>(e.x)[i / e.dim * e.stride + i % e.dim], e.is_bfloat);
     finite &= value - value == 0;
   }
   using Bits = decltype(ordered_bits(Acc(0)));
@@ -43,6 +44,7 @@ Status launch_empty(const TripletArgs& args) {
   e.rows = args.num_anchors + args.num_candidates;  // one of the two
   e.dim = args.dim;
   e.stride = has_anchors ? args.anchor_stride : args.candidate_stride;
+  e.is_bfloat = args.dtype == DType::bfloat16;
   e.loss = args.loss;
   e.gradient = has_anchors ? args.grad_anchors : args.grad_candidates;
   e.gradient_elements = e.gradient == nullptr ? 0 : (e.rows - (has_anchors ? 0 : args.constants)) * args.dim;

@@ -21,11 +21,13 @@ template <class In, class Acc>
 struct InputRow {  // a row as the distances see it
   const In* x;
   Acc factor;
-  __device__ __forceinline__ Acc operator[](int32_t d) const { return rounded_product(widen(x[d]), factor); }
+  bool is_bfloat;
+  __device__ __forceinline__ Acc operator[](int32_t d) const { return rounded_product(widen(x[d], is_bfloat), factor); }
 };
 template <class In, class Acc>
 __device__ __forceinline__ InputRow<In, Acc> input_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t index) {
-  return {static_cast<const In*>(rows.x) + int64_t(index) * rows.stride, p.normalize ? rows.inverse_norm[index] : Acc(1)};
+  return {static_cast<const In*>(rows.x) + int64_t(index) * rows.stride, p.normalize ? rows.inverse_norm[index] : Acc(1),
+          p.is_bfloat};
 }
 
 // A warp reads two rows at a time, a group of 16 lanes each, in chunks of 512 bytes: two vectors for every lane.
@@ -59,7 +61,7 @@ __device__ __forceinline__ void load_piece(const Problem<Acc>& p, const Rows<Acc
       }
     }
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) piece[q * kEach + i] = rounded_product(widen(v.element[i]), row.factor);
+    for (int i = 0; i < kEach; ++i) piece[q * kEach + i] = rounded_product(widen(v.element[i], p.is_bfloat), row.factor);
   }
 }
 

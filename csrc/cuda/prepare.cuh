@@ -10,8 +10,9 @@
 // Reads X once, writes N * pitch bytes.
 //
 // Each row has a power-of-two scale of its own, so no finite range of inputs is lost in half precision: an element that
-// underflows is 2^-28 of its row's largest, far below float32's own error in a product of rows. Distances are computed in
-// units of the largest row's scale (tile.cuh), which is exact too.
+// underflows is 2^-28 of its row's largest, far below float32's own error in a product of rows. That holds for bfloat16 too:
+// a half has its 8 digits down to 2^-30 of the largest. Distances are computed in units of the largest row's scale (tile.cuh),
+// which is exact too.
 #pragma once
 
 #include "labels.cuh"
@@ -31,8 +32,7 @@ template <Math M>
 __device__ __forceinline__ int32_t row_exponent(typename MathTraits<M>::Acc largest) {
   if (M == Math::simt64) return 0;
   if (!(largest > 0)) return kNoExponent;
-  const int32_t e = log2_of(largest) - 13;
-  return M == Math::half && e > 0 ? 0 : e;  // halves may be scaled up without loss, not down
+  return log2_of(largest) - 13;
 }
 
 // Elements of a row as `operand` holds them.
@@ -61,8 +61,6 @@ struct Operand {
         return hi | uint32_t(lo) << 16;
       } else if constexpr (M == Math::half) {
         return half_from_float(scaled);
-      } else if constexpr (M == Math::bfloat) {
-        return bfloat_from_float(scaled);
       } else {
         return scaled;
       }
@@ -70,7 +68,7 @@ struct Operand {
   }
 };
 
-// Four (split) or eight (half, bfloat) neighbouring elements of two rows of A and one of B, and their products. Which k a
+// Four (split) or eight (half) neighbouring elements of two rows of A and one of B, and their products. Which k a
 // lane holds does not matter as long as A and B agree, so a lane takes 16 contiguous bytes of a row: one vector load, no
 // shuffling.
 //
@@ -111,13 +109,8 @@ struct Fragments {
   }
   __device__ __forceinline__ void multiply(uint4 column, float (&sum)[4], float (&)[4]) const {
     const uint32_t first[2] = {column.x, column.y}, second[2] = {column.z, column.w};
-    if constexpr (M == Math::half) {
-      mma_16x8x16_half(sum, a[0], first);
-      mma_16x8x16_half(sum, a[1], second);
-    } else {
-      mma_16x8x16_bfloat(sum, a[0], first);
-      mma_16x8x16_bfloat(sum, a[1], second);
-    }
+    mma_16x8x16_half(sum, a[0], first);
+    mma_16x8x16_half(sum, a[1], second);
   }
 };
 
@@ -199,7 +192,7 @@ __device__ __forceinline__ Vector<Acc, kLaneElements<Acc>> load_elements(const P
   }
   Vector<Acc, kEach> out;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) out.element[i] = widen(in.element[i]);
+  for (int i = 0; i < kEach; ++i) out.element[i] = widen(in.element[i], p.is_bfloat);
   return out;
 }
 
@@ -246,7 +239,7 @@ __device__ void store_row(const Problem<Acc>& p, const Rows<Acc>& rows, int32_t 
     const int32_t e = largest > 0 ? ilogb(largest) + 1 : 0;
     Acc sum = 0;
     for (int32_t d = lane; d < p.dim; d += 32) {
-      const Acc scaled = ldexp(widen(static_cast<const In*>(rows.x)[int64_t(index) * rows.stride + d]), -e);
+      const Acc scaled = ldexp(widen(static_cast<const In*>(rows.x)[int64_t(index) * rows.stride + d], p.is_bfloat), -e);
       sum = fma(scaled, scaled, sum);
     }
     inverse = inverse_of_norm(sqrt(warp_sum(sum)), e);

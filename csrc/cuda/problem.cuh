@@ -32,8 +32,7 @@ static_assert(2 * kSide * (kStageBytes / 16) % kThreads == 0, "every thread copi
 // How products of rows are computed; what a row looks like in `operand`.
 enum class Math {
   split,   // float: each element as the pair of halves (hi, lo * 2^11); three products on tensor cores
-  half,    // halves as they are, one product
-  bfloat,  // bfloat16 as they are, one product
+  half,    // float16 and bfloat16: one product of halves, which hold the 8 digits of a bfloat16 too, once they are scaled
   simt32,  // floats on CUDA cores: for devices whose tensor cores lack this mma
   simt64,  // doubles on CUDA cores
 };
@@ -47,8 +46,6 @@ template <>
 struct MathTraits<Math::half> : MathTraits<Math::split> {
   static constexpr int kElementBytes = 2;
 };
-template <>
-struct MathTraits<Math::bfloat> : MathTraits<Math::half> {};
 template <>
 struct MathTraits<Math::simt64> {
   using Acc = double;
@@ -125,6 +122,7 @@ struct Problem {
   Rows<Acc> anchors, candidates;  // the same if plain
   bool plain;  // anchors are the candidates: distances are symmetric and half of the tiles do
   bool anchors_are_candidates;  // at index anchor_offset + a
+  bool is_bfloat;  // half precision: which of the two the input is
   bool mining, normalize, euclidean, cosine, soft_margin, wants_gradient;
   Negatives negatives;
   Positives positives;
@@ -240,6 +238,7 @@ void lay_out_sizes(const TripletArgs& args, Problem<typename MathTraits<M>::Acc>
   p.anchors_are_candidates = args.anchor_offset >= 0;
   p.mining = args.pair_begin != nullptr;
   p.normalize = args.normalize;
+  p.is_bfloat = args.dtype == DType::bfloat16;
   p.euclidean = args.distance == Distance::euclidean;
   p.cosine = args.distance == Distance::cosine;
   p.soft_margin = args.soft_margin;

@@ -57,9 +57,8 @@ Status launch_triplet(const TripletArgs& args) {
   if (args.num_anchors == 0 || args.num_candidates == 0) {
     switch (args.dtype) {
       case DType::float64: return launch_empty<double, double>(args);
-      case DType::float16: return launch_empty<Half, float>(args);
-      case DType::bfloat16: return launch_empty<Bfloat, float>(args);
-      default: return launch_empty<float, float>(args);
+      case DType::float32: return launch_empty<float, float>(args);
+      default: return launch_empty<Half, float>(args);
     }
   }
   if (is_dense(args)) return launch_dense(args);

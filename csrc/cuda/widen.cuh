@@ -12,13 +12,13 @@ struct WidenArgs {
   int64_t stride;
   int64_t rows;
   int64_t dim;
+  bool is_bfloat;
 };
 
-template <class In>
-__global__ void __launch_bounds__(kThreads, 1) widen_kernel(const __grid_constant__ WidenArgs w) {
+static __global__ void __launch_bounds__(kThreads, 1) widen_kernel(const __grid_constant__ WidenArgs w) {
   const int64_t elements = w.rows * w.dim;
   for (int64_t i = int64_t(block_index()) * kThreads + thread_index(); i < elements; i += int64_t(grid_size()) * kThreads) {
-    w.to[i] = widen(In{w.from[i / w.dim * w.stride + i % w.dim]});
+    w.to[i] = widen(Half{w.from[i / w.dim * w.stride + i % w.dim]}, w.is_bfloat);
   }
 }
 
@@ -31,11 +31,10 @@ Status launch_widen(const TripletArgs& args) {
     return {Code::invalid, name, "workspace smaller than triplet_workspace_bytes"};
   const auto launch = [&](const Rows<float>& rows, const void* from, int64_t stride) {
     const WidenArgs w{static_cast<const uint16_t*>(from), static_cast<float*>(const_cast<void*>(rows.x)), stride, rows.count,
-                      p.dim};
+                      p.dim, p.is_bfloat};
     const int64_t work = divide_up(w.rows * w.dim, kThreads);
-    return launch_cooperative(args.dtype == DType::float16 ? widen_kernel<Half> : widen_kernel<Bfloat>, name,
-                              static_cast<unsigned>(work < args.multiprocessors ? work : args.multiprocessors), kThreads, 0,
-                              args.stream, w);
+    const int64_t blocks = work < args.multiprocessors ? work : args.multiprocessors;
+    return launch_cooperative(widen_kernel, name, static_cast<unsigned>(blocks), kThreads, 0, args.stream, w);
   };
   const Status status = launch(p.candidates, args.candidates, args.candidate_stride);
   if (status.code != Code::ok || p.plain) return status;

@@ -76,7 +76,7 @@ void maybe_switch();  // a place where another thread may get its turn
 
 // Every lane of `mask` gives `words` 8-byte words; returns [32][4] words of all lanes, valid until the lane's next exchange.
 const uint64_t (*exchange(uint32_t mask, const uint64_t* mine, int words, Site site))[4];
-void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b, bool bfloat, Site site);
+void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b, Site site);
 
 // cp.async of the running thread
 struct Copy {
@@ -92,7 +92,6 @@ Copies& copies();
 
 float float_from_half(uint16_t bits);
 uint16_t half_from_float(float x);
-uint16_t bfloat_from_float(float x);
 
 inline void copy_now(const Copy& copy) {
   if (copy.bytes == 16) *static_cast<uint4*>(copy.to) = *static_cast<const uint4*>(copy.from);
@@ -324,10 +323,7 @@ void cp_async_wait() {
 }
 
 inline void mma_16x8x16_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_WHERE) {
-  emu::mma_16x8x16(c, a, b, false, EMU_SITE("mma half"));
-}
-inline void mma_16x8x16_bfloat(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_WHERE) {
-  emu::mma_16x8x16(c, a, b, true, EMU_SITE("mma bfloat"));
+  emu::mma_16x8x16(c, a, b, EMU_SITE("mma"));
 }
 
 inline uint16_t half_from_float(float x) { return emu::half_from_float(x); }
@@ -339,7 +335,6 @@ T rounded_product(T x, T y) {
   return product;
 }
 inline float float_from_half(uint16_t bits) { return emu::float_from_half(bits); }
-inline uint16_t bfloat_from_float(float x) { return emu::bfloat_from_float(x); }
 
 inline int64_t max_shared_bytes() { return emu::config.max_shared_bytes; }
 

@@ -401,18 +401,12 @@ uint16_t half_from_float(float x) {  // to nearest, ties to even
   const int fraction = int(nearbyintf(ldexpf(magnitude, 10 - exponent)));  // up to 2048: carries into the exponent
   return uint16_t(sign | ((exponent + 14) * 1024 + fraction));
 }
-uint16_t bfloat_from_float(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  if (x != x) return 0x7fff;
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
-void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b, bool bfloat, Site site) {
+void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b, Site site) {
   const uint64_t mine[3] = {uint64_t(a[1]) << 32 | a[0], uint64_t(a[3]) << 32 | a[2], uint64_t(b[1]) << 32 | b[0]};
   const auto all = exchange(0xffffffffu, mine, 3, site);
-  const auto value = [bfloat](uint64_t word, unsigned reg, unsigned k) {
-    const uint16_t bits = uint16_t(word >> (32 * reg + 16 * (k % 2)));
-    return bfloat ? __uint_as_float(uint32_t(bits) << 16) : float_from_half(bits);
+  const auto value = [](uint64_t word, unsigned reg, unsigned k) {
+    return float_from_half(uint16_t(word >> (32 * reg + 16 * (k % 2))));
   };
   const unsigned lane = running % 32, g = lane / 4, t = lane % 4;
   float row[2][16], column[2][16];
