@@ -8,8 +8,6 @@ batch. The selection is a constant of the loss, so a second derivative would lea
 saved first one does not know its own slope: asking for it is an error in both ways.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
@@ -44,8 +42,10 @@ def triplet_loss(problem: Problem, options: Options, need_stats: bool) -> tuple[
     if not torch.compiler.is_compiling():
         refuse_transforms(candidates, problem.candidates, anchors)
     if not runs_eagerly(candidates):
-        band = 0.0 if options.band is None else float(options.band)
-        flat = options._replace(margin=float(options.margin), band=band)
+        # Not _replace(), which the compiler of torch 2.5 does not know.
+        o = options
+        rule = float(o.margin), o.negatives, o.positives, o.pairs, o.fallback, o.distance, o.soft_margin
+        flat = *rule, 0.0 if o.band is None else float(o.band), o.reduction, o.normalize
         loss, _, _, counts, d2 = torch.ops.facenet_ext.triplet_loss(*problem[:-1], *flat, *need_grad, need_stats)
         return (loss, counts, d2) if need_stats else (loss, None, None)
     if True in need_grad:
@@ -130,7 +130,8 @@ class ScaledGradient(torch.autograd.Function):
 
 # ---- custom ops: what torch.compile and torch.export keep in their graphs --------------------------------------------
 # A custom op takes tensors and plain values: Problem and Options come spelt out (band 0: none). It returns tensors:
-# what is not needed comes as an empty one. Sizes follow from A, C and D alone.
+# what is not needed comes as an empty one. Sizes follow from A, C and D alone. (torch 2.4 reads annotations as they
+# are, so this file does not postpone them.)
 
 
 @torch.library.custom_op("facenet_ext::triplet_loss", mutates_args=())

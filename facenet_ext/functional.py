@@ -125,7 +125,7 @@ def triplet_loss(
     return (loss, stats_of(counts, d2, options)) if return_stats else loss
 
 
-@torch.compiler.disable(reason="collectives whose sizes other ranks decide")
+@torch.compiler.disable  # collectives whose sizes other ranks decide
 def _of_all_ranks(*arguments):
     return distributed.triplet_loss(*arguments)
 
@@ -169,7 +169,7 @@ def stats_of(counts: Tensor, d2: Tensor, options: Options) -> TripletStats:
     return TripletStats.of(counts, d2, margin=options.margin, distance=options.distance, fallback_counts=counted)
 
 
-@torch.compiler.disable(reason="the number of triplets depends on the data")
+@torch.compiler.disable  # the number of triplets depends on the data
 def mine_triplets(
     embeddings: Tensor,
     labels: Tensor,

@@ -11,7 +11,7 @@
 //
 // Each row has a power-of-two scale of its own, so no finite range of inputs is lost in half precision: an element that
 // underflows is 2^-28 of its row's largest, far below float32's own error in a product of rows. That holds for bfloat16 too:
-// a half has its 8 digits down to 2^-30 of the largest. Distances are computed in units of the largest row's scale (tile.cuh),
+// a half has its 8 bits down to 2^-30 of the largest. Distances are computed in units of the largest row's scale (tile.cuh),
 // which is exact too.
 #pragma once
 

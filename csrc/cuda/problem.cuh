@@ -32,7 +32,7 @@ static_assert(2 * kSide * (kStageBytes / 16) % kThreads == 0, "every thread copi
 // How products of rows are computed; what a row looks like in `operand`.
 enum class Math {
   split,   // float: each element as the pair of halves (hi, lo * 2^11); three products on tensor cores
-  half,    // float16 and bfloat16: one product of halves, which hold the 8 digits of a bfloat16 too, once they are scaled
+  half,    // float16 and bfloat16: one product of halves, which hold the 8 bits of a bfloat16 too, once they are scaled
   simt32,  // floats on CUDA cores: for devices whose tensor cores lack this mma
   simt64,  // doubles on CUDA cores
 };

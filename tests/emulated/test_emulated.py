@@ -158,6 +158,16 @@ def test_euclidean_distances_scale_with_the_rows(programs, tmp_path, exponent):
         np.testing.assert_array_equal(got.stat_counts, want.stat_counts, base.name)
 
 
+def test_elements_of_all_sizes_in_one_row(programs, tmp_path):
+    """bfloat16 has the range of float32, and is multiplied as halves."""
+    rng = np.random.default_rng(9)
+    bases = [simple(70, 24, 9, dtype=dtype, rows="mid") for dtype in ("bfloat16", "float16", "float32")]
+    spread = {"bfloat16": 60, "float16": 12, "float32": 60}
+    sizes = [2.0 ** rng.integers(-spread[base.dtype], spread[base.dtype], base.x.shape) for base in bases]
+    cases = [replace(base, x=exact(base.x * size, base.dtype)) for base, size in zip(bases, sizes, strict=True)]
+    check(programs(), cases, tmp_path)
+
+
 def bucket_cases(sizes: tuple[int, ...]) -> list:
     """As many thresholds as searches of each length tell apart, up to those that shared memory does not hold; ties,
     equal rows (thresholds of 0), and distances that a tag does not reach: closer than an eighth of the farthest
