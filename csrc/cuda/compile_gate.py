@@ -72,7 +72,7 @@ def assemble(ptx: Path, architecture: str, directory: Path) -> str:
 
 def rows_of(report: str, ptx: Path) -> list[tuple]:
     """(architecture, kernel, registers, spilled, stack, mma) for each kernel of a report."""
-    bodies = re.split(r"^\s*\.visible \.entry ", ptx.read_text(), flags=re.M)[1:]
+    bodies = re.split(r"^\s*(?:\.visible )?\.entry ", ptx.read_text(), flags=re.M)[1:]
     mma = {kernel_name(body.split("(", 1)[0]): len(re.findall(r"\bmma\.sync", body)) for body in bodies}
     rows = []
     for part in report.split("Compiling entry function '")[1:]:
