@@ -10,12 +10,13 @@ saved first one does not know its own slope: asking for it is an error in both w
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd.forward_ad import unpack_dual
 
 from . import _backend
 from ._backend import Problem
 from ._options import Options
+
+functorch = torch._C._functorch
 
 _FORWARD_MODE = (
     "facenet_ext.triplet_loss has no forward-mode derivative: its gradient is computed in the forward pass; use "
@@ -56,7 +57,8 @@ def triplet_loss(problem: Problem, options: Options, need_stats: bool) -> tuple[
 
 def refuse_transforms(*all_rows: Tensor | None) -> None:
     """Derivatives that are not there. Inside a compiled graph nobody sees them asked for."""
-    if (transform := peek_interpreter_stack()) is not None and transform.key() == TransformType.Grad:
+    transform = functorch.peek_interpreter_stack()
+    if transform is not None and transform.key() == functorch.TransformType.Grad:
         raise RuntimeError(_TRANSFORM)
     for rows in all_rows:
         if rows is not None and unpack_dual(rows).tangent is not None:
@@ -65,7 +67,7 @@ def refuse_transforms(*all_rows: Tensor | None) -> None:
 
 def refuse_tracers() -> None:
     """Of the miner, which is no op: a fake or a proxy tensor stops it by itself, where its length is asked for."""
-    if torch.jit.is_tracing() or peek_interpreter_stack() is not None:
+    if torch.jit.is_tracing() or functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             "facenet_ext.mine_triplets returns as many triplets as there are: torch.jit.trace and the transforms of "
             "torch.func cannot see it; call it outside of them"
@@ -79,7 +81,7 @@ def runs_eagerly(rows: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(rows) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
-        and peek_interpreter_stack() is None
+        and functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
     )
 
@@ -106,7 +108,7 @@ class _TripletLoss(torch.autograd.Function):
 def scaled(grad: Tensor | None, upstream: Tensor, rows: Tensor) -> Tensor | None:
     if grad is None:
         return None
-    if not runs_eagerly(upstream) or is_legacy_batchedtensor(upstream):  # the batch of is_grads_batched
+    if not runs_eagerly(upstream) or functorch.is_legacy_batchedtensor(upstream):  # the batch of is_grads_batched
         return torch.ops.facenet_ext.triplet_loss_backward(grad, upstream, rows)
     if torch.is_grad_enabled():  # create_graph=True: what comes out must be differentiable, or say that it is not
         return ScaledGradient.apply(grad, upstream, rows)
