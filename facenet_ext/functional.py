@@ -207,7 +207,8 @@ def mine_triplets(
         float64 input); fallback [T] bool. In order of anchor, positive, negative. On the device of ``embeddings``.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as ``triplet_loss``.
+        TypeError, ValueError, RuntimeError: as ``triplet_loss``; a RuntimeError also under torch.jit.trace and the
+            transforms of torch.func, all of them.
 
     Notes:
         T depends on the data, so on a GPU this waits for the device, and torch.compile leaves its graph here;

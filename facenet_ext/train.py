@@ -198,6 +198,7 @@ def load_data(options):
         if getattr(options, key) is not None and getattr(options, needed) is None:
             raise data.DataError(f"{flag(key)}: got {getattr(options, key)} without {flag(needed)}, which it needs")
     if options.data is None:
+        options.trained_on = []  # nobody of a folder that it may go on with
         images, train, unseen = data.digits(options.size)
         return images, train, data.draw_pairs(images.labels, unseen, 2400, options.seed)
     images = data.Images(*data.scan(options.data), options.size, options.crop)

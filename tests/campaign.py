@@ -124,7 +124,7 @@ def emulated_cuda(sanitizer: str | None):
         return
     sys.path.insert(0, str(Path(__file__).resolve().parent / "emulated"))
     from as_backend import emulated
-    from emulation import build
+    from building import build
 
     with tempfile.TemporaryDirectory() as directory, emulated(build(Path(directory), sanitizer)) as launcher:
         yield launcher

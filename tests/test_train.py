@@ -497,6 +497,18 @@ def test_a_checkpoint_that_does_not_say_whom_it_was_trained_on_takes_no_pairs(lo
     assert train.resumed(saved, train.parse(["--resume", str(tmp_path / "out")])).held_out == options.held_out
 
 
+def test_pairs_for_a_run_on_the_digits_need_a_folder(begun, load, tmp_path, capsys):
+    pairs = "--pairs", str(tmp_path / "pairs.txt")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "--resume", str(begun), *pairs])
+    assert left.value.code == 2 and "without --data, which it needs" in capsys.readouterr().err
+    given = train.parse(["--resume", str(begun), "--data", str(tmp_path / "faces"), *pairs])
+    options = train.complete(train.resumed(train.read_checkpoint(begun), given))
+    with pytest.warns(UserWarning, match="2 people of --pairs"):  # it was trained on nobody of that folder
+        train.load_data(options)
+    assert options.held_out == ["p02", "p03"] and len(options.trained_on) == 6
+
+
 def test_hold_out_beside_pairs_is_refused(load, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["train", "--data", str(tmp_path / "faces"), "--hold-out", "0.5", "--pairs", "pairs.txt"])

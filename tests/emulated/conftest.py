@@ -11,7 +11,7 @@ PROGRAMS = (("plain", 2, 64), ("asan", 2, 64), ("tsan", 2, 64), ("init", 2, 64),
 
 
 def program(*key) -> Path:
-    from emulation import build
+    from building import build
 
     return build(work_ahead.folder(), *key)
 

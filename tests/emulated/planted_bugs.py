@@ -6,8 +6,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from building import CSRC, build
 from emulated_cases import simple, with_nan
-from emulation import CSRC, build, check, with_schedule
+from emulation import check, with_schedule
 
 # name: (file, what stands there, what stands there instead, the build that must object, the case that shows it)
 BUGS = {
